@@ -1,0 +1,1 @@
+"""One file a verb; render.py is the only module that prints."""

@@ -1,0 +1,321 @@
+"""One tree of errors: a sentence, fields, an exit code, advice.
+
+::
+
+    BlockbakError                      1  failed
+    ├── Failed                         1
+    │   ├── SourceError …              the source cannot be read as asked
+    │   ├── RepositoryError …          the repository cannot be used as asked
+    │   └── CommandFailed              another program failed
+    ├── Damage                         4  stored bytes are not what they were
+    ├── Refused                        5  a safety rule forbids it
+    └── Interrupted                  130  a person or the system asked to stop
+
+``message`` and ``advice`` are templates over the keyword arguments given at birth; the
+arguments stay on the error as ``fields``. Exit 2 (wrong command line) is click's own, exit 3
+(done, with something to look at) is never an error: reports carry it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+DONE = 0
+ATTENTION = 3
+USAGE = 2
+
+
+class BlockbakError(Exception):
+    """Base of all errors a person may meet. Raised only through its subclasses."""
+
+    exit_code: ClassVar[int] = 1
+    message: ClassVar[str] = "blockbak failed."
+    advice: ClassVar[str] = ""
+
+    def __init__(self, **fields: object) -> None:
+        self.fields = fields
+        super().__init__(self.message.format(**fields))
+
+    @property
+    def name(self) -> str:
+        """The class name: what scripts match on."""
+        return type(self).__name__
+
+    @property
+    def hint(self) -> str:
+        """What to do next, or an empty string."""
+        return self.advice.format(**self.fields)
+
+    def as_dict(self) -> dict[str, object]:
+        """The error as it stands in ``--json`` output."""
+        plain = {
+            key: value if isinstance(value, str | int | float | bool | None) else str(value)
+            for key, value in self.fields.items()
+        }
+        return {
+            "name": self.name,
+            "message": str(self),
+            "exit": self.exit_code,
+            "advice": self.hint,
+            "fields": plain,
+        }
+
+
+class Failed(BlockbakError):
+    """It could not be done; nothing was damaged and nothing was refused."""
+
+    exit_code = 1
+
+
+# --- sources -------------------------------------------------------------------------------
+
+
+class SourceError(Failed):
+    """The source cannot be read as asked."""
+
+
+class NoSuchSource(SourceError):
+    message = "{path} does not exist."
+    advice = "'blockbak devices' lists what can be backed up."
+
+
+class NotABlockSource(SourceError):
+    message = "{path} is {what}, not a block device or an image file."
+    advice = "Name a disk, a partition, a logical volume or a regular file."
+
+
+class NoPermission(SourceError):
+    message = "No permission to {action} {path}."
+    advice = "Run as root, or as a member of the group that owns it."
+
+
+class SourceVanished(SourceError):
+    message = "{path} went away while it was read ({reason})."
+    advice = "No point was made. Look at the kernel's log, then run again."
+
+
+class SourceChangedSize(SourceError):
+    message = "{path} changed its size while it was read: {before} bytes became {after}."
+    advice = "No point was made. Run again when nothing resizes it."
+
+
+class SourceEmpty(SourceError):
+    message = "{path} holds no bytes: there is nothing to back up."
+
+
+class SourceTooLarge(SourceError):
+    message = "{path} has {size} bytes; an image holds at most {limit}."
+
+
+class BadBlockSize(Failed):
+    message = "{size} is not a usable block size."
+    advice = "Take a power of two from 4K to 1M."
+
+
+class DuplicateIdentity(Failed):
+    message = "{first} and {second} both carry the identity {identity}: they cannot be told apart."
+    advice = "Detach one of them, or give it an identity of its own."
+
+
+class NoUsableParent(Failed):
+    message = "No {kind} image can be made of {volume}: {reason}."
+    advice = "Use '--kind auto' (or 'full') to make a full image now."
+
+
+# --- repositories --------------------------------------------------------------------------
+
+
+class RepositoryError(Failed):
+    """The repository cannot be used as asked."""
+
+
+class NoRepositoryNamed(RepositoryError):
+    message = "No repository was named."
+    advice = "Give '-r REPO' before the verb, or set BLOCKBAK_REPO."
+
+
+class NotARepository(RepositoryError):
+    message = "{path} is not a blockbak repository ({reason})."
+    advice = "'blockbak init {path}' makes one in a new or empty directory."
+
+
+class RepositoryExists(RepositoryError):
+    message = "{path} cannot become a repository: {reason}."
+    advice = "Name a directory that is empty or does not exist yet."
+
+
+class NewerFormat(RepositoryError):
+    message = "{what} was written by a newer blockbak ({detail})."
+    advice = "Use a blockbak at least as new as the one that wrote it."
+
+
+class NoSuchVolume(RepositoryError):
+    message = "The repository holds no volume {volume}."
+    advice = "'blockbak list' shows its volumes."
+
+
+class VolumeExists(RepositoryError):
+    message = "The name {volume} cannot be used: {reason}."
+
+
+class NoSuchPoint(RepositoryError):
+    message = "There is no restore point {point}."
+    advice = "'blockbak list' shows the points."
+
+
+class AmbiguousPoint(RepositoryError):
+    message = "{point} fits several restore points: {candidates}."
+    advice = "Give more of the name, or VOLUME@latest."
+
+
+class VolumeLocked(RepositoryError):
+    message = "Volume {volume} is in use by process {pid} on {host}."
+    advice = "Wait for it to end, or use '--wait SECONDS'."
+
+
+class NoSpace(RepositoryError):
+    message = "No space is left for {path}."
+    advice = "Make room and run again; earlier points are untouched."
+
+
+class StoreFailed(RepositoryError):
+    message = "{path} could not be {action}: {reason}."
+    advice = "Earlier points are untouched. Look at the kernel's log for the disk below it."
+
+
+class ComposeFailed(RepositoryError):
+    message = "The composed image of {point} does not have that point's root; it was thrown away."
+    advice = "Run 'blockbak verify': an image it was made from may be damaged."
+
+
+# --- the rest of exit 1 ---------------------------------------------------------------------
+
+
+class BadTarget(Failed):
+    message = "{path} cannot be written: {reason}."
+
+
+class TargetFailed(Failed):
+    message = "Writing {path} failed at byte {offset}: {reason}."
+    advice = "What was written before that offset is incomplete; do not use the target."
+
+
+class VerificationFailed(Failed):
+    message = (
+        "{path} does not read back as it was written: {blocks} blocks differ, the first at byte {first}."
+    )
+    advice = "The target cannot be trusted: its disk, cable or memory may be failing."
+
+
+class CommandFailed(Failed):
+    message = "{program} failed ({status}): {stderr}"
+
+
+class MissingProgram(Failed):
+    message = "The program {program} is needed and not installed."
+    advice = "On Debian: apt-get install {package}"
+
+
+class ParallelChange(Failed):
+    message = "{what} changed while blockbak worked on it."
+    advice = "Run again."
+
+
+# --- damage ---------------------------------------------------------------------------------
+
+
+class Damage(BlockbakError):
+    """Stored bytes are not what they were, or not there."""
+
+    exit_code = 4
+
+
+class DamagedImage(Damage):
+    message = "The image {file} is damaged: {reason}."
+    advice = "'blockbak verify' shows what is affected; other points may be whole."
+
+
+class DamagedManifest(Damage):
+    message = "The manifest {file} is damaged: {reason}."
+    advice = "If its image is whole, move the manifest away and run 'blockbak recover'."
+
+
+class DamagedRepository(Damage):
+    message = "{file} is damaged: {reason}."
+
+
+class MissingImage(Damage):
+    message = "The image {file} is missing, though its manifest is there."
+    advice = "Bring it back from a copy, or delete the point."
+
+
+class Gap(Damage):
+    message = "Point {point} cannot be restored: its parent {parent} is missing."
+    advice = "Restore a point before the gap or after the next full."
+
+
+class UnreadableStore(Damage):
+    message = "{file} cannot be read at byte {offset}: {reason}."
+    advice = "The disk that holds the repository may be failing."
+
+
+# --- refusals -------------------------------------------------------------------------------
+
+
+class Refused(BlockbakError):
+    """A safety rule forbids it; nothing was changed."""
+
+    exit_code = 5
+
+
+class SourceInUse(Refused):
+    message = "{path} is in use ({holders})."
+    advice = "Unmount it, or read it as it is with '--mode live' (consistency: none)."
+
+
+class SourceHoldsRepository(Refused):
+    message = "{path} holds {what}: an image of it would contain itself."
+    advice = "Keep the repository on another disk."
+
+
+class TargetInUse(Refused):
+    message = "{path} is in use ({holders})."
+    advice = "Unmount or stop what uses it first."
+
+
+class TargetHolds(Refused):
+    message = "{path} holds {what}; it is never overwritten."
+
+
+class TargetTooSmall(Refused):
+    message = "{path} has {have} bytes; the point needs at least {need}."
+
+
+class TargetSectorSize(Refused):
+    message = (
+        "{path} has {have}-byte sectors, the point holds a partition table for {need}-byte sectors: "
+        "it would not be readable there."
+    )
+    advice = "Restore it to a file, or to a device with {need}-byte sectors."
+
+
+class TargetExists(Refused):
+    message = "{path} exists; it is overwritten only when told so."
+    advice = "Give '--yes' to overwrite it."
+
+
+class PointNeeded(Refused):
+    message = "Point {point} is needed by {needed_by}, and no other image serves them."
+    advice = "Compose a synthetic full first ('blockbak synthesize'), or delete those points too."
+
+
+class NotConfirmed(Refused):
+    message = "{action} was not confirmed."
+    advice = "Give '--yes', or type the name at the prompt."
+
+
+class Interrupted(BlockbakError):
+    """SIGINT or SIGTERM. What was begun has been undone."""
+
+    exit_code = 130
+    message = "Interrupted; {state}."

@@ -1,0 +1,1 @@
+"""The use-cases: each takes values and rooms below, returns a report."""

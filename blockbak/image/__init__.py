@@ -1,0 +1,1 @@
+"""Image files: sequences of zstd frames with an index; see docs/format.md."""

@@ -1,0 +1,1 @@
+"""Values and pure algorithms: no I/O, no clock, no randomness."""

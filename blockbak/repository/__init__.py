@@ -1,0 +1,1 @@
+"""Where images live: directories, manifests, locks."""

@@ -1,0 +1,62 @@
+"""Sizes and alignment: the only 512 in the package, and the only size parser."""
+
+from __future__ import annotations
+
+import re
+
+SECTOR = 512
+"""Bytes of the kernel's own sector (sysfs ``size``, ``stat``), whatever the device's."""
+
+KIB = 1024
+MIB = 1024 * KIB
+GIB = 1024 * MIB
+TIB = 1024 * GIB
+
+_FACTORS = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": TIB}
+_SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+
+
+def align_down(value: int, unit: int) -> int:
+    """The largest multiple of ``unit`` that is not above ``value``."""
+    return value - value % unit
+
+
+def align_up(value: int, unit: int) -> int:
+    """The smallest multiple of ``unit`` that is not below ``value``."""
+    return -(-value // unit) * unit
+
+
+def count(value: int, unit: int) -> int:
+    """How many ``unit`` pieces cover ``value`` bytes, the last one perhaps short."""
+    return -(-value // unit)
+
+
+def parse_size(text: str) -> int:
+    """Bytes named by ``64K``, ``1 MiB``, ``4096``; binary factors. Raises ValueError."""
+    found = _SIZE.fullmatch(text.strip())
+    if not found:
+        raise ValueError(f"not a size: {text!r}")
+    return int(found[1]) * _FACTORS[found[2].upper()]
+
+
+def format_size(value: int) -> str:
+    """``value`` bytes for people, binary units, three digits: ``1.30 GiB``."""
+    if value < KIB:
+        return f"{value} B"
+    for factor, unit in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if value >= factor:
+            number = value / factor
+            digits = 2 if number < 10 else 1 if number < 100 else 0
+            return f"{number:.{digits}f} {unit}"
+    raise AssertionError(value)
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration for people: ``0.8 s``, ``2 min 05 s``, ``1 h 12 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
