@@ -32,27 +32,29 @@ package_of() {
     esac
 }
 
-# apt_install PACKAGE...: says what, installs it, and shows apt's own words only if it fails.
+# quietly COMMAND...: installers talk a lot; what this one said is shown only if it fails.
+quietly() {
+    local log status=0
+    log=$(mktemp)
+    "$@" >"$log" 2>&1 </dev/null || status=$?
+    if [ $status -ne 0 ]; then cat "$log" >&2; fi
+    rm -f "$log"
+    return $status
+}
+
+# apt_install PACKAGE...: says what, and installs it.
 apt_install() {
     command -v apt-get >/dev/null || die "needed and not here: $* (Debian's names; install them by hand)"
     [ "$(id -u)" -eq 0 ] || die "needed and not here: $*; as root: apt-get install $*"
     say "installing Debian packages: $*"
-    local log
-    log=$(mktemp)
-    if ! apt_get install "$@" >"$log" 2>&1; then
-        # A new machine has no package lists, an old one may have stale ones.
-        if ! { apt_get update && apt_get install "$@"; } >"$log" 2>&1; then
-            cat "$log" >&2
-            rm -f "$log"
-            die "apt-get could not install: $*"
-        fi
-    fi
-    rm -f "$log"
+    quietly apt_get_install "$@" || die "apt-get could not install: $*"
 }
 
-apt_get() {
-    DEBIAN_FRONTEND=noninteractive apt-get --quiet --yes --no-install-recommends \
-        -o DPkg::Lock::Timeout=120 "$@" </dev/null
+apt_get_install() {
+    local options=(--yes --no-install-recommends -o DPkg::Lock::Timeout=120)
+    export DEBIAN_FRONTEND=noninteractive
+    # A new machine has no package lists, one that was long off has stale ones.
+    apt-get install "${options[@]}" "$@" || { apt-get update && apt-get install "${options[@]}" "$@"; }
 }
 
 # need PROGRAM...: every program is there afterwards; only what is missing is installed.
@@ -101,14 +103,14 @@ environment() {
     if ! .venv/bin/python -m pip --version >/dev/null 2>&1 || [ "$(cat .venv/checkout 2>/dev/null)" != "$checkout" ]; then
         find_python
         say "making .venv with $("$python" -V)"
-        "$python" -m venv --clear .venv
+        quietly "$python" -m venv --clear .venv
         echo "$checkout" >.venv/checkout
     fi
     rm -f "$stamp"
     say "installing the packages of ${locks[*]} into .venv (hashes checked)"
     for lock in "${locks[@]}"; do pip_arguments+=(-r "$lock"); done
-    .venv/bin/python -m pip install --quiet --require-hashes "${pip_arguments[@]}"
+    quietly .venv/bin/python -m pip install --require-hashes "${pip_arguments[@]}"
     # The build backend came with the lock, so nothing is fetched unchecked here.
-    .venv/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+    quietly .venv/bin/python -m pip install --no-deps --no-build-isolation --editable .
     stamp_of "${locks[@]}" >"$stamp"
 }
