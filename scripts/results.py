@@ -79,11 +79,12 @@ def main(results: Path) -> int:
     print(f"\nwhat ran here ({where}):\n")
     print(f"  {'':<15} {'passed':>7} {'failed':>7} {'skipped':>8} {'seconds':>8}")
     for row in rows:
+        counts = f"{row.passed:>7} {row.failed:>7} {row.skipped:>8}"
         seconds = f"{row.seconds:.1f}" if row.seconds else ""
-        print(
-            f"  {row.name:<15} {row.passed:>7} {row.failed:>7} {row.skipped:>8} {seconds:>8}  {row.note}".rstrip()
-        )
-    passed, failed, skipped = (sum(getattr(row, key) for row in rows) for key in ("passed", "failed", "skipped"))
+        print(f"  {row.name:<15} {counts} {seconds:>8}  {row.note}".rstrip())
+    passed, failed, skipped = (
+        sum(getattr(row, key) for row in rows) for key in ("passed", "failed", "skipped")
+    )
     print(f"\n{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
     return int(failed > 0)
 

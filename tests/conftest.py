@@ -61,9 +61,7 @@ class Leftovers:
     children: frozenset[psutil.Process]
 
     def __sub__(self, other: Leftovers) -> Leftovers:
-        return Leftovers(
-            self.loops - other.loops, self.mounts - other.mounts, self.children - other.children
-        )
+        return Leftovers(self.loops - other.loops, self.mounts - other.mounts, self.children - other.children)
 
     def __bool__(self) -> bool:
         return bool(self.loops or self.mounts or self.children)
@@ -255,7 +253,9 @@ class Filesystem:
             _run("umount", self.where)
 
 
-def _filesystems(tmp_path: Path, *mkfs: str, options: str = "defaults") -> Iterator[Callable[..., Filesystem]]:
+def _filesystems(
+    tmp_path: Path, *mkfs: str, options: str = "defaults"
+) -> Iterator[Callable[..., Filesystem]]:
     with ExitStack() as undo:
 
         def make(device: Loop, *more: str) -> Filesystem:
