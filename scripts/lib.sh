@@ -91,25 +91,34 @@ stamp_of() {
     { echo "$checkout"; .venv/bin/python -VV; cat pyproject.toml "$@"; } | sha256sum
 }
 
-# environment [dev]: .venv holds exactly the locked packages and this checkout, editable.
-environment() {
-    local stamp=.venv/stamp-runtime locks=(requirements.txt requirements-build.txt) lock pip_arguments=()
-    # The development lock holds the other two.
-    if [ "${1:-}" = dev ]; then stamp=.venv/stamp-dev locks=(requirements-dev.txt); fi
+# current STAMP LOCK...: was .venv made from these locks, and is it usable still?
+current() {
+    local stamp=$1
+    shift
+    .venv/bin/python -c '' 2>/dev/null && [ "$(cat "$stamp" 2>/dev/null)" = "$(stamp_of "$@")" ]
+}
 
-    if .venv/bin/python -c '' 2>/dev/null && [ "$(cat "$stamp" 2>/dev/null)" = "$(stamp_of "${locks[@]}")" ]; then
+# environment [dev]: .venv holds the locked packages and this checkout, editable.
+environment() {
+    local stamp=.venv/stamp-runtime locks=(requirements.txt requirements-build.txt) lock arguments=()
+    # The development lock holds the other two, with the same releases.
+    if current .venv/stamp-dev requirements-dev.txt; then return; fi
+    if [ "${1:-}" = dev ]; then
+        stamp=.venv/stamp-dev locks=(requirements-dev.txt)
+    elif current "$stamp" "${locks[@]}"; then
         return
     fi
+
     if ! .venv/bin/python -m pip --version >/dev/null 2>&1 || [ "$(cat .venv/checkout 2>/dev/null)" != "$checkout" ]; then
         find_python
         say "making .venv with $("$python" -V)"
         quietly "$python" -m venv --clear .venv
         echo "$checkout" >.venv/checkout
     fi
-    rm -f "$stamp"
+    rm -f .venv/stamp-*
     say "installing the packages of ${locks[*]} into .venv (hashes checked)"
-    for lock in "${locks[@]}"; do pip_arguments+=(-r "$lock"); done
-    quietly .venv/bin/python -m pip install --require-hashes "${pip_arguments[@]}"
+    for lock in "${locks[@]}"; do arguments+=(-r "$lock"); done
+    quietly .venv/bin/python -m pip install --require-hashes "${arguments[@]}"
     # The build backend came with the lock, so nothing is fetched unchecked here.
     quietly .venv/bin/python -m pip install --no-deps --no-build-isolation --editable .
     stamp_of "${locks[@]}" >"$stamp"

@@ -1,7 +1,7 @@
 """Tells what ``scripts/test`` ran, where, and how it ended; the exit status says whether all of it passed.
 
 Reads the directory given: ``checks`` (name and exit status of each check, tab between), and, if
-tests ran, ``pytest`` (its exit status and marker expression) and ``tests.xml`` (its JUnit report).
+tests ran, ``pytest`` (its exit status and how the tests were chosen) and ``tests.xml`` (its JUnit report).
 """
 
 from __future__ import annotations
@@ -41,9 +41,15 @@ def check_rows(results: Path) -> list[Row]:
     return rows
 
 
+def chosen(results: Path) -> tuple[int, str]:
+    """pytest's exit status, and the options that chose which tests run."""
+    status, choice = (results / "pytest").read_text().rstrip().split("\t")
+    return int(status), choice
+
+
 def level_rows(results: Path) -> list[Row]:
     """A row for each level of tests, those that did not run included."""
-    status, wanted = (results / "pytest").read_text().strip().split("\t")
+    status = chosen(results)[0]
     rows = {path.name: Row(path.name) for path in sorted(TESTS.iterdir()) if any(path.glob("test_*.py"))}
     report = results / "tests.xml"
     cases = ET.parse(report).getroot().iter("testcase") if report.exists() else iter(())  # noqa: S314 - our own file
@@ -61,8 +67,8 @@ def level_rows(results: Path) -> list[Row]:
             row.passed += 1
     for row in rows.values():
         if not row.passed + row.failed + row.skipped:
-            row.note = f"not run ({wanted})"
-    if int(status) not in REPORTED:
+            row.note = "not run: none chosen"
+    if status not in REPORTED:
         rows["pytest"] = Row("pytest", failed=1, note=f"exit {status}: see its own message above")
     return list(rows.values())
 
@@ -72,11 +78,12 @@ def main(results: Path) -> int:
     rows = check_rows(results)
     if (results / "pytest").exists():
         rows += level_rows(results)
+        choice = f"tests chosen by {chosen(results)[1]}"
     else:
-        rows.append(Row("tests", note="not run (--lint-only)"))
+        choice = "no tests: --lint-only"
     who = "root" if os.geteuid() == 0 else "not root"
     where = f"Linux {platform.release()}, {who}, Python {platform.python_version()}"
-    print(f"\nwhat ran here ({where}):\n")
+    print(f"\nwhat ran here ({where}; {choice}):\n")
     print(f"  {'':<15} {'passed':>7} {'failed':>7} {'skipped':>8} {'seconds':>8}")
     for row in rows:
         counts = f"{row.passed:>7} {row.failed:>7} {row.skipped:>8}"
