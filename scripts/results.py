@@ -42,8 +42,8 @@ def check_rows(results: Path) -> list[Row]:
 
 
 def chosen(results: Path) -> tuple[int, str]:
-    """pytest's exit status, and the options that chose which tests run."""
-    status, choice = (results / "pytest").read_text().rstrip().split("\t")
+    """How pytest ended (its exit status), and the options that chose which tests run."""
+    status, choice = (results / "pytest").read_text().rstrip().split("\t", maxsplit=1)
     return int(status), choice
 
 
