@@ -1,0 +1,504 @@
+"""Bytes in and out: sources read past the page cache, targets written and read back, durable files."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from blockbak.errors import (
+    BadTarget,
+    BlockbakError,
+    DamagedImage,
+    NoPermission,
+    NoSpace,
+    NoSuchSource,
+    NotABlockSource,
+    SourceInUse,
+    SourceVanished,
+    StoreFailed,
+    TargetFailed,
+    TargetInUse,
+    UnreadableStore,
+)
+from blockbak.host.kernel import Kernel
+from blockbak.model import extent
+from blockbak.model.extent import BAD, Extents
+from blockbak.model.streams import Buffer, ByteSource
+from blockbak.units import KIB, MIB, SECTOR, align_down, align_up
+
+PIECE_BYTES = 4 * MIB
+"""One read: large enough to keep a disk streaming, small enough to stay in a core's cache."""
+PAGE = mmap.PAGESIZE
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_READ_ERRORS = (errno.EIO, errno.ENODATA, errno.EILSEQ, errno.EREMOTEIO, errno.EBADMSG, errno.ETIMEDOUT)
+"""A medium that cannot deliver a sector says one of these (block/blk-core.c, blk_errors)."""
+_GONE = (errno.ENXIO, errno.ENODEV, errno.ESHUTDOWN)
+_NO_CLONE = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM, errno.ETXTBSY)
+
+Bytes = npt.NDArray[np.uint8]
+
+
+def aligned(size: int) -> Bytes:
+    """A uint8 array of ``size`` bytes (rounded up to a page) whose memory O_DIRECT accepts.
+
+    An anonymous mapping: page-aligned, and back with the kernel when the array is gone.
+    """
+    return np.frombuffer(mmap.mmap(-1, align_up(max(size, 1), PAGE)), np.uint8)
+
+
+class _Opened:
+    """A descriptor of a device or file, with O_DIRECT where it is granted."""
+
+    def __init__(self, kernel: Kernel, path: str, flags: int) -> None:
+        self.kernel = kernel
+        self.path = path
+        self.direct = True
+        try:
+            self.fd = kernel.open(path, flags | os.O_DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self.direct = False
+            self.fd = kernel.open(path, flags)
+        self.is_block = stat.S_ISBLK(os.fstat(self.fd).st_mode)
+        self.logical, self.physical = kernel.sector_sizes(self.fd) if self.is_block else (SECTOR, 4 * KIB)
+
+    def current_size(self) -> int:
+        """Bytes now."""
+        return self.kernel.device_size(self.fd) if self.is_block else os.fstat(self.fd).st_size
+
+    def close(self) -> None:
+        """Release the descriptor; closing twice is harmless."""
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            self.kernel.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self.close()
+        except OSError:
+            if error is None:
+                raise
+
+    def read_some(self, offset: int, into: Bytes) -> int:
+        """Fill ``into`` as far as one request goes; bytes that now are good.
+
+        ``into`` may be longer than what is left: O_DIRECT wants whole sectors, the kernel stops at the end.
+        """
+        count = self.kernel.preadv(self.fd, [memoryview(into)], offset)
+        if not self.direct:
+            os.posix_fadvise(self.fd, offset, len(into), os.POSIX_FADV_DONTNEED)
+        return count
+
+
+class SourceReader(_Opened):
+    """What is backed up: opened read-only, never written, past the page cache.
+
+    ``exclusive`` opens a block device with O_EXCL: nothing can mount or claim it while it is read, and a
+    device in use is refused. Raises NoSuchSource, NoPermission, NotABlockSource, SourceInUse.
+    """
+
+    def __init__(self, path: str, *, exclusive: bool, kernel: Kernel | None = None) -> None:
+        try:
+            is_block = stat.S_ISBLK(os.stat(path).st_mode)
+            super().__init__(kernel or Kernel(), path, os.O_RDONLY | (os.O_EXCL if exclusive and is_block else 0))
+        except FileNotFoundError as error:
+            raise NoSuchSource(path=path) from error
+        except PermissionError as error:
+            raise NoPermission(action="read", path=path) from error
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                raise SourceInUse(path=path, holders="the kernel does not grant exclusive use") from error
+            if error.errno in (*_GONE, errno.ENOMEDIUM):
+                raise SourceVanished(path=path, reason=os.strerror(error.errno)) from error
+            raise NotABlockSource(path=path, what=f"not readable ({error.strerror})") from error
+        self.size = self.current_size()
+
+    def read(self, offset: int, into: Bytes, length: int) -> Extents:
+        """Read ``length`` bytes at ``offset`` into the start of ``into``; what could not be read.
+
+        ``into`` is page-aligned memory of at least ``length`` rounded up to a page. Unreadable sectors are
+        zeros in ``into`` and BAD extents (volume bytes) in the result. Raises SourceVanished.
+        """
+        bad: list[tuple[int, int]] = []
+        self._read(offset, into, length, bad)
+        if not bad:
+            return extent.empty()
+        starts, ends = zip(*bad, strict=True)
+        return extent.coalesce(extent.table(starts, ends, BAD))
+
+    def _read(self, offset: int, into: Bytes, length: int, bad: list[tuple[int, int]]) -> None:
+        done = 0
+        while done < length:
+            room = into[done : align_up(length, PAGE)]
+            try:
+                count = self.read_some(offset + done, room)
+            except OSError as error:
+                self._check_present(error)
+                self._read_around(offset + done, into[done:], length - done, bad)
+                return
+            if count == 0 or (count < length - done and count % self.logical):
+                raise SourceVanished(path=self.path, reason=f"reading ended at byte {offset + done + count}")
+            done += count
+
+    def _read_around(self, offset: int, into: Bytes, length: int, bad: list[tuple[int, int]]) -> None:
+        """Halve the way to the unreadable sectors; each sector is asked for once by itself."""
+        if length <= self.logical:
+            into[:length] = 0
+            bad.append((offset, offset + length))
+            return
+        half = max(align_down(length // 2, max(self.physical, self.logical)), self.logical)
+        for start, size in ((0, half), (half, length - half)):
+            part = aligned(size)
+            if size <= self.logical:
+                self._read_sector(offset + start, part, size, bad)
+            else:
+                self._read(offset + start, part, size, bad)
+            into[start : start + size] = part[:size]
+
+    def _read_sector(self, offset: int, into: Bytes, length: int, bad: list[tuple[int, int]]) -> None:
+        try:
+            count = self.read_some(offset, into[: align_up(length, self.logical)])
+        except OSError as error:
+            self._check_present(error)
+            count = 0
+        if count < length:
+            into[:length] = 0
+            bad.append((offset, offset + length))
+
+    def _check_present(self, error: OSError) -> None:
+        """An error of the medium goes on; anything else, or a device that is gone, ends the run."""
+        if error.errno in _GONE or error.errno not in _READ_ERRORS:
+            raise SourceVanished(path=self.path, reason=error.strerror) from error
+        try:
+            size = self.current_size()
+        except OSError as gone:
+            raise SourceVanished(path=self.path, reason=gone.strerror) from error
+        if size < self.size:
+            raise SourceVanished(path=self.path, reason="it has no bytes any more") from error
+
+    def next_data(self, offset: int) -> int:
+        """For an image file: the first byte from ``offset`` on that is not in a hole; ``size`` if none.
+
+        Holes of a file are zeros by definition, so they need no reading. Devices have none to tell.
+        """
+        if self.is_block:
+            return offset
+        try:
+            return os.lseek(self.fd, offset, os.SEEK_DATA)
+        except OSError as error:
+            return self.size if error.errno == errno.ENXIO else offset
+
+
+class TargetWriter(_Opened):
+    """What is restored to: a block device, opened with O_EXCL, or a file.
+
+    Raises BadTarget, NoPermission, TargetInUse here; TargetFailed in its methods.
+    """
+
+    def __init__(self, path: str, *, create: bool = False, kernel: Kernel | None = None) -> None:
+        try:
+            if create:
+                super().__init__(kernel or Kernel(), path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+                os.fchmod(self.fd, 0o600)
+            else:
+                exclusive = os.O_EXCL if stat.S_ISBLK(os.stat(path).st_mode) else 0
+                super().__init__(kernel or Kernel(), path, os.O_RDWR | exclusive)
+        except PermissionError as error:
+            raise NoPermission(action="write", path=path) from error
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                raise TargetInUse(path=path, holders="the kernel does not grant exclusive use") from error
+            raise BadTarget(path=path, reason=error.strerror) from error
+        self._plain = -1
+        self.size = self.current_size()
+
+    def _buffered(self) -> int:
+        """A second descriptor without O_DIRECT, for a tail that is not a whole sector."""
+        if self._plain < 0:
+            self._plain = self.kernel.open(self.path, os.O_RDWR)
+        return self._plain
+
+    def close(self) -> None:
+        if self._plain >= 0:
+            fd, self._plain = self._plain, -1
+            self.kernel.close(fd)
+        super().close()
+
+    @contextlib.contextmanager
+    def _failing_at(self, offset: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _NO_SPACE:
+                raise NoSpace(path=self.path) from error
+            raise TargetFailed(path=self.path, offset=offset, reason=error.strerror) from error
+
+    def write(self, offset: int, data: Bytes) -> None:
+        """Write all of ``data`` (page-aligned memory) at ``offset`` (a multiple of the sector)."""
+        whole = align_down(len(data), max(self.physical if not self.is_block else 0, self.logical))
+        done = 0
+        with self._failing_at(offset):
+            while done < len(data):
+                direct = self.direct and done < whole and not done % self.logical
+                fd, end = (self.fd, whole) if direct else (self._buffered(), len(data))
+                count = self.kernel.pwritev(fd, [memoryview(data)[done:end]], offset + done)
+                if count == 0:
+                    raise OSError(errno.EIO, "nothing was written")
+                done += count
+
+    def zero(self, offset: int, length: int) -> None:
+        """Make a range read as zeros: by the device's or file system's own means, or by writing."""
+        with self._failing_at(offset):
+            whole = align_down(length, self.logical) if self.is_block else length
+            try:
+                if self.is_block and whole:
+                    self.kernel.zero_out(self.fd, offset, whole)
+                elif whole:
+                    self.kernel.punch(self.fd, offset, whole)
+                done = whole
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.ENOSYS):
+                    raise
+                done = 0
+        zeros = aligned(min(PIECE_BYTES, length - done)) if done < length else None
+        while zeros is not None and done < length:
+            part = zeros[: min(len(zeros), length - done)]
+            self.write(offset + done, part)
+            done += len(part)
+
+    def read(self, offset: int, into: Bytes, length: int) -> None:
+        """Read back ``length`` bytes, not from the page cache. Raises TargetFailed.
+
+        A short result (a target that shrank) is an error too. ``into`` is as for ``SourceReader.read``.
+        """
+        done = 0
+        with self._failing_at(offset):
+            while done < length:
+                count = self.read_some(offset + done, into[done : align_up(length, PAGE)])
+                if count == 0:
+                    raise OSError(errno.EIO, "it ends before the volume does")
+                done += count
+
+    def resize(self, size: int) -> None:
+        """Set a file target to exactly ``size`` bytes."""
+        with self._failing_at(0):
+            self.kernel.truncate(self.fd, size)
+        self.size = size
+
+    def flush(self) -> None:
+        """Make everything written durable, then let the page cache forget the target."""
+        with self._failing_at(0):
+            if self._plain >= 0:
+                self.kernel.fsync(self._plain)
+            self.kernel.fsync(self.fd)
+            self.kernel.drop_cache(self.fd, block=self.is_block)
+
+
+# --- files of the repository -----------------------------------------------------------------------
+
+
+class StoredFile:
+    """A sealed file, read at random: a ``ByteSource``. ``fd`` is open as long as the object lives."""
+
+    def __init__(self, path: str, name: str, kernel: Kernel | None = None) -> None:
+        self._kernel = kernel or Kernel()
+        self._name = name
+        self.path = path
+        self.fd = self._kernel.open(path, os.O_RDONLY)
+        self._size = os.fstat(self.fd).st_size
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def read(self, offset: int, length: int) -> bytes:
+        if offset < 0 or offset + length > self._size:
+            raise DamagedImage(file=self._name, reason="it is shorter than its index says")
+        data = bytearray(length)
+        view = memoryview(data)
+        done = 0
+        while done < length:
+            try:
+                count = self._kernel.preadv(self.fd, [view[done:]], offset + done)
+            except OSError as error:
+                raise UnreadableStore(file=self._name, offset=offset + done, reason=error.strerror) from error
+            if count == 0:
+                raise DamagedImage(file=self._name, reason="it was cut short while it was read")
+            done += count
+        return data  # type: ignore[return-value]  # a bytearray serves as well and saves a copy
+
+    def forget(self) -> None:
+        """Let the page cache drop the file, so that it is read from its disk."""
+        self._kernel.drop_cache(self.fd, block=False)
+
+    def close(self) -> None:
+        """Release the descriptor."""
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            self._kernel.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class PartialFile:
+    """A file of the repository while it is written: a ``ByteSink`` under a name that says so.
+
+    ``seal`` makes it durable under its final name; leaving the ``with`` without that removes it. A failed
+    fsync or close is final: the kernel may have dropped the pages, so it is never tried again.
+    """
+
+    def __init__(self, path: str, name: str, kernel: Kernel | None = None) -> None:
+        self._kernel = kernel or Kernel()
+        self._name = name
+        self.final = path
+        self.path = path + ".partial"
+        self._cloning = True
+        with self._failing("made"):
+            self.fd = self._kernel.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            os.fchmod(self.fd, 0o600)
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @contextlib.contextmanager
+    def _failing(self, action: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise store_error(error, self._name, action) from error
+
+    def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        pending = [memoryview(part).cast("B") for part in buffers if len(part)]
+        with self._failing("written"):
+            while pending:
+                count = self._kernel.pwritev(self.fd, pending, offset)
+                if count == 0:
+                    raise OSError(errno.EIO, "nothing was written")
+                offset += count
+                while pending and count >= len(pending[0]):
+                    count -= len(pending.pop(0))
+                if count:
+                    pending[0] = pending[0][count:]
+
+    def read(self, offset: int, length: int) -> bytes:
+        data = bytearray(length)
+        done = 0
+        with self._failing("read back"):
+            while done < length:
+                count = self._kernel.preadv(self.fd, [memoryview(data)[done:]], offset + done)
+                if count == 0:
+                    raise OSError(errno.EIO, "it is shorter than what was written")
+                done += count
+        return bytes(data)
+
+    def clone_unit(self, source: ByteSource) -> int:
+        """Tried out on the start of the file, which must not be written yet."""
+        if not isinstance(source, StoredFile) or os.fstat(source.fd).st_dev != os.fstat(self.fd).st_dev:
+            return 0
+        unit = os.fstatvfs(self.fd).f_bsize
+        return unit if source.size > unit and self.clone(source, 0, 0, unit) else 0
+
+    def clone(self, source: ByteSource, source_offset: int, offset: int, length: int) -> bool:
+        if not self._cloning or not isinstance(source, StoredFile):
+            return False
+        try:
+            self._kernel.clone_range(source.fd, source_offset, length, self.fd, offset)
+        except OSError as error:
+            if error.errno in _NO_CLONE:
+                self._cloning = False
+                return False
+            raise store_error(error, self._name, "written") from error
+        return True
+
+    def copy(self, source: ByteSource, source_offset: int, offset: int, length: int) -> None:
+        while length:
+            count = self._copy_inside(source, source_offset, offset, length)
+            if not count:
+                count = min(length, PIECE_BYTES)
+                self.write(offset, [source.read(source_offset, count)])
+            source_offset, offset, length = source_offset + count, offset + count, length - count
+
+    def _copy_inside(self, source: ByteSource, source_offset: int, offset: int, length: int) -> int:
+        """Bytes the kernel copied by itself; 0 where it does not."""
+        if not isinstance(source, StoredFile):
+            return 0
+        try:
+            return self._kernel.copy_range(source.fd, source_offset, length, self.fd, offset)
+        except OSError as error:
+            if error.errno in _NO_CLONE:
+                return 0
+            if error.errno in _NO_SPACE:
+                raise NoSpace(path=self._name) from error
+            # Which side failed is not told: reading and writing by ourselves will name it.
+            return 0
+
+    def seal(self) -> None:
+        """Flush, close, rename to the final name (never replacing), flush the directory."""
+        with self._failing("made durable"):
+            self._kernel.fsync(self.fd)
+            fd, self.fd = self.fd, -1
+            self._kernel.close(fd)
+            self._kernel.rename(self.path, self.final)
+            self.path = ""
+            sync_directory(os.path.dirname(self.final), self._kernel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # What fails here leaves a partial, which the next run sweeps; the first error stays the one seen.
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            with contextlib.suppress(OSError):
+                self._kernel.close(fd)
+        if self.path:
+            with contextlib.suppress(OSError):
+                self._kernel.unlink(self.path)
+
+
+def store_error(error: OSError, name: str, action: str) -> BlockbakError:
+    """The sentence for an OSError while a file of the repository was ``action`` (a past participle)."""
+    if error.errno in _NO_SPACE:
+        return NoSpace(path=name)
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return NoPermission(action="write", path=name)
+    return StoreFailed(path=name, action=action, reason=error.strerror or str(error))
+
+
+def sync_directory(path: str, kernel: Kernel) -> None:
+    """Make the names in a directory durable. Raises OSError."""
+    fd = kernel.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        kernel.fsync(fd)
+    finally:
+        kernel.close(fd)
+
+
+def write_durably(path: str, name: str, data: bytes, kernel: Kernel) -> None:
+    """A whole small file, all or nothing, never replacing one. Raises NoSpace or StoreFailed."""
+    with PartialFile(path, name, kernel) as partial:
+        partial.write(0, [data])
+        partial.seal()

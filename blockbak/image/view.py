@@ -1,0 +1,262 @@
+"""A restore point seen through its images: the newest image that says anything about a block wins.
+
+Layers are ordered oldest first. Where the first is a full, the view is complete; without one it shows
+what a chain of deltas says together. Everything is done a section at a time, so the memory used does
+not depend on the volume's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from blockbak.errors import Damage, DamagedImage
+from blockbak.image import codec
+from blockbak.image import format as fmt
+from blockbak.image.reader import ImageReader, Section
+from blockbak.model import extent, hashmap
+from blockbak.model.extent import ABSENT, DATA, Extents, Kinds
+from blockbak.model.hashmap import BLOCKS_PER_SECTION, Rows
+
+_READ_GAP = 64 * 1024
+"""Bytes between wanted frames that are cheaper to read than to skip."""
+
+
+@dataclass(frozen=True)
+class Flaw:
+    """A range of the volume (bytes) whose stored bytes are not good, and why."""
+
+    start: int
+    length: int
+    reason: str
+    file: str
+
+
+@dataclass(frozen=True)
+class SectionView:
+    """One section of the point. ``kinds`` uint8 per block, ``owner`` int16 per block: the layer that
+    holds it (-1: none), ``rows`` the map rows of all blocks, ``extents`` in volume bytes,
+    ``layers`` the layers' own sections (None where a layer says nothing)."""
+
+    number: int
+    kinds: Kinds
+    owner: npt.NDArray[np.int16]
+    rows: Rows
+    extents: Extents
+    layers: Sequence[Section | None]
+
+    @property
+    def stored(self) -> npt.NDArray[np.bool_]:
+        """The blocks whose content lies in a frame."""
+        return self.kinds == DATA
+
+
+class PointView:
+    """The layers of one point, oldest first."""
+
+    def __init__(self, layers: Sequence[ImageReader]) -> None:
+        self.layers = layers
+        self.geometry = layers[-1].geometry
+        self.complete = layers[0].whole
+
+    @property
+    def top(self) -> ImageReader:
+        """The newest layer: the image of the point itself."""
+        return self.layers[-1]
+
+    def check_binding(self) -> None:
+        """Every delta names the point and root of the layer below it. Raises DamagedImage."""
+        for lower, upper in zip(self.layers, self.layers[1:], strict=False):
+            above, below = upper.opening, lower.opening
+            same = (above.device_bytes, above.block_bytes, above.window_bytes) == (
+                below.device_bytes,
+                below.block_bytes,
+                below.window_bytes,
+            )
+            if not same or above.parent != below.point or above.parent_root != lower.closing.root:
+                raise DamagedImage(file=upper.name, reason=f"it does not stand on {lower.name}")
+
+    def claimed_digests(self) -> npt.NDArray[np.uint8]:
+        """The point's section digests as the layers state them, ``(sections, 32)`` uint8."""
+        digests = np.zeros((self.geometry.sections, 32), np.uint8)
+        for layer in self.layers:
+            digests[layer.sections["number"].astype(np.int64)] = layer.map_digests()
+        return digests
+
+    def section(self, number: int) -> SectionView:
+        """One section, composed. Raises DamagedImage or UnreadableStore."""
+        blocks = self.geometry.section_blocks(number)
+        kinds = np.zeros(blocks, np.uint8)
+        owner = np.full(blocks, -1, np.int16)
+        rows = self.geometry.zero_rows(number)
+        extents = extent.empty()
+        zero = rows if len(self.layers) == 1 else rows.copy()
+        parts = [layer.section(number) for layer in self.layers]
+        for index, part in enumerate(parts):
+            if part is None:
+                continue
+            said = part.kinds != ABSENT
+            kinds[said], owner[said] = part.kinds[said], index
+            if index:
+                rows[said & ~part.stored] = zero[said & ~part.stored]
+            rows[part.stored] = part.rows
+            extents = self._laid_over(extents, part, said) if index else part.extents
+        return SectionView(number, kinds, owner, rows, extents, parts)
+
+    def _laid_over(self, below: Extents, part: Section, said: npt.NDArray[np.bool_]) -> Extents:
+        """A block is the unit of change: a newer block replaces all extents of the older one."""
+        first = part.number * self.geometry.section_bytes
+        claimed = extent.from_blocks(said.astype(np.uint8), first, self.geometry.block_bytes, self.geometry.device_bytes)
+        return extent.overlay(extent.subtract(below, claimed), part.extents)
+
+    def check(self) -> None:
+        """Check everything but the frames' content: binding, every section, every seek table, the
+        lengths, the root. Raises DamagedImage, or UnreadableStore."""
+        self.check_binding()
+        for layer in self.layers:
+            layer.check_seek_table()
+        if self.complete:
+            self._check_root()
+
+    def _check_root(self) -> None:
+        digests = self.claimed_digests()
+        for number in range(self.geometry.sections):
+            self.check_section(self.section(number), digests)
+        root = hashmap.root(self.geometry.device_bytes, self.geometry.block_bytes, digests)
+        if root != self.top.closing.root:
+            raise DamagedImage(file=self.top.name, reason="its root does not match its hash map")
+
+    def check_section(self, section: SectionView, digests: npt.NDArray[np.uint8]) -> None:
+        """The composed rows have the digest that the newest layer states. Raises DamagedImage."""
+        found = hashmap.section_digest(section.rows, section.extents)
+        if found != digests[section.number].tobytes():
+            newest = max((i for i, part in enumerate(section.layers) if part is not None), default=0)
+            raise DamagedImage(
+                file=self.layers[newest].name, reason=f"section {section.number} does not have its map digest"
+            )
+
+    # --- content -------------------------------------------------------------------------------
+
+    def read(self, section: SectionView, low: int, out: npt.NDArray[np.uint8]) -> list[Flaw]:
+        """Fill ``out`` (uint8) with the content from block ``low`` of the section on; what was not good.
+
+        ``low`` is a window's first block. Every stored block is checked against its row; blocks without
+        stored bytes, and damaged ones, are zeros in ``out``. Safe from several threads.
+        """
+        block = self.geometry.block_bytes
+        high = low + -(-len(out) // block)
+        flaws: dict[int, str] = {}
+        for index in self._fill(section, low, high, out, flaws):
+            flaws.setdefault(index, "a block does not have its digest")
+        return self._flaws(section, flaws)
+
+    def _fill(self, section: SectionView, low: int, high: int, out: npt.NDArray[np.uint8], flaws: dict[int, str]) -> list[int]:
+        block = self.geometry.block_bytes
+        stored = section.stored[low:high]
+        for begin, end in zip(*(edge.tolist() for edge in extent.true_runs(~stored)), strict=True):
+            out[begin * block : end * block] = 0
+        owners = section.owner[low:high]
+        for index in np.unique(owners[stored]).tolist():
+            wanted = np.flatnonzero(stored & (owners == index)) + low
+            self._fill_from(section, index, wanted, low, out, flaws)
+        for index in flaws:
+            out[(index - low) * block : (index - low + 1) * block] = 0
+        rows = hashmap.digest_blocks(out, block, stored)
+        differ = np.flatnonzero(hashmap.changed_rows(rows, section.rows[low:high]) & stored)
+        for index in differ.tolist():
+            out[index * block : (index + 1) * block] = 0
+        return [index + low for index in differ.tolist()]
+
+    def _fill_from(
+        self,
+        section: SectionView,
+        index: int,
+        wanted: npt.NDArray[np.int64],
+        low: int,
+        out: npt.NDArray[np.uint8],
+        flaws: dict[int, str],
+    ) -> None:
+        """Decode the frames of layer ``index`` that hold the ``wanted`` blocks (of the section)."""
+        part = section.layers[index]
+        assert part is not None  # noqa: S101 - a layer owns blocks only through its section
+        layer, block = self.layers[index], self.geometry.block_bytes
+        per_window = self.geometry.window_bytes // block
+        first_window = section.number * BLOCKS_PER_SECTION // per_window
+        windows = wanted // per_window
+        starts, ends = extent.runs(windows)
+        at = np.searchsorted(part.frames["window"], windows[starts] + first_window)
+        frames = part.frames[at]
+        for frame, stored, begin, end in zip(
+            frames, _read_frames(layer, frames), starts.tolist(), ends.tolist(), strict=True
+        ):
+            blocks = wanted[begin:end]
+            try:
+                if isinstance(stored, Exception):
+                    raise stored
+                content = codec.decode(stored, int(frame["content"]))
+            except (fmt.FormatError, Damage) as error:
+                flaws.update(dict.fromkeys(blocks.tolist(), str(error)))
+                continue
+            first = int(blocks[0]) // per_window * per_window
+            if layer.whole:
+                places = blocks - first
+            else:
+                held = np.flatnonzero(part.stored[first : first + per_window])
+                places = np.searchsorted(held, blocks - first)
+            _scatter(np.frombuffer(content, np.uint8), places, out, blocks - low, block)
+
+    def _flaws(self, section: SectionView, flaws: dict[int, str]) -> list[Flaw]:
+        """Neighbouring bad blocks of one image and one reason, as ranges."""
+        found: list[Flaw] = []
+        block, size = self.geometry.block_bytes, self.geometry.device_bytes
+        for index in sorted(flaws):
+            start = (section.number * BLOCKS_PER_SECTION + index) * block
+            length = min(block, size - start)
+            file = self.layers[int(section.owner[index])].name
+            last = found[-1] if found else None
+            if last and (last.start + last.length, last.reason, last.file) == (start, flaws[index], file):
+                found[-1] = Flaw(last.start, last.length + length, last.reason, last.file)
+            else:
+                found.append(Flaw(start, length, flaws[index], file))
+        return found
+
+
+def _scatter(
+    content: npt.NDArray[np.uint8],
+    places: npt.NDArray[np.int64],
+    out: npt.NDArray[np.uint8],
+    targets: npt.NDArray[np.int64],
+    block: int,
+) -> None:
+    """Copy blocks ``places`` of ``content`` to blocks ``targets`` of ``out``; runs are copied whole."""
+    breaks = np.flatnonzero((np.diff(places) != 1) | (np.diff(targets) != 1)) + 1
+    for begin, end in zip([0, *breaks.tolist()], [*breaks.tolist(), len(places)], strict=True):
+        source, target = int(places[begin]) * block, int(targets[begin]) * block
+        length = min((end - begin) * block, len(content) - source, len(out) - target)
+        out[target : target + length] = content[source : source + length]
+
+
+def _read_frames(layer: ImageReader, frames: fmt.Frames) -> list[memoryview | Damage]:
+    """The stored bytes of each frame; near neighbours are read in one go. A read error becomes the
+    frame's own, so that it costs no more than it must."""
+    offsets = frames["offset"].astype(np.int64)
+    ends = offsets + frames["stored"]
+    breaks = np.flatnonzero(offsets[1:] - ends[:-1] > _READ_GAP) + 1
+    result: list[memoryview | Damage] = []
+    for low, high in zip([0, *breaks.tolist()], [*breaks.tolist(), len(frames)], strict=True):
+        result += _read_span(layer, offsets[low:high].tolist(), ends[low:high].tolist())
+    return result
+
+
+def _read_span(layer: ImageReader, offsets: list[int], ends: list[int]) -> list[memoryview | Damage]:
+    start = offsets[0]
+    try:
+        data = memoryview(layer.source.read(start, ends[-1] - start))
+    except Damage as error:
+        if len(offsets) == 1:
+            return [error]
+        return [part for pair in zip(offsets, ends, strict=True) for part in _read_span(layer, [pair[0]], [pair[1]])]
+    return [data[begin - start : end - start] for begin, end in zip(offsets, ends, strict=True)]

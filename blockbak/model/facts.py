@@ -1,0 +1,76 @@
+"""What is known of one image: the values that header, closing record and manifest share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from blockbak.model.hashmap import Geometry
+from blockbak.model.identity import Identity
+
+Kind: TypeAlias = Literal["full", "incremental", "differential"]
+
+FULL: Kind = "full"
+INCREMENTAL: Kind = "incremental"
+DIFFERENTIAL: Kind = "differential"
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What is known when an image is begun; written in its header.
+
+    ``point`` is the restore point's id, ``parent`` and ``parent_root`` what a delta stands on (None for
+    a full). ``created`` is the point's moment, ISO 8601 in UTC. Sizes are bytes.
+    """
+
+    repository: str
+    image: str
+    volume: str
+    point: str
+    sequence: int
+    kind: Kind
+    synthetic: bool
+    parent: str | None
+    parent_root: str | None
+    identity: Identity
+    device_bytes: int
+    block_bytes: int
+    window_bytes: int
+    logical_sector: int
+    physical_sector: int
+    created: str
+    source: str = ""
+    host: str = ""
+
+    @property
+    def geometry(self) -> Geometry:
+        """How the volume divides into blocks, windows and sections."""
+        return Geometry(self.device_bytes, self.block_bytes, self.window_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """What is known when an image is complete; written in its closing record.
+
+    ``root`` is the hex root of the point's hash map. ``read_bytes`` were read from the source,
+    ``changed_bytes`` are claimed by this image, by kind in ``data_bytes`` … ``bad_bytes``. ``frames``
+    counts the zstd frames. ``started`` and ``finished`` are ISO 8601 in UTC; ``notes`` are sentences
+    for people (why a full was made, what was wrong with the source).
+    """
+
+    root: str
+    mode: str
+    consistency: str
+    change_source: str
+    read_bytes: int
+    changed_bytes: int
+    data_bytes: int
+    zero_bytes: int
+    hole_bytes: int
+    bad_bytes: int
+    frames: int
+    started: str
+    finished: str
+    seconds: float
+    program: str
+    notes: list[str] = field(default_factory=list)
