@@ -67,7 +67,7 @@ def level_rows(results: Path) -> list[Row]:
             row.passed += 1
     for row in rows.values():
         if not row.passed + row.failed + row.skipped:
-            row.note = "not run: none chosen"
+            row.note = "not run"
     if status not in REPORTED:
         rows["pytest"] = Row("pytest", failed=1, note=f"exit {status}: see its own message above")
     return list(rows.values())
