@@ -43,7 +43,15 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_ERRORS = (errno.EIO, errno.ENODATA, errno.EILSEQ, errno.EREMOTEIO, errno.EBADMSG, errno.ETIMEDOUT)
 """A medium that cannot deliver a sector says one of these (block/blk-core.c, blk_errors)."""
 _GONE = (errno.ENXIO, errno.ENODEV, errno.ESHUTDOWN)
-_NO_CLONE = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM, errno.ETXTBSY)
+_NO_CLONE = (
+    errno.EOPNOTSUPP,
+    errno.EXDEV,
+    errno.EINVAL,
+    errno.ENOTTY,
+    errno.ENOSYS,
+    errno.EPERM,
+    errno.ETXTBSY,
+)
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -86,7 +94,9 @@ class _Opened:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             self.close()
         except OSError:
@@ -114,7 +124,9 @@ class SourceReader(_Opened):
     def __init__(self, path: str, *, exclusive: bool, kernel: Kernel | None = None) -> None:
         try:
             is_block = stat.S_ISBLK(os.stat(path).st_mode)
-            super().__init__(kernel or Kernel(), path, os.O_RDONLY | (os.O_EXCL if exclusive and is_block else 0))
+            super().__init__(
+                kernel or Kernel(), path, os.O_RDONLY | (os.O_EXCL if exclusive and is_block else 0)
+            )
         except FileNotFoundError as error:
             raise NoSuchSource(path=path) from error
         except PermissionError as error:
