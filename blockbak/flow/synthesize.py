@@ -5,13 +5,15 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from blockbak.errors import ComposeFailed, Damage, NoSuchPoint
+from blockbak.errors import ComposeFailed, Damage, NoSuchPoint, NoUsableParent
 from blockbak.flow.backup import Report as PointReport
 from blockbak.flow.backup import open_chain, report
 from blockbak.flow.context import Context, iso
 from blockbak.flow.restore import find, open_point
 from blockbak.image import codec
+from blockbak.host.blockio import PartialFile
 from blockbak.image.compose import Composer, Tally
+from blockbak.image.reader import ImageReader
 from blockbak.image.view import PointView
 from blockbak.image.writer import ImageWriter
 from blockbak.model.chain import Image, Point
@@ -92,8 +94,6 @@ def _usable(volume: Volume, image: Image, chain: list[Image]) -> bool:
 
 def _deltas(view: PointView) -> PointView:
     """The layers above the full: together they say what a differential says."""
-    from blockbak.errors import NoUsableParent
-
     if len(view.layers) == 1:
         raise NoUsableParent(
             kind=DIFFERENTIAL, volume=view.top.opening.volume, reason="the point is a full itself"
@@ -126,8 +126,6 @@ def _compose(
             composer.run(context.progress.advance, context.check)
         finally:
             context.progress.end()
-        if writer.root != whole.top.closing.root:
-            raise ComposeFailed(point=top.point)
         counts, said = writer.counts, whole.top.closing
         closing = Closing(
             root=writer.root, mode=said.mode, consistency=said.consistency, change_source="images", read_bytes=0,
@@ -136,7 +134,23 @@ def _compose(
             program=context.program, notes=list(said.notes),
         )  # fmt: skip
         size, digest = writer.finish(closing)
+        _check_composed(partial, layers, whole)
         partial.seal()
         image = Image(file, size, digest, opening, closing)
         volume.commit(image, writer.listed)
     return image, composer.tally
+
+
+def _check_composed(partial: PartialFile, layers: PointView, whole: PointView) -> None:
+    """Read the composed image's index back from the file: its map must be the point's, or it is void.
+
+    Raises ComposeFailed.
+    """
+    reader = ImageReader(partial)
+    below = whole.layers[: len(whole.layers) - len(layers.layers)]
+    try:
+        PointView([*below, reader]).check()
+    except Damage as error:
+        raise ComposeFailed(point=whole.top.opening.point) from error
+    if reader.closing.root != whole.top.closing.root:
+        raise ComposeFailed(point=whole.top.opening.point)

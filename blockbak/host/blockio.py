@@ -395,6 +395,11 @@ class PartialFile:
     def name(self) -> str:
         return self._name
 
+    @property
+    def size(self) -> int:
+        """Bytes written so far, seen from the file's end."""
+        return os.fstat(self.fd).st_size
+
     @contextlib.contextmanager
     def _failing(self, action: str) -> Iterator[None]:
         try:
