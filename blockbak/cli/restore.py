@@ -22,7 +22,9 @@ _METHODS = {
 
 def describe(plan: Plan) -> None:
     """The plan for people, before anything is written."""
-    render.say(f"{plan.point} of {plan.volume}, {render.size(plan.device_bytes)}, to {plan.target}: {_METHODS[plan.method]}.")
+    render.say(
+        f"{plan.point} of {plan.volume}, {render.size(plan.device_bytes)}, to {plan.target}: {_METHODS[plan.method]}."
+    )
     render.say(f"From {', '.join(plan.images)}.")
     for note in plan.notes:
         render.say(note)
@@ -33,7 +35,10 @@ def _confirmed(target: str) -> bool:
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
     typed: str = click.prompt(
-        f"Everything on {target} will be overwritten. Type its name to go on", default="", show_default=False, err=True
+        f"Everything on {target} will be overwritten. Type its name to go on",
+        default="",
+        show_default=False,
+        err=True,
     )
     if typed != target:
         raise NotConfirmed(action=f"Overwriting {target}")
@@ -93,9 +98,13 @@ def _show(done: Plan | Report, *, as_json: bool) -> None:
             describe(done)
         return
     for flaw in done.flaws:
-        render.say(f"Bytes {flaw.start} to {flaw.start + flaw.length} are zeros on the target: {flaw.reason} ({flaw.file}).")
+        render.say(
+            f"Bytes {flaw.start} to {flaw.start + flaw.length} are zeros on the target: {flaw.reason} ({flaw.file})."
+        )
     for row in done.unreadable:
-        render.say(f"Bytes {row['start']} to {row['start'] + row['length']} could not be read from the source; they are zeros.")
+        render.say(
+            f"Bytes {row['start']} to {row['start'] + row['length']} could not be read from the source; they are zeros."
+        )
     if done.mapfile:
         render.say(f"What could not be restored is in {done.mapfile}.")
     if not as_json:

@@ -31,8 +31,10 @@ from blockbak.flow import workers
 from blockbak.flow.backup import open_chain, open_reader
 from blockbak.flow.context import Context
 from blockbak.host import device as devices
+from blockbak.host import usage
 from blockbak.host.blockio import PIECE_BYTES, TargetWriter, aligned, sync_directory
 from blockbak.host.device import Device
+from blockbak.image.reader import ImageReader
 from blockbak.image.view import Flaw, PointView, SectionView
 from blockbak.model import extent, hashmap, partition
 from blockbak.model.chain import Image, Point, choose, plan
@@ -192,37 +194,41 @@ def check_target(
     overwrite: bool,
 ) -> None:
     """Refuse every target that must not be written. Raises a Refused, naming the reason."""
-    real = os.path.realpath(path)
-    if os.path.commonpath([real, os.path.realpath(repository.path)]) == os.path.realpath(repository.path):
-        raise TargetHolds(path=path, what="a part of the repository")
-    if _inside_repository(real):
+    if _inside_repository(os.path.realpath(path)):
         raise TargetHolds(path=path, what="a part of a repository")
     if target is None:
         return
-    carried = [(repository.path, "the repository"), (context.state_dir, "blockbak's state directory")]
-    for place, what in carried:
-        if devices.carries(target, place):
+    for place, what in (
+        (repository.path, "the repository"),
+        (context.state_dir, "blockbak's state directory"),
+    ):
+        if usage.carries(target, place):
             raise TargetHolds(path=path, what=what)
-    if system := devices.holds_running_system(target):
+    if system := usage.holds_running_system(target):
         raise TargetHolds(path=path, what=f"the running system ({system})")
-    users = [*devices.users(target), *devices.memberships(target)]
+    users = [*usage.users(target), *usage.memberships(target)]
     if users:
         raise TargetInUse(path=path, holders=", ".join(str(use) for use in users))
-    need = view.geometry.device_bytes
     if target.is_block:
-        if target.read_only:
-            raise BadTarget(path=path, reason="it is read-only")
-        if target.size < need:
-            raise TargetTooSmall(path=path, have=target.size, need=need)
-        have, want = target.logical_sector, view.top.opening.logical_sector
-        if have != want and partition_table(view) is not None:
-            raise TargetSectorSize(path=path, have=have, need=want)
+        _check_device(path, target, view)
     if not overwrite:
         raise TargetExists(path=path)
 
 
+def _check_device(path: str, target: Device, view: PointView) -> None:
+    """Size and sectors of a device. Raises BadTarget, TargetTooSmall, TargetSectorSize."""
+    if target.read_only:
+        raise BadTarget(path=path, reason="it is read-only")
+    need = view.geometry.device_bytes
+    if target.size < need:
+        raise TargetTooSmall(path=path, have=target.size, need=need)
+    have, want = target.logical_sector, view.top.opening.logical_sector
+    if have != want and partition_table(view) is not None:
+        raise TargetSectorSize(path=path, have=have, need=want)
+
+
 def _inside_repository(path: str) -> bool:
-    """Is a directory above ``path`` some repository?"""
+    """Whether a directory above ``path`` is a repository."""
     while path != os.path.dirname(path):
         path = os.path.dirname(path)
         if os.path.isfile(os.path.join(path, "repository.json")) and os.path.isfile(
@@ -538,7 +544,7 @@ def _open_damaged(
         return open_point(volume, catalog, point, stack)
     except Damage:
         chain = _remains(point, catalog)
-        layers = []
+        layers: list[ImageReader] = []
         for image in reversed(chain):
             try:
                 layers.insert(0, open_reader(volume, image, stack))
@@ -662,7 +668,7 @@ def _write_mapfile(path: str, flaws: Sequence[Flaw], bad: Extents, size: int) ->
     for flaw in flaws:
         lost = extent.overlay(lost, extent.table([flaw.start], [flaw.start + flaw.length], BAD))
     text = mapfile_text(extent.overlay(lost, bad), size)
-    with open(path, "w", encoding="ascii") as file:  # noqa: PTH123 - a small text for people
+    with open(path, "w", encoding="ascii") as file:
         file.write(text)
 
 

@@ -10,8 +10,8 @@ from blockbak.flow.backup import Report as PointReport
 from blockbak.flow.backup import open_chain, report
 from blockbak.flow.context import Context, iso
 from blockbak.flow.restore import find, open_point
-from blockbak.image import codec
 from blockbak.host.blockio import PartialFile
+from blockbak.image import codec
 from blockbak.image.compose import Composer, Tally
 from blockbak.image.reader import ImageReader
 from blockbak.image.view import PointView

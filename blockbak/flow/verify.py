@@ -116,7 +116,6 @@ def _verify_image(
     with ExitStack() as stack:
         try:
             reader = open_reader(volume, image, stack)
-            reader.source.forget()
             flaws, checked = check_image(reader, context, share=share, pick=pick)
             if chain is None:
                 flaws.append(

@@ -29,7 +29,7 @@ class Note:
 def _read_note(path: str) -> Note:
     """The note; an empty one where it cannot be read. It is information, never a decision."""
     try:
-        with open(path, "rb") as file:  # noqa: PTH123 - the room's other calls take descriptors too
+        with open(path, "rb") as file:
             return msgspec.json.decode(file.read(4096).rstrip(b"\0 \n") or b"{}", type=Note)
     except (OSError, msgspec.DecodeError):
         return Note()

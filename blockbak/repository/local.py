@@ -320,7 +320,7 @@ class Repository:
 
 
 def usable_name(name: str) -> bool:
-    """May a volume be called that? No path, nothing hidden."""
+    """Whether a volume may be called that: no path, nothing hidden."""
     return bool(_VOLUME.fullmatch(name)) and not name.startswith(".") and len(name) <= 200
 
 
