@@ -201,9 +201,7 @@ class TargetFailed(Failed):
 
 
 class VerificationFailed(Failed):
-    message = (
-        "{path} does not read back as it was written: {blocks} blocks differ, the first at byte {first}."
-    )
+    message = "{path} does not read back as it was written: {blocks} blocks differ, the first at byte {first}."
     advice = "The target cannot be trusted: its disk, cable or memory may be failing."
 
 

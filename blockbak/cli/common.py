@@ -88,9 +88,7 @@ def world(wait: float = 0) -> Iterator[Context]:
             raise Interrupted(state="what was begun has been undone")
 
     keep_memory()
-    before = {
-        number: signal.signal(number, wish) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
+    before = {number: signal.signal(number, wish) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield Context(
             now=lambda: datetime.now(UTC),

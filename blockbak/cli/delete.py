@@ -14,9 +14,7 @@ from blockbak.cli import common, render
 @click.argument("points", nargs=-1, required=True, metavar="POINT...")
 @click.option("--dry-run", is_flag=True, help="Say what would go; remove nothing.")
 @common.repository_options
-def command(
-    points: tuple[str, ...], dry_run: bool, repository: str | None, as_json: bool, wait: float
-) -> None:
+def command(points: tuple[str, ...], dry_run: bool, repository: str | None, as_json: bool, wait: float) -> None:
     """Remove restore points for good.
 
     Refused where a later point needs one and no other image serves it: compose a synthetic full first.

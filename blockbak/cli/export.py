@@ -14,9 +14,7 @@ from blockbak.errors import ATTENTION
 )
 @click.argument("point")
 @click.argument("file")
-@click.option(
-    "--format", "file_format", type=click.Choice(["raw", "qcow2"]), default="raw", show_default=True
-)
+@click.option("--format", "file_format", type=click.Choice(["raw", "qcow2"]), default="raw", show_default=True)
 @click.option("--yes", "overwrite", is_flag=True, help="Replace FILE if it exists.")
 @common.repository_options
 @click.pass_context
@@ -40,7 +38,5 @@ def command(
             f"in {render.seconds(report.seconds)}."
         )
     if report.attention:
-        render.say(
-            "Parts of the point could not be read from its source; they are zeros. See 'blockbak show'."
-        )
+        render.say("Parts of the point could not be read from its source; they are zeros. See 'blockbak show'.")
     context.exit(ATTENTION if report.attention else 0)

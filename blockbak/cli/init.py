@@ -25,6 +25,4 @@ def command(path: str, as_json: bool) -> None:
     if as_json:
         render.document({"repository": repository.path, "id": repository.id})
     else:
-        render.line(
-            f"Made the repository {repository.path}. RESTORE.txt in it tells how to restore without blockbak."
-        )
+        render.line(f"Made the repository {repository.path}. RESTORE.txt in it tells how to restore without blockbak.")

@@ -45,8 +45,7 @@ def _as_dict(point: Point) -> dict[str, object]:
 def _row(point: Point) -> list[object]:
     first = point.images[0]
     kinds = ", ".join(
-        f"synthetic {image.opening.kind}" if image.opening.synthetic else image.opening.kind
-        for image in point.images
+        f"synthetic {image.opening.kind}" if image.opening.synthetic else image.opening.kind for image in point.images
     )
     return [
         point.volume,
@@ -89,7 +88,5 @@ def command(context: click.Context, volume: str | None, repository: str | None, 
         render.failure(error, as_json=False)
     leftovers = sum(catalog.leftovers for catalog in catalogs)
     if leftovers:
-        render.say(
-            f"{leftovers} files are left over from runs that did not end; 'blockbak recover' treats them."
-        )
+        render.say(f"{leftovers} files are left over from runs that did not end; 'blockbak recover' treats them.")
     context.exit(damage[0].exit_code if damage else 0)

@@ -48,9 +48,7 @@ def failure(error: BlockbakError, *, as_json: bool) -> None:
 def wrong_usage(error: click.ClickException, *, as_json: bool) -> None:
     """A command line that cannot be understood."""
     if as_json:
-        document(
-            {"error": {"name": "WrongUsage", "message": error.format_message(), "exit": error.exit_code}}
-        )
+        document({"error": {"name": "WrongUsage", "message": error.format_message(), "exit": error.exit_code}})
     error.show()
 
 

@@ -181,9 +181,7 @@ def check_source(device: Device, repository: Repository, context: Context) -> No
         raise DuplicateIdentity(first=device.path, second=twin.path, identity=devices.identity(device))
 
 
-def volume_name(
-    device: Device, identity: Identity, repository: Repository, host: str, asked: str | None
-) -> str:
+def volume_name(device: Device, identity: Identity, repository: Repository, host: str, asked: str | None) -> str:
     """The volume that has this identity, or a new name for it; ``asked`` wins. Raises VolumeExists."""
     if asked is not None:
         if not usable_name(asked):
@@ -197,9 +195,7 @@ def volume_name(
     for name, known in taken.items():
         if known is not None and known.same_as(identity):
             return name
-    base = "".join(
-        c if (c.isalnum() and c.isascii()) or c in "._-" else "-" for c in f"{host}-{_short_name(device)}"
-    )
+    base = "".join(c if (c.isalnum() and c.isascii()) or c in "._-" else "-" for c in f"{host}-{_short_name(device)}")
     base = base.lstrip(".")[:180] or "volume"
     number, name = 1, base
     while taken.get(name) is not None:
@@ -350,9 +346,7 @@ def _make(
     started, clock = context.now(), context.timer()
     block = view.geometry.block_bytes if view else request.block_bytes or BLOCK_DEFAULT
     with ExitStack() as stack:
-        source = stack.enter_context(
-            SourceReader(device.path, exclusive=mode == "cold", kernel=context.kernel)
-        )
+        source = stack.enter_context(SourceReader(device.path, exclusive=mode == "cold", kernel=context.kernel))
         watch = _Watch(device)
         point = point_id(started, context.hex_id, _taken(repository))
         opening = Opening(
@@ -395,9 +389,7 @@ def _make(
         partial.seal()
         image = Image(file, size, digest, opening, closing)
         volume.commit(image, writer.listed)
-    return replace(
-        report(image), seconds=round(context.timer() - clock, 3), attention=written or closing.bad_bytes > 0
-    )
+    return replace(report(image), seconds=round(context.timer() - clock, 3), attention=written or closing.bad_bytes > 0)
 
 
 def _taken(repository: Repository) -> Callable[[str], bool]:

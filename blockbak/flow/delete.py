@@ -66,15 +66,11 @@ def decide(images: Sequence[Image], gone: Collection[str]) -> Removal:
         for image in plan(point, left)
         if image.opening.synthetic
     }
-    order = sorted(
-        removed, key=lambda image: (image.opening.sequence, image.opening.kind != "full"), reverse=True
-    )
+    order = sorted(removed, key=lambda image: (image.opening.sequence, image.opening.kind != "full"), reverse=True)
     return Removal(tuple(order), tuple(keepers.values()))
 
 
-def delete(
-    repository: Repository, names: Sequence[str], context: Context, *, dry_run: bool = False
-) -> Report:
+def delete(repository: Repository, names: Sequence[str], context: Context, *, dry_run: bool = False) -> Report:
     """Delete the named points. Raises NoSuchPoint, AmbiguousPoint, PointNeeded, and Damage where an image
     that must take over is not whole; nothing is removed then.
     """

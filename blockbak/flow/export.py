@@ -79,9 +79,7 @@ def _scratch(raw: str, context: Context) -> Iterator[None]:
 def _convert(raw: str, path: str, file_format: str, context: Context) -> None:
     partial = f"{path}.partial"
     try:
-        runner.run(
-            ["qemu-img", "convert", "-f", "raw", "-O", file_format, raw, partial], deadline=_CONVERT_SECONDS
-        )
+        runner.run(["qemu-img", "convert", "-f", "raw", "-O", file_format, raw, partial], deadline=_CONVERT_SECONDS)
         fd = context.kernel.open(partial, os.O_RDONLY)
         try:
             os.fchmod(fd, 0o600)

@@ -53,9 +53,7 @@ def _adopt(volume: Volume, file: str, repository_id: str, context: Context, repo
             reader = ImageReader(stack.enter_context(volume.open_image(file)))
             opening = reader.opening
             if (opening.repository, opening.volume) != (repository_id, volume.name):
-                raise DamagedImage(
-                    file=file, reason=f"it belongs to volume {opening.volume} of another place"
-                )
+                raise DamagedImage(file=file, reason=f"it belongs to volume {opening.volume} of another place")
             if not file.startswith(f"{opening.point}.{opening.kind}."):
                 raise DamagedImage(file=file, reason="it is of another point or kind than its name says")
             context.progress.begin(f"checking {file}", reader.source.size)

@@ -121,9 +121,7 @@ def find(repository: Repository, name: str) -> tuple[Volume, Catalog, Point]:
     return repository.volume(point.volume), catalogs[point.volume], point
 
 
-def open_point(
-    volume: Volume, catalog: Catalog, point: Point, stack: ExitStack
-) -> tuple[PointView, list[Image]]:
+def open_point(volume: Volume, catalog: Catalog, point: Point, stack: ExitStack) -> tuple[PointView, list[Image]]:
     """The point's view, checked but for the frames' content.
 
     Where an image is damaged and others hold the point too, those serve. Raises the first Damage where
@@ -231,9 +229,7 @@ def _inside_repository(path: str) -> bool:
     """Whether a directory above ``path`` is a repository."""
     while path != os.path.dirname(path):
         path = os.path.dirname(path)
-        if os.path.isfile(os.path.join(path, "repository.json")) and os.path.isfile(
-            os.path.join(path, "rescue.py")
-        ):
+        if os.path.isfile(os.path.join(path, "repository.json")) and os.path.isfile(os.path.join(path, "rescue.py")):
             return True
     return False
 
@@ -510,22 +506,17 @@ def _method(view: PointView, target: Device | None, path: str, context: Context)
         return "differ" if _mostly_equal(view, opened) else "write"
 
 
-def _plan(
-    view: PointView, chain: Sequence[Image], request: Request, target: Device | None, method: str
-) -> Plan:
+def _plan(view: PointView, chain: Sequence[Image], request: Request, target: Device | None, method: str) -> Plan:
     opening, notes = view.top.opening, []
     if target is not None and devices.identity(target).same_as(opening.identity):
         notes.append("The target is the volume itself: it is rolled back.")
     if target is not None and target.is_block and target.size > opening.device_bytes:
-        notes.append(
-            f"The target is larger by {target.size - opening.device_bytes} bytes; they are left alone."
-        )
+        notes.append(f"The target is larger by {target.size - opening.device_bytes} bytes; they are left alone.")
     bad = extent.total(unreadable(view))
     if bad:
         notes.append(f"{bad} bytes could not be read from the source; they become zeros.")
     data = (
-        sum(int(np.count_nonzero(view.section(n).stored)) for n in range(view.geometry.sections))
-        * opening.block_bytes
+        sum(int(np.count_nonzero(view.section(n).stored)) for n in range(view.geometry.sections)) * opening.block_bytes
         if not request.keep_going
         else 0
     )
@@ -536,9 +527,7 @@ def _plan(
     )  # fmt: skip
 
 
-def _open_damaged(
-    volume: Volume, catalog: Catalog, point: Point, stack: ExitStack
-) -> tuple[PointView, list[Image]]:
+def _open_damaged(volume: Volume, catalog: Catalog, point: Point, stack: ExitStack) -> tuple[PointView, list[Image]]:
     """For ``--keep-going``: the point as whole as it can be had, from the images that open at all."""
     try:
         return open_point(volume, catalog, point, stack)
@@ -566,9 +555,7 @@ def _remains(point: Point, catalog: Catalog) -> list[Image]:
     return chain
 
 
-def restore(
-    repository: Repository, request: Request, context: Context, *, dry_run: bool = False
-) -> Plan | Report:
+def restore(repository: Repository, request: Request, context: Context, *, dry_run: bool = False) -> Plan | Report:
     """Restore a point; with ``dry_run`` only say how. Raises Damage before the first byte is written for
     everything but a frame's content, Refused for a target that must not be written, TargetFailed,
     VerificationFailed, Interrupted.
@@ -583,9 +570,7 @@ def restore(
         opener = _open_damaged if request.keep_going else open_point
         view, chain = opener(volume, catalog, point, stack)
         target = look_at_target(request.target)
-        check_target(
-            request.target, target, view, repository, context, overwrite=request.overwrite or dry_run
-        )
+        check_target(request.target, target, view, repository, context, overwrite=request.overwrite or dry_run)
         method = _method(view, target, request.target, context)
         planned = _plan(view, chain, request, target, method)
         if dry_run:
@@ -595,9 +580,7 @@ def restore(
         return _carry_out(view, planned, request, method, context, clock)
 
 
-def _carry_out(
-    view: PointView, planned: Plan, request: Request, method: str, context: Context, clock: float
-) -> Report:
+def _carry_out(view: PointView, planned: Plan, request: Request, method: str, context: Context, clock: float) -> Report:
     path = os.path.realpath(request.target)
     size = view.geometry.device_bytes
     with _target(path, size, method, context) as target:

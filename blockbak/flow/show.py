@@ -78,9 +78,7 @@ def _filesystems(view: PointView, table: PartitionTable | None) -> dict[str, Fil
     read = reader(view)
     size = view.geometry.device_bytes
     found: dict[str, Filesystem] = {}
-    places = (
-        [(0, 0, size)] if table is None else [(one.number, one.start, one.length) for one in table.partitions]
-    )
+    places = [(0, 0, size)] if table is None else [(one.number, one.start, one.length) for one in table.partitions]
     for number, start, length in places:
 
         def inside(offset: int, count: int, start: int = start, length: int = length) -> bytes:
@@ -102,9 +100,7 @@ def as_document(report: Report) -> dict[str, Any]:
         "kind": opening["kind"],
         "synthetic": opening["synthetic"],
         "parent": opening["parent"],
-        **{
-            key: opening[key] for key in ("sequence", "created", "identity", "source", "host", "device_bytes")
-        },
+        **{key: opening[key] for key in ("sequence", "created", "identity", "source", "host", "device_bytes")},
         **{key: opening[key] for key in ("block_bytes", "window_bytes", "logical_sector", "physical_sector")},
         **closing,
         "images": [

@@ -95,9 +95,7 @@ def _usable(volume: Volume, image: Image, chain: list[Image]) -> bool:
 def _deltas(view: PointView) -> PointView:
     """The layers above the full: together they say what a differential says."""
     if len(view.layers) == 1:
-        raise NoUsableParent(
-            kind=DIFFERENTIAL, volume=view.top.opening.volume, reason="the point is a full itself"
-        )
+        raise NoUsableParent(kind=DIFFERENTIAL, volume=view.top.opening.volume, reason="the point is a full itself")
     return PointView(view.layers[1:])
 
 

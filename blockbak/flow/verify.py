@@ -118,9 +118,7 @@ def _verify_image(
             reader = open_reader(volume, image, stack)
             flaws, checked = check_image(reader, context, share=share, pick=pick)
             if chain is None:
-                flaws.append(
-                    _whole_flaw(size, f"its parent {image.opening.parent} is missing or damaged", image.file)
-                )
+                flaws.append(_whole_flaw(size, f"its parent {image.opening.parent} is missing or damaged", image.file))
             else:
                 below = [open_reader(volume, lower, stack) for lower in chain[:-1]]
                 check_map(PointView([*below, reader]))
@@ -167,18 +165,14 @@ def verify(
     points = [find(repository, name)[2] for name in names] if names else None
     verdicts: list[Verdict] = []
     leftovers: list[str] = []
-    wanted_volumes = (
-        {point.volume for point in points} if points is not None else set(repository.volume_names())
-    )
+    wanted_volumes = {point.volume for point in points} if points is not None else set(repository.volume_names())
     for name in sorted(wanted_volumes):
         volume = repository.volume(name)
         with volume.locked(exclusive=False, wait=context.wait, check=context.check):
             catalog = volume.catalog()
             if points is None:
                 verdicts += [_unusable(volume, error) for error in catalog.damage]
-            leftovers += [
-                f"{name}/{file}" for file in (*catalog.partials, *catalog.orphans, *catalog.deleted)
-            ]
+            leftovers += [f"{name}/{file}" for file in (*catalog.partials, *catalog.orphans, *catalog.deleted)]
             images = _selected(volume, catalog, points)
             whole = chains(catalog.images)
             context.progress.begin(f"verifying {name}", sum(image.image_bytes for image in images))

@@ -219,9 +219,7 @@ def block(name: str, system: System, given: str = "") -> Device:
         backing_start=system.number(name, "loop/offset"),
         diskseq=system.number(whole, "diskseq"),
         mounts=tuple(
-            Mount(line.target, line.fstype, line.options)
-            for line in system.mounts
-            if name in system.devices_of(line)
+            Mount(line.target, line.fstype, line.options) for line in system.mounts if name in system.devices_of(line)
         ),
         holders=tuple(system.links(name, "holders")),
     )
@@ -318,12 +316,7 @@ def _table(path: str, sector: int, size: int, *, guess: bool) -> PartitionTable 
     """``guess``: a file does not say what sectors its table was made for, 512 bytes or 4096."""
     with reading(path) as read:
         found = parse(read, sector, size)
-        if (
-            guess
-            and found is not None
-            and found.scheme == "gpt"
-            and not (found.valid_primary or found.valid_backup)
-        ):
+        if guess and found is not None and found.scheme == "gpt" and not (found.valid_primary or found.valid_backup):
             other = parse(read, 4 * KIB, size)
             if other is not None and (other.valid_primary or other.valid_backup):
                 return other
@@ -412,9 +405,7 @@ def identity(device: Device, system: System | None = None) -> Identity:
             return Identity(kind, value)
     if device.kind == "file":
         return Identity("file", device.path)
-    found = (
-        _partition_identity(device, system) if device.kind == "partition" else _loop_identity(device, system)
-    )
+    found = _partition_identity(device, system) if device.kind == "partition" else _loop_identity(device, system)
     if found is not None:
         return found
     if device.dm_uuid:

@@ -94,9 +94,7 @@ def held(
             except BlockingIOError as error:
                 if clock() >= deadline:
                     note = _read_note(path)
-                    raise VolumeLocked(
-                        volume=volume, pid=note.pid, host=note.host or "another host"
-                    ) from error
+                    raise VolumeLocked(volume=volume, pid=note.pid, host=note.host or "another host") from error
             check()
             sleep(min(_PAUSE_SECONDS, max(0.0, deadline - clock())))
         lock = Lock(fd, path, kernel)

@@ -137,9 +137,7 @@ class System:
             found = os.listdir(self._classes)
         except OSError:
             return ()
-        return tuple(
-            sorted(found, key=lambda name: [int(part) if part.isdigit() else part for part in _pieces(name)])
-        )
+        return tuple(sorted(found, key=lambda name: [int(part) if part.isdigit() else part for part in _pieces(name)]))
 
     def directory(self, name: str) -> Path:
         """Where sysfs keeps a device."""
@@ -188,9 +186,7 @@ class System:
             info = os.stat(self._inside(path))
         except (OSError, ValueError):
             return self._name_by_text(path)
-        return (
-            self.name_of(os.major(info.st_rdev), os.minor(info.st_rdev)) if stat.S_ISBLK(info.st_mode) else ""
-        )
+        return self.name_of(os.major(info.st_rdev), os.minor(info.st_rdev)) if stat.S_ISBLK(info.st_mode) else ""
 
     def _inside(self, path: str) -> str:
         return path if self.root == Path("/") else str(self.root / path.lstrip("/"))

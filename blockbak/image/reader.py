@@ -56,9 +56,7 @@ def _frames_flaw(
     content = frames["content"].astype(np.int64)
     if len(local) and (local[0] < 0 or local[-1] >= windows or (np.diff(local) <= 0).any()):
         return "frames out of order"
-    window_content = np.minimum(
-        end - start - np.arange(windows) * geometry.window_bytes, geometry.window_bytes
-    )
+    window_content = np.minimum(end - start - np.arange(windows) * geometry.window_bytes, geometry.window_bytes)
     if whole:
         begin = local * geometry.window_bytes
         if (
@@ -111,10 +109,7 @@ class ImageReader:
             raise fmt.FormatError("it does not end with a seek table: cut short or never finished")
         self.seek_entries = int(footer["entries"])
         self._seek_offset = size - fmt.seek_table_bytes(self.seek_entries)
-        if (
-            not 2 <= self.seek_entries <= fmt.SEEK_ENTRIES_MAX
-            or self._seek_offset < smallest - fmt.seek_table_bytes(2)
-        ):
+        if not 2 <= self.seek_entries <= fmt.SEEK_ENTRIES_MAX or self._seek_offset < smallest - fmt.seek_table_bytes(2):
             raise fmt.FormatError("its seek table has an impossible length")
         last_at = size - fmt.SEEK_FOOTER.itemsize - fmt.SEEK_ENTRY.itemsize
         last = np.frombuffer(self.source.read(last_at, fmt.SEEK_ENTRY.itemsize), fmt.SEEK_ENTRY)[0]

@@ -15,9 +15,7 @@ import numpy as np
 from blockbak.image.format import SEEK_ENTRIES_MAX, SEEK_ENTRY, FormatError, Frames, SeekTable
 
 
-def generate(
-    sections: Iterable[tuple[Frames, int]], closing_offset: int, closing_bytes: int
-) -> Iterator[SeekTable]:
+def generate(sections: Iterable[tuple[Frames, int]], closing_offset: int, closing_bytes: int) -> Iterator[SeekTable]:
     """Entries in file order. ``sections`` yields each section's frame records and its record's offset.
 
     The entry before a piece can only be known with the offset after it, so each array yielded ends one

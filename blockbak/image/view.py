@@ -265,9 +265,5 @@ def _read_span(layer: ImageReader, offsets: list[int], ends: list[int]) -> list[
     except Damage as error:
         if len(offsets) == 1:
             return [error]
-        return [
-            part
-            for pair in zip(offsets, ends, strict=True)
-            for part in _read_span(layer, [pair[0]], [pair[1]])
-        ]
+        return [part for pair in zip(offsets, ends, strict=True) for part in _read_span(layer, [pair[0]], [pair[1]])]
     return [data[begin - start : end - start] for begin, end in zip(offsets, ends, strict=True)]
