@@ -214,9 +214,9 @@ class MissingProgram(Failed):
     advice = "On Debian: apt-get install {package}"
 
 
-class ParallelChange(Failed):
-    message = "{what} changed while blockbak worked on it."
-    advice = "Run again."
+class DemoFailed(Failed):
+    message = "The demo proved that something is wrong: {what}."
+    advice = "Please report it: this must never happen."
 
 
 # --- damage ---------------------------------------------------------------------------------

@@ -11,15 +11,16 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 from blockbak.errors import NoPermission, NoSuchSource, NotABlockSource
+from blockbak.host import marks
 from blockbak.host.kernel import Kernel
-from blockbak.host.system import System, lv_uuid, lvm_names, sectors_to_bytes, without_deleted
+from blockbak.host.system import System, lv_uuid, lvm_names, without_deleted
 from blockbak.model.identity import PATH, Identity
-from blockbak.model.partition import Partition, PartitionTable, Read, parse
+from blockbak.model.partition import PartitionTable
 from blockbak.units import KIB, SECTOR
 
 Kind: TypeAlias = Literal["disk", "partition", "loop", "dm", "md", "rom", "file"]
@@ -109,7 +110,7 @@ def look(path: str, system: System | None = None) -> Device:
     """
     system = system or System()
     try:
-        info = os.stat(path)
+        info = _stat(path)
     except PermissionError as error:
         raise NoPermission(action="look at", path=path) from error
     except (OSError, ValueError) as error:
@@ -119,11 +120,16 @@ def look(path: str, system: System | None = None) -> Device:
         return block(name, system, given=path)
     kind = stat.S_IFMT(info.st_mode)
     if kind == stat.S_IFREG:
-        return _file(path, info.st_size, system)
+        return _file(path, info.st_size)
     if kind != stat.S_IFBLK:
         raise NotABlockSource(path=path, what=_NODE_KINDS.get(kind, "something else"))
     name = system.name_of(os.major(info.st_rdev), os.minor(info.st_rdev))
     return block(name, system, given=path) if name else _unknown(path, info.st_rdev)
+
+
+def _stat(path: str) -> os.stat_result:
+    # An empty Path is the current directory; an empty name is none.
+    return Path(path or "/nonexistent/").stat()
 
 
 def _volume_name(path: str, system: System) -> str:
@@ -132,7 +138,7 @@ def _volume_name(path: str, system: System) -> str:
     return system.volume(group, volume) if group and slash else system.name_at(path)
 
 
-def _file(path: str, size: int, system: System) -> Device:
+def _file(path: str, size: int) -> Device:
     return Device(
         path=os.path.realpath(path),
         given=path,
@@ -140,7 +146,7 @@ def _file(path: str, size: int, system: System) -> Device:
         size=size,
         kind="file",
         read_only=not os.access(path, os.W_OK),
-        disk_id=_disk_id(os.path.realpath(path), SECTOR, size),
+        disk_id=marks.disk_id(path, SECTOR, size, guess=True),
     )
 
 
@@ -169,7 +175,7 @@ def _unknown(path: str, number: int) -> Device:
         minor=os.minor(number),
         logical_sector=logical,
         physical_sector=physical,
-        disk_id=_disk_id(real, logical, size),
+        disk_id=marks.disk_id(real, logical, size),
     )
 
 
@@ -178,9 +184,9 @@ def block(name: str, system: System, given: str = "") -> Device:
     whole, node = system.whole(name), system.node(name)
     kind = _kind(name, system)
     major, minor = system.device_number(name)
-    size = sectors_to_bytes(system.number(name, "size"))
+    size = system.size(name)
     logical = system.number(whole, "queue/logical_block_size", SECTOR)
-    start = sectors_to_bytes(system.number(name, "start"))
+    start = system.number(name, "start") * SECTOR
     number = system.number(name, "partition")
     dm_name, dm_uuid = system.attribute(name, "dm/name"), system.attribute(name, "dm/uuid")
     volume_uuid = lv_uuid(dm_uuid)
@@ -189,7 +195,7 @@ def block(name: str, system: System, given: str = "") -> Device:
     udev = system.udev(name)
     readable = system.number(name, "dm/suspended") == 0 and kind != "rom"
     path = _node_path(node, given, (major, minor))
-    disk_id = _disk_id(path, logical, size) if own and readable and system.has_nodes else ""
+    disk_id = marks.disk_id(path, logical, size) if own and readable and system.has_nodes else ""
     return Device(
         path=path,
         given=given or path,
@@ -203,9 +209,9 @@ def block(name: str, system: System, given: str = "") -> Device:
         physical_sector=system.number(whole, "queue/physical_block_size", logical),
         read_only=system.attribute(name, "ro") == "1",
         model=" ".join(system.attribute(whole, "device/model").split()),
-        serial=_serial(name, system, udev) if own else "",
-        wwn=_wwn(name, system, udev, dm_uuid) if own else "",
-        partuuid="" if own else _partuuid(name, number, start, system, udev),
+        serial=marks.serial(name, system, udev) if own else "",
+        wwn=marks.wwn(name, system, udev, dm_uuid) if own else "",
+        partuuid="" if own else marks.partuuid(name, number, start, system, udev),
         partition_number=number,
         start=start,
         dm_name=dm_name,
@@ -213,7 +219,7 @@ def block(name: str, system: System, given: str = "") -> Device:
         lv_uuid=volume_uuid,
         vg=group,
         lv=volume,
-        md_uuid=_hex(system.attribute(name, "md/uuid") or udev.get("MD_UUID", "")) if kind == "md" else "",
+        md_uuid=marks.md_uuid(name, system, udev) if kind == "md" else "",
         disk_id=disk_id or (udev.get("ID_PART_TABLE_UUID", "").lower() if own else ""),
         backing_file=system.loops.get(name, ""),
         backing_start=system.number(name, "loop/offset"),
@@ -227,9 +233,9 @@ def block(name: str, system: System, given: str = "") -> Device:
 
 def _node_path(node: str, given: str, number: tuple[int, int]) -> str:
     """The kernel's node if it is there and is this device, else the one that was asked for."""
-    for path in (node, os.path.realpath(given) if given else ""):
+    for path in (node, os.path.realpath(given)) if given else (node,):
         with contextlib.suppress(OSError, ValueError):
-            found = os.stat(path).st_rdev
+            found = Path(path).stat().st_rdev
             if (os.major(found), os.minor(found)) == number:
                 return path
     return node
@@ -262,7 +268,7 @@ def devices(system: System | None = None) -> list[Device]:
 def _is_offered(name: str, system: System) -> bool:
     if _MEMORY.fullmatch(name) or system.attribute(name, "hidden") == "1":
         return False
-    size = sectors_to_bytes(system.number(name, "size"))
+    size = system.size(name)
     kind = _kind(name, system)
     if size == 0 or (kind == "loop" and name not in system.loops):
         return False
@@ -283,110 +289,9 @@ def _has_medium(node: str) -> bool:
     return True
 
 
-# --- partition tables -----------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def reading(path: str) -> Iterator[Read]:
-    """``read(offset, length)`` of a device or file; short or empty where nothing can be read. Never raises."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except (OSError, ValueError):
-        yield lambda _offset, _length: b""
-        return
-
-    def read(offset: int, length: int) -> bytes:
-        try:
-            return os.pread(descriptor, length, offset) if offset >= 0 else b""
-        except OSError:
-            return b""
-
-    try:
-        yield read
-    finally:
-        os.close(descriptor)
-
-
 def table(device: Device) -> PartitionTable | None:
     """The partition table on a device or in an image file; None where there is none or it is not readable."""
-    return _table(device.path, device.logical_sector, device.size, guess=not device.is_block)
-
-
-def _table(path: str, sector: int, size: int, *, guess: bool) -> PartitionTable | None:
-    """``guess``: a file does not say what sectors its table was made for, 512 bytes or 4096."""
-    with reading(path) as read:
-        found = parse(read, sector, size)
-        if guess and found is not None and found.scheme == "gpt" and not (found.valid_primary or found.valid_backup):
-            other = parse(read, 4 * KIB, size)
-            if other is not None and (other.valid_primary or other.valid_backup):
-                return other
-        return found
-
-
-def _disk_id(path: str, sector: int, size: int) -> str:
-    found = _table(path, sector, size, guess=True)
-    return found.disk_id if found else ""
-
-
-def _partuuid(name: str, number: int, start: int, system: System, udev: dict[str, str]) -> str:
-    told = udev.get("ID_PART_ENTRY_UUID") or system.uevent(name).get("PARTUUID")
-    if told:
-        return told.lower()
-    whole = system.whole(name)
-    if not system.has_nodes:
-        return ""
-    sector = system.number(whole, "queue/logical_block_size", SECTOR)
-    found = _table(system.node(whole), sector, sectors_to_bytes(system.number(whole, "size")), guess=False)
-    for one in found.partitions if found else ():
-        if _is_same(one, number, start):
-            return one.uuid
-    return ""
-
-
-def _is_same(partition: Partition, number: int, start: int) -> bool:
-    """A table that was changed since the kernel read it says nothing about the kernel's partitions."""
-    return partition.number == number and partition.start == start
-
-
-# --- names a disk brings along --------------------------------------------------------------------------
-
-
-def _serial(name: str, system: System, udev: dict[str, str]) -> str:
-    """The disk's own serial number: what the kernel knows first, so that udev's absence changes nothing."""
-    page = system.raw(name, "device/vpd_pg80")
-    for text in (
-        system.attribute(name, "serial"),
-        system.attribute(name, "device/serial"),
-        # SPC-4, 7.8.14: the unit serial number page has four bytes of header.
-        page[4:].decode("ascii", "replace"),
-        udev.get("ID_SERIAL_SHORT", ""),
-        udev.get("ID_SERIAL", ""),
-    ):
-        clean = " ".join(text.replace("\0", " ").split())
-        if re.search("[1-9A-Za-z]", clean):
-            return clean
-    return ""
-
-
-def _wwn(name: str, system: System, udev: dict[str, str], dm_uuid: str) -> str:
-    """The world-wide name in the kernel's form (``naa.…``, ``eui.…``, ``uuid.…``, ``nvme.…``), or ''.
-
-    A ``t10.`` designator is only vendor and serial, so it is none. A multipath device has its paths'.
-    """
-    multipath = re.fullmatch(r"mpath-([23])([0-9a-f]{16,32})", dm_uuid)
-    if multipath:
-        # multipath-tools, libmultipath/discovery.c: the designator type, 3 NAA or 2 EUI-64, goes before.
-        return ("naa." if multipath[1] == "3" else "eui.") + multipath[2]
-    told = udev.get("ID_WWN_WITH_EXTENSION") or udev.get("ID_WWN", "")
-    for text in (system.attribute(name, "wwid"), system.attribute(name, "device/wwid"), told):
-        clean = re.sub("^0x", "naa.", text.strip().lower())
-        if re.match(r"(naa|eui|uuid|nvme)\.[0-9a-f-]*[1-9a-f]", clean):
-            return clean
-    return ""
-
-
-def _hex(text: str) -> str:
-    return re.sub("[^0-9a-f]", "", text.lower())
+    return marks.table_at(device.path, device.logical_sector, device.size, guess=not device.is_block)
 
 
 # --- identity -------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import signal
 import subprocess
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from blockbak.errors import CommandFailed, MissingProgram
 
@@ -105,14 +106,14 @@ def run(
     Raises MissingProgram where it is not installed, and CommandFailed (``status`` is the exit status, or
     words where there is none) where it ended otherwise or too late.
     """
-    program = os.path.basename(argv[0])
+    program = Path(argv[0]).name
     path = which(argv[0])
     if path is None:
         raise MissingProgram(program=program, package=package_of(program))
     with _memory_files() as (stdin, stdout, stderr):
-        if input is not None:
-            _fill(stdin, input)
-        status = _run_to_end(path, argv, (stdin, stdout, stderr), input is not None, deadline, env)
+        _fill(stdin, input or b"")
+        files = (None if input is None else stdin, stdout, stderr)
+        status = _run_to_end(path, argv, files, deadline=deadline, env=env)
         output, said = _content(stdout), _content(stderr).decode("utf-8", "replace").strip()
     if status not in accept:
         raise CommandFailed(program=program, status=_in_words(status, deadline), stderr=said[-STDERR_TAIL:])
@@ -123,8 +124,8 @@ def run(
 def _run_to_end(
     path: str,
     argv: Sequence[str],
-    files: tuple[int, int, int],
-    has_input: bool,
+    files: tuple[int | None, int, int],
+    *,
     deadline: float,
     env: Mapping[str, str] | None,
 ) -> int | None:
@@ -134,7 +135,7 @@ def _run_to_end(
         process = subprocess.Popen(
             argv,
             executable=path,
-            stdin=stdin if has_input else subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL if stdin is None else stdin,
             stdout=stdout,
             stderr=stderr,
             env=_environment(env),
@@ -142,7 +143,7 @@ def _run_to_end(
             start_new_session=True,
         )
     except OSError as error:
-        program = os.path.basename(argv[0])
+        program = Path(argv[0]).name
         raise CommandFailed(program=program, status="not started", stderr=error.strerror or "") from error
     try:
         ended = _wait(process, deadline)

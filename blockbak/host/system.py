@@ -7,92 +7,20 @@ a new one is made. ``root`` is ``/``, or a directory that holds a recorded tree.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from blockbak.host.proc import LockLine, MountLine, parse_locks, parse_mountinfo, unescape
 from blockbak.units import SECTOR
 
-_ESCAPE = re.compile(r"\\([0-7]{3})")
 _LVM_NAME = re.compile(r"((?:[^-]|--)+)-((?:[^-]|--)+)")
 _LVM_UUID = re.compile(r"LVM-[0-9A-Za-z]{32}([0-9A-Za-z]{32})")
 _DELETED = " (deleted)"
 """What the kernel appends to the name of a loop device's file that has none any more (fs/d_path.c)."""
-
-
-def unescape(text: str) -> str:
-    r"""Undo the ``\040`` of /proc's tables (kernel, fs/seq_file.c, mangle_path)."""
-    return _ESCAPE.sub(lambda found: chr(int(found[1], 8)), text)
-
-
-@dataclass(frozen=True, slots=True)
-class MountLine:
-    """A line of /proc/self/mountinfo (proc(5)); ``options`` are the mount's and the file system's."""
-
-    id: int
-    major: int
-    minor: int
-    target: str
-    fstype: str
-    source: str
-    options: tuple[str, ...]
-
-    def option(self, name: str) -> str:
-        """The value of ``name=value``, or an empty string."""
-        return next((text.partition("=")[2] for text in self.options if text.startswith(f"{name}=")), "")
-
-
-@dataclass(frozen=True, slots=True)
-class LockLine:
-    """A lock of /proc/locks; ``pid`` is 0 where the kernel names none (open file description locks)."""
-
-    pid: int
-    major: int
-    minor: int
-    inode: int
-
-
-def parse_mountinfo(text: str) -> tuple[MountLine, ...]:
-    """All lines of a mountinfo table; one that is not understood is left out."""
-    found = []
-    for line in text.splitlines():
-        fields, _, rest = line.partition(" - ")
-        left, right = fields.split(" "), rest.split(" ")
-        if len(left) < 6 or len(right) < 2:
-            continue
-        major, _, minor = left[2].partition(":")
-        options = (*left[5].split(","), *(right[2].split(",") if len(right) > 2 else ()))
-        found.append(
-            MountLine(
-                id=int(left[0]),
-                major=int(major),
-                minor=int(minor),
-                target=unescape(left[4]),
-                fstype=right[0],
-                source=unescape(right[1]),
-                options=tuple(unescape(option) for option in options),
-            )
-        )
-    return tuple(found)
-
-
-def parse_locks(text: str) -> tuple[LockLine, ...]:
-    """Held POSIX, flock and open-file-description locks of a /proc/locks table; who waits is left out."""
-    found = []
-    for line in text.splitlines():
-        fields = line.split()
-        if len(fields) < 6 or fields[1] not in ("POSIX", "FLOCK", "OFDLCK"):
-            continue
-        place = fields[5].split(":")
-        if len(place) == 3:
-            major, minor, inode = int(place[0], 16), int(place[1], 16), int(place[2])
-            found.append(LockLine(max(int(fields[4]), 0), major, minor, inode))
-    return tuple(found)
 
 
 def lvm_names(dm_name: str) -> tuple[str, str]:
@@ -134,7 +62,7 @@ class System:
     def names(self) -> tuple[str, ...]:
         """All block devices, partitions included, in natural order."""
         try:
-            found = os.listdir(self._classes)
+            found = [entry.name for entry in self._classes.iterdir()]
         except OSError:
             return ()
         return tuple(sorted(found, key=lambda name: [int(part) if part.isdigit() else part for part in _pieces(name)]))
@@ -157,6 +85,10 @@ class System:
         """A sysfs attribute that is a number."""
         text = self.attribute(name, path)
         return int(text) if text.lstrip("-").isdigit() else default
+
+    def size(self, name: str) -> int:
+        """Bytes of a device: sysfs counts in the kernel's own sectors, whatever the device's."""
+        return self.number(name, "size") * SECTOR
 
     def uevent(self, name: str) -> dict[str, str]:
         """The kernel's own properties of a device."""
@@ -183,13 +115,13 @@ class System:
     def name_at(self, path: str) -> str:
         """The block device that a path names, whether or not its node is there."""
         try:
-            info = os.stat(self._inside(path))
+            info = self._inside(path).stat()
         except (OSError, ValueError):
             return self._name_by_text(path)
         return self.name_of(os.major(info.st_rdev), os.minor(info.st_rdev)) if stat.S_ISBLK(info.st_mode) else ""
 
-    def _inside(self, path: str) -> str:
-        return path if self.root == Path("/") else str(self.root / path.lstrip("/"))
+    def _inside(self, path: str) -> Path:
+        return Path(path) if self.has_nodes else self.root / path.lstrip("/")
 
     def _name_by_text(self, path: str) -> str:
         if not path.startswith("/dev/"):
@@ -237,7 +169,7 @@ class System:
     def links(self, name: str, kind: str) -> list[str]:
         """``holders``: devices stacked on this one; ``slaves``: those this one is stacked on."""
         with contextlib.suppress(OSError):
-            return sorted(os.listdir(self.directory(name) / kind))
+            return sorted(entry.name for entry in (self.directory(name) / kind).iterdir())
         return []
 
     @cached_property
@@ -254,7 +186,7 @@ class System:
     def loop_file(self, name: str) -> tuple[int, int] | None:
         """st_dev and st_ino of a loop device's file, as far as its name can be followed."""
         try:
-            info = os.stat(self._inside(self.loops[name]))
+            info = self._inside(self.loops[name]).stat()
         except (KeyError, OSError, ValueError):
             return None
         return info.st_dev, info.st_ino
@@ -273,17 +205,21 @@ class System:
             if below:
                 yield below
 
+    @cached_property
+    def _upward(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for upper, lowers in self.bases.items():
+            for lower in lowers:
+                found.setdefault(lower, []).append(upper)
+        return found
+
     def below(self, name: str) -> set[str]:
         """The device and everything it is stacked on."""
         return _closure([name], lambda one: self.bases.get(one, ()))
 
     def above(self, name: str) -> list[str]:
         """The device, its partitions and everything stacked on any of them, in natural order."""
-        upward: dict[str, list[str]] = {}
-        for upper, lowers in self.bases.items():
-            for lower in lowers:
-                upward.setdefault(lower, []).append(upper)
-        found = _closure([name], lambda one: [*upward.get(one, ()), *self.links(one, "holders")])
+        found = _closure([name], lambda one: [*self._upward.get(one, ()), *self.links(one, "holders")])
         return [one for one in self.names if one in found]
 
     # --- mounts, swap, locks ---------------------------------------------------------------------------
@@ -342,11 +278,12 @@ class System:
 
     def mount_of(self, path: str) -> MountLine | None:
         """The mount that holds ``path``, or its nearest ancestor that exists."""
-        number = _mount_id(path) if self.root == Path("/") else None
+        place = os.path.realpath(path) if self.has_nodes else path
+        number = _mount_id(place) if self.has_nodes else None
         for line in self.mounts:
             if line.id == number:
                 return line
-        below = [line for line in self.mounts if _is_below(path, line.target)]
+        below = [line for line in self.mounts if _is_below(place, line.target)]
         # The deepest, and of several on one directory the last: that is the one seen.
         return max(enumerate(below), key=lambda pair: (len(pair[1].target), pair[0]))[1] if below else None
 
@@ -361,13 +298,20 @@ class System:
         """What udev found out about a device; empty where no udevd runs or libudev is missing."""
         if not (self.root / "run/udev/data").is_dir():
             return {}
+        try:
+            import pyudev
+
+            device = pyudev.Devices.from_name(self._udev_context, "block", name)
+            return dict(device.properties)
+        except (OSError, ImportError, LookupError, UnicodeError):
+            # pyudev's DeviceNotFoundError is a LookupError: the device went away.
+            return {}
+
+    @cached_property
+    def _udev_context(self) -> object:
         import pyudev
 
-        try:
-            device = pyudev.Devices.from_name(pyudev.Context(), "block", name)
-            return dict(device.properties)
-        except (OSError, ImportError, LookupError, pyudev.DeviceNotFoundError):
-            return {}
+        return pyudev.Context()
 
 
 def _pieces(name: str) -> list[str]:
@@ -390,31 +334,25 @@ def _is_below(path: str, directory: str) -> bool:
 
 
 def _mount_id(path: str) -> int | None:
-    """The id of the mount that holds ``path`` (proc(5), fdinfo): right for btrfs and binds as well."""
-    place = os.path.realpath(path)
+    """The id of the mount that holds a real path (proc(5), fdinfo): right for btrfs and binds as well."""
+    place = Path(path)
     while True:
         try:
             descriptor = os.open(place, os.O_PATH | os.O_CLOEXEC)
             break
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR) or place == "/":
+        except (OSError, ValueError) as error:
+            if not isinstance(error, FileNotFoundError | NotADirectoryError) or place == place.parent:
                 return None
-            place = os.path.dirname(place)
+            place = place.parent
     try:
-        with open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as info:
-            found = [line.split()[1] for line in info if line.startswith("mnt_id:")]
-        return int(found[0]) if found else None
+        lines = Path(f"/proc/self/fdinfo/{descriptor}").read_text(encoding="ascii").splitlines()
     except OSError:
         return None
     finally:
         os.close(descriptor)
-
-
-def sectors_to_bytes(sectors: int) -> int:
-    """Sysfs counts in the kernel's own sectors, whatever the device's."""
-    return sectors * SECTOR
+    return next((int(line.split()[1]) for line in lines if line.startswith("mnt_id:")), None)
 
 
 def without_deleted(file: str) -> str | None:
     """The name of a loop device's file, or None where the file has no name any more."""
-    return None if file.endswith(_DELETED) and not os.path.exists(file) else file
+    return None if file.endswith(_DELETED) and not Path(file).exists() else file

@@ -14,10 +14,13 @@ import stat
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypeAlias
 
-from blockbak.host.device import Device, reading, table
-from blockbak.host.system import LockLine, System
+from blockbak.host.device import Device, table
+from blockbak.host.marks import reading
+from blockbak.host.proc import LockLine
+from blockbak.host.system import System
 from blockbak.model.partition import filesystem
 
 What: TypeAlias = Literal["mounted", "swap", "held", "backing", "locked", "member"]
@@ -25,6 +28,8 @@ What: TypeAlias = Literal["mounted", "swap", "held", "backing", "locked", "membe
 RUNNING_SYSTEM = ("/", "/usr", "/boot", "/boot/efi", "/var", "/etc")
 """Directories without which the machine does not go on, or does not start again."""
 
+_UDEV = ("systemd-udevd", "(udev-worker)")
+"""It locks a disk for the moment in which it looks at it."""
 _LOOP_GET_STATUS64 = 0x4C05
 """linux/loop.h; struct loop_info64 begins with u64 lo_device, lo_inode."""
 _LOOP_INFO64_BYTES = 232
@@ -32,7 +37,7 @@ _LOOP_INFO64_BYTES = 232
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """One reason to leave a device alone: ``what`` for programs, ``detail`` ('mounted at /srv') for people."""
+    """One reason to leave a device alone: ``what`` for programs, ``detail`` for people ('mounted at /srv')."""
 
     what: What
     detail: str
@@ -60,7 +65,7 @@ def users(device: Device, system: System | None = None) -> list[Use]:
 
 
 def _concerned(name: str, system: System) -> list[str]:
-    """The device with all above it; for a partition also its disk, with all above that but other partitions."""
+    """The device with all above it; for a partition also its disk and all above but other partitions."""
     concerned = system.above(name)
     whole = system.whole(name)
     if whole != name:
@@ -83,7 +88,7 @@ def _name_users(name: str, device: Device, system: System) -> Iterator[Use]:
     if any(system.name_at(swap) == name for swap in system.swaps):
         yield Use("swap", f"swap{where}")
     for holder in system.links(name, "holders"):
-        yield Use("held", _held(holder, system) + where)
+        yield Use("held", _held(holder, system))
     for loop, file in system.loops.items():
         if system.name_at(file) == name:
             yield Use("backing", f"backing device of {system.node(loop)}{where}")
@@ -98,7 +103,7 @@ def _held(holder: str, system: System) -> str:
 
 def _file_users(path: str, system: System) -> Iterator[Use]:
     try:
-        info = os.stat(path)
+        info = Path(path).stat()
     except OSError:
         return
     for loop in system.loops:
@@ -110,7 +115,7 @@ def _file_users(path: str, system: System) -> Iterator[Use]:
                 )
     for swap in system.swaps:
         with contextlib.suppress(OSError):
-            if os.path.samestat(os.stat(swap), info):
+            if os.path.samestat(Path(swap).stat(), info):
                 yield Use("swap", "swap")
     yield from _lock_uses(path, system, is_block=False)
 
@@ -143,7 +148,7 @@ def _loop_files(loop: str, system: System) -> set[tuple[int, int]]:
 def _lock_uses(path: str, system: System, *, is_block: bool) -> Iterator[Use]:
     """Locks that other processes hold on a file or a node; qemu locks both."""
     try:
-        info = os.stat(path)
+        info = Path(path).stat()
     except OSError:
         return
     numbers = {(os.major(info.st_dev), os.minor(info.st_dev))}
@@ -157,16 +162,15 @@ def _lock_uses(path: str, system: System, *, is_block: bool) -> Iterator[Use]:
 
 
 def _lock_use(lock: LockLine, path: str, *, is_block: bool) -> Iterator[Use]:
-    holders = [lock.pid] if lock.pid else [pid for pid in _openers(path) if pid != os.getpid()]
-    if not lock.pid and not holders and os.getpid() in _openers(path):
-        return
+    # The kernel names no process for a lock of an open file description: whoever has it open may be it.
+    openers = [] if lock.pid else _openers(path)
+    holders = [lock.pid] if lock.pid else [pid for pid in openers if pid != os.getpid()]
     for pid in holders:
         name = _process_name(pid)
-        if is_block and name in ("systemd-udevd", "(udev-worker)"):
-            # It locks a disk for the moment in which it looks at it.
+        if is_block and name in _UDEV:
             continue
         yield Use("locked", f"locked by process {pid}" + (f" ({name})" if name else ""))
-    if not holders:
+    if not holders and os.getpid() not in openers:
         yield Use("locked", "locked by another process")
 
 
@@ -183,17 +187,19 @@ def _openers(path: str) -> list[int]:
     """Processes that have a file or node open, as far as they may be looked at."""
     import psutil
 
-    wanted = os.stat(path)
+    wanted = Path(path).stat()
     found = []
     for pid in psutil.pids():
-        folder = f"/proc/{pid}/fd"
         with contextlib.suppress(OSError):
-            for entry in os.listdir(folder):
-                with contextlib.suppress(OSError):
-                    if os.path.samestat(os.stat(f"{folder}/{entry}"), wanted):
-                        found.append(pid)
-                        break
+            if any(_is_open_as(entry, wanted) for entry in Path(f"/proc/{pid}/fd").iterdir()):
+                found.append(pid)
     return found
+
+
+def _is_open_as(entry: Path, wanted: os.stat_result) -> bool:
+    with contextlib.suppress(OSError):
+        return os.path.samestat(entry.stat(), wanted)
+    return False
 
 
 # --- what lies on it -------------------------------------------------------------------------------------
@@ -244,7 +250,7 @@ def carries(device: Device, path: str, system: System | None = None) -> bool:
     if device.is_block:
         return device.kname in names
     with contextlib.suppress(OSError):
-        info = os.stat(device.path)
+        info = Path(device.path).stat()
         return (info.st_dev, info.st_ino) in files
     return False
 
@@ -262,7 +268,7 @@ def _foundations(path: str, system: System) -> tuple[set[str], set[tuple[int, in
         starts = {direct} if (direct := system.name_at(place)) else set()
         if not starts:
             with contextlib.suppress(OSError, ValueError):
-                info = os.stat(place)
+                info = Path(place).stat()
                 if stat.S_ISREG(info.st_mode):
                     files.add((info.st_dev, info.st_ino))
             line = system.mount_of(place)
@@ -322,7 +328,7 @@ def write_counters(device: Device, system: System | None = None) -> tuple[int, .
         fields = [int(field) for field in system.attribute(name, "stat").split()]
         if len(fields) < 7:
             return None
-        # kernel, Documentation/block/stat.rst: 4 writes, 6 sectors written, 11 discards, 13 sectors discarded.
+        # Documentation/block/stat.rst: 4 writes, 6 sectors written, 11 discards, 13 sectors discarded.
         counters += [*system.device_number(name), fields[4], fields[6]]
         counters += [fields[11], fields[13]] if len(fields) > 13 else [0, 0]
     return tuple(counters)
@@ -330,7 +336,7 @@ def write_counters(device: Device, system: System | None = None) -> tuple[int, .
 
 def file_stamp(path: str) -> tuple[int, int, int, int]:
     """Size, mtime and ctime in nanoseconds, and inode: differs if a file was written. Raises OSError."""
-    info = os.stat(path)
+    info = Path(path).stat()
     return info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino
 
 

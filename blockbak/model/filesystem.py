@@ -6,6 +6,7 @@ has a use for is recognised; a wrong guess costs a word in a table, never data.
 
 from __future__ import annotations
 
+import itertools
 import struct
 import uuid as uuids
 from collections.abc import Callable
@@ -38,8 +39,11 @@ def filesystem(read: Read, device_bytes: int = 0) -> Filesystem | None:
     ``device_bytes`` finds arrays whose superblock is at the end. A member of an array or a volume group
     comes first: a mirror's content looks like the file system on it.
     """
-    for probe in (_md, _lvm, _luks, _xfs, _ext, _btrfs, _swap, _squashfs, _iso9660, _boot_sector):
-        found = probe(read, device_bytes)
+    member = _md(read, device_bytes)
+    if member is not None:
+        return member
+    for probe in (_lvm, _luks, _xfs, _ext, _btrfs, _swap, _squashfs, _iso9660, _boot_sector):
+        found = probe(read)
         if found is not None:
             return found
     return None
@@ -53,23 +57,24 @@ def _uuid(data: bytes) -> str:
     return str(uuids.UUID(bytes=data)) if len(data) == 16 and any(data) else ""
 
 
+_MD_1 = struct.pack("<II", 0xA92B4EFC, 1)
+_MD_090 = (struct.pack("<II", 0xA92B4EFC, 0), struct.pack(">II", 0xA92B4EFC, 0))
+"""Magic and major version; 0.90 is in the byte order of the machine that wrote it."""
+
+
 def _md(read: Read, device_bytes: int) -> Filesystem | None:
-    """kernel, uapi/linux/raid/md_p.h: 1.x at 8 KiB before the end, at 0 or at 4 KiB; 0.90 in the last 64 KiB."""
+    """kernel, uapi/linux/raid/md_p.h. 1.x: 8 KiB before the end, at 0 or 4 KiB; 0.90: the last 64 KiB."""
     places = [0, 4 * KIB]
     if device_bytes > 16 * KIB:
         places.append((device_bytes // SECTOR - 16) // 8 * 8 * SECTOR)
     for place in places:
         block = read(place, 256)
-        if len(block) == 256 and block[:8] == struct.pack("<II", 0xA92B4EFC, 1):
-            # `super_offset` (sectors, byte 144) says where it was written: a copy elsewhere is content.
-            if struct.unpack_from("<Q", block, 144)[0] * SECTOR == place:
-                return Filesystem("linux_raid_member", _text(block[32:64]), _uuid(block[16:32]))
+        # `super_offset` (sectors, byte 144) says where it was written: a copy elsewhere is content.
+        if block[:8] == _MD_1 and block[144:152] == struct.pack("<Q", place // SECTOR):
+            return Filesystem("linux_raid_member", _text(block[32:64]), _uuid(block[16:32]))
     if device_bytes >= 128 * KIB:
         block = read(device_bytes // (64 * KIB) * 64 * KIB - 64 * KIB, 64)
-        if len(block) == 64 and block[:8] in (
-            struct.pack("<II", 0xA92B4EFC, 0),
-            struct.pack(">II", 0xA92B4EFC, 0),
-        ):
+        if block[:8] in _MD_090 and len(block) == 64:
             return Filesystem("linux_raid_member", "", _uuid(block[20:24] + block[52:64]))
     return None
 
@@ -78,7 +83,7 @@ _LVM_MDA_MAGIC = b"\x20\x4c\x56\x4d\x32\x20\x78\x5b\x35\x41\x25\x72\x30\x4e\x2a\
 """lvm2, lib/format_text/layout.h, FMTT_MAGIC."""
 
 
-def _lvm(read: Read, device_bytes: int) -> Filesystem | None:
+def _lvm(read: Read) -> Filesystem | None:
     """lvm2, lib/label/label.h: a label in one of the first four sectors."""
     head = read(0, 4 * SECTOR)
     for start in range(0, len(head) - 63, SECTOR):
@@ -86,8 +91,8 @@ def _lvm(read: Read, device_bytes: int) -> Filesystem | None:
         if label[:8] == b"LABELONE" and label[24:32] == b"LVM2 001":
             text = label[32:64].decode("ascii", "replace")
             parts = (6, 4, 4, 4, 4, 4, 6)
-            cuts = [sum(parts[:number]) for number in range(len(parts) + 1)]
-            pv_uuid = "-".join(text[first:last] for first, last in zip(cuts, cuts[1:], strict=False))
+            ends = list(itertools.accumulate(parts))
+            pv_uuid = "-".join(text[end - part : end] for part, end in zip(parts, ends, strict=True))
             return Filesystem("LVM2_member", _volume_group(read, label), pv_uuid)
     return None
 
@@ -114,7 +119,7 @@ def _volume_group(read: Read, label: bytes) -> str:
     return ""
 
 
-def _luks(read: Read, device_bytes: int) -> Filesystem | None:
+def _luks(read: Read) -> Filesystem | None:
     """LUKS1 and LUKS2 on-disk formats: magic, version; label (2 only) at 24, UUID text at 168."""
     head = read(0, 208)
     if head[:6] != b"LUKS\xba\xbe" or len(head) < 208:
@@ -123,7 +128,7 @@ def _luks(read: Read, device_bytes: int) -> Filesystem | None:
     return Filesystem("crypto_LUKS", label, _text(head[168:208]))
 
 
-def _xfs(read: Read, device_bytes: int) -> Filesystem | None:
+def _xfs(read: Read) -> Filesystem | None:
     """kernel, fs/xfs/libxfs/xfs_format.h, xfs_dsb."""
     head = read(0, 128)
     if head[:4] != b"XFSB" or len(head) < 128:
@@ -131,7 +136,7 @@ def _xfs(read: Read, device_bytes: int) -> Filesystem | None:
     return Filesystem("xfs", _text(head[108:120]), _uuid(head[32:48]))
 
 
-def _ext(read: Read, device_bytes: int) -> Filesystem | None:
+def _ext(read: Read) -> Filesystem | None:
     """kernel, fs/ext4/ext4.h, ext4_super_block at 1024: magic at 56, features at 92…, UUID 104, label 120."""
     block = read(KIB, 264)
     if len(block) < 264 or block[56:58] != b"\x53\xef":
@@ -147,7 +152,7 @@ def _ext(read: Read, device_bytes: int) -> Filesystem | None:
     return Filesystem(kind, _text(block[120:136]), _uuid(block[104:120]))
 
 
-def _btrfs(read: Read, device_bytes: int) -> Filesystem | None:
+def _btrfs(read: Read) -> Filesystem | None:
     """kernel, uapi/linux/btrfs_tree.h, btrfs_super_block at 64 KiB: fsid 32, magic 64, label 299."""
     block = read(64 * KIB, 1024)
     if len(block) < 1024 or block[64:72] != b"_BHRfS_M":
@@ -155,7 +160,7 @@ def _btrfs(read: Read, device_bytes: int) -> Filesystem | None:
     return Filesystem("btrfs", _text(block[299:555]), _uuid(block[32:48]))
 
 
-def _swap(read: Read, device_bytes: int) -> Filesystem | None:
+def _swap(read: Read) -> Filesystem | None:
     """kernel, include/linux/swap.h, union swap_header: magic in the last ten bytes of the first page."""
     for page in (4 * KIB, 8 * KIB, 16 * KIB, 64 * KIB):
         if read(page - 10, 10) in (b"SWAPSPACE2", b"SWAP-SPACE"):
@@ -164,19 +169,19 @@ def _swap(read: Read, device_bytes: int) -> Filesystem | None:
     return None
 
 
-def _squashfs(read: Read, device_bytes: int) -> Filesystem | None:
+def _squashfs(read: Read) -> Filesystem | None:
     """kernel, fs/squashfs/squashfs_fs.h: magic, and version 4 at 28."""
     head = read(0, 30)
     return Filesystem("squashfs") if head[:4] == b"hsqs" and head[28:30] == b"\x04\0" else None
 
 
-def _iso9660(read: Read, device_bytes: int) -> Filesystem | None:
+def _iso9660(read: Read) -> Filesystem | None:
     """ECMA-119, 8.4: the primary volume descriptor in sector 16 of 2048 bytes."""
     block = read(32 * KIB, 72)
     return Filesystem("iso9660", _text(block[40:72])) if block[:6] == b"\x01CD001" else None
 
 
-def _boot_sector(read: Read, device_bytes: int) -> Filesystem | None:
+def _boot_sector(read: Read) -> Filesystem | None:
     return boot_sector(read(0, SECTOR))
 
 

@@ -138,7 +138,7 @@ def _mbr(
 
 
 def _mbr_partition(entry: _Entry, number: int, base: int, disk_id: str, sector_bytes: int) -> Partition:
-    """``base`` is the byte that the entry's addresses count from; UUID as in kernel block/partitions/msdos.c."""
+    """``base`` is the byte that its addresses count from; its UUID as in kernel, block/partitions/msdos.c."""
     return Partition(
         number=number,
         start=base + entry.first * sector_bytes,
