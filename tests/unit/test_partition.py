@@ -44,15 +44,23 @@ def image(tmp_path):
     return make
 
 
-@pytest.fixture
-def gpt(image):
-    file = image()
+@pytest.fixture(scope="module")
+def by_sgdisk(tmp_path_factory):
+    """Made once: sgdisk waits a second for the kernel to take notice."""
+    file = tmp_path_factory.mktemp("gpt") / "disk.img"
+    with file.open("wb") as made:
+        made.truncate(16 * MIB)
     run(
         *("sgdisk", "--disk-guid=11111111-2222-3333-4444-555555555555"),
         *("--new=1:2048:+4M", "--change-name=1:Grüße", "--typecode=1:ef00", "--attributes=1:set:2"),
         *("--partition-guid=1:AAAAAAAA-BBBB-CCCC-DDDD-EEEEEEEEEEEE", "--new=3:12288:0", file),
     )
-    return bytearray(file.read_bytes())
+    return file.read_bytes()
+
+
+@pytest.fixture
+def gpt(by_sgdisk):
+    return bytearray(by_sgdisk)
 
 
 def gpt_of_4096(size):
