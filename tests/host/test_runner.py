@@ -57,7 +57,9 @@ def test_input_and_its_absence():
 
 
 def test_much_in_and_out_does_not_block():
-    copy = python("import sys, shutil; shutil.copyfileobj(sys.stdin.buffer, sys.stdout.buffer); print('x' * 300000, file=sys.stderr)")
+    copy = python(
+        "import sys, shutil; shutil.copyfileobj(sys.stdin.buffer, sys.stdout.buffer); print('x' * 300000, file=sys.stderr)"
+    )
     data = os.urandom(1 << 20) * 8
     done = runner.run(copy, input=data)
     assert done.output == data
@@ -68,7 +70,9 @@ def test_messages_are_in_one_language(monkeypatch):
     monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
     monkeypatch.setenv("LANGUAGE", "de")
     monkeypatch.setenv("LANG", "de_DE.UTF-8")
-    show = python("import os; print(os.environ['LC_ALL'], os.environ.get('LANGUAGE'), os.environ.get('LANG'), os.environ.get('MORE'))")
+    show = python(
+        "import os; print(os.environ['LC_ALL'], os.environ.get('LANGUAGE'), os.environ.get('LANG'), os.environ.get('MORE'))"
+    )
     assert runner.run(show, env={"MORE": "yes"}).stdout == "C None None yes\n"
 
 

@@ -33,8 +33,14 @@ class Tree:
         where.mkdir(parents=True)
         (self.root / "sys/class/block" / name).symlink_to(where)
         self.numbers += 1
-        facts = {"dev": f"8:{self.numbers}", "size": str(sectors), "uevent": f"DEVNAME={name.replace('!', '/')}"}
-        facts |= {"stat": "1 0 8 0 2 0 16 0 0 0 0 0 0 0 0 0 0"} | {key.replace("__", "/"): value for key, value in files.items()}
+        facts = {
+            "dev": f"8:{self.numbers}",
+            "size": str(sectors),
+            "uevent": f"DEVNAME={name.replace('!', '/')}",
+        }
+        facts |= {"stat": "1 0 8 0 2 0 16 0 0 0 0 0 0 0 0 0 0"} | {
+            key.replace("__", "/"): value for key, value in files.items()
+        }
         for path, text in facts.items():
             (where / path).parent.mkdir(parents=True, exist_ok=True)
             if isinstance(text, bytes):
@@ -194,7 +200,9 @@ def test_udev_and_the_kernel_name_a_disk_alike(tree):
     tree.add("sda", device__wwid="naa.5000c500a1b2c3d4")
     tree.add("sdb")
     tree.add("sdc")
-    system = tree.system(sdb={"ID_WWN": "0x5000c500a1b2c3d4"}, sdc={"ID_SERIAL": "ACME_Disk_77", "ID_SERIAL_SHORT": "77"})
+    system = tree.system(
+        sdb={"ID_WWN": "0x5000c500a1b2c3d4"}, sdc={"ID_SERIAL": "ACME_Disk_77", "ID_SERIAL_SHORT": "77"}
+    )
     assert identity("sda", system).same_as(identity("sdb", system))
     assert str(identity("sdc", system)) == "serial 77"
 
@@ -202,7 +210,13 @@ def test_udev_and_the_kernel_name_a_disk_alike(tree):
 @pytest.mark.parametrize(
     ("files", "identity_of"),
     [
-        ({"device__wwid": "t10.ATA     QEMU HARDDISK   QM00001", "device__vpd_pg80": b"\0\x80\0\x14   QM00001\0"}, "serial QM00001"),
+        (
+            {
+                "device__wwid": "t10.ATA     QEMU HARDDISK   QM00001",
+                "device__vpd_pg80": b"\0\x80\0\x14   QM00001\0",
+            },
+            "serial QM00001",
+        ),
         ({"device__serial": "  S3Z9NB0K  "}, "serial S3Z9NB0K"),
         ({"wwid": "eui.0025385b71b0a1c4", "device__serial": "S3Z9NB0K"}, "WWN eui.0025385b71b0a1c4"),
         ({"wwid": "eui.0000000000000000", "device__serial": "S"}, "serial S"),
@@ -236,7 +250,10 @@ def test_a_partition_of_a_nameless_disk_is_its_node(tree):
 def test_a_disk_without_a_serial_is_known_by_its_table(tree):
     tree.add("sda")
     tree.add("sdb")
-    system = tree.system(sda={"ID_PART_TABLE_UUID": "1A2B3C4D"}, sdb={"ID_PART_TABLE_UUID": "1" * 8 + "-2222" * 3 + "-" + "3" * 12})
+    system = tree.system(
+        sda={"ID_PART_TABLE_UUID": "1A2B3C4D"},
+        sdb={"ID_PART_TABLE_UUID": "1" * 8 + "-2222" * 3 + "-" + "3" * 12},
+    )
     assert str(identity("sda", system)) == "MBR disk 1a2b3c4d"
     assert identity("sdb", system).kind == "gpt"
 
@@ -267,7 +284,9 @@ def test_two_disks_with_one_name_are_twins(tree):
 def test_the_paths_of_a_multipath_device_are_not_twins(tree):
     for name in ("sda", "sdb", "sdc"):
         tree.add(name, device__wwid="naa.600140500000000000000000000000aa")
-    tree.add("dm-0", over=("sda", "sdb"), dm__name="mpatha", dm__uuid="mpath-3600140500000000000000000000000aa")
+    tree.add(
+        "dm-0", over=("sda", "sdb"), dm__name="mpatha", dm__uuid="mpath-3600140500000000000000000000000aa"
+    )
     system = tree.system()
     assert identity("dm-0", system).same_as(identity("sda", system))
     # A path that multipath does not hold is another matter.
@@ -298,7 +317,14 @@ def test_what_can_be_backed_up(tree):
     tree.add("dm-1", dm__name="vg-data-real", dm__uuid=f"LVM-{VG}{LV}-real")
     tree.add("cciss!c0d0")
     found = device.devices(tree.system())
-    assert [one.path for one in found] == ["/dev/cciss/c0d0", "/dev/dm-0", "/dev/loop2", "/dev/sda", "/dev/sda3", "/dev/sda10"]
+    assert [one.path for one in found] == [
+        "/dev/cciss/c0d0",
+        "/dev/dm-0",
+        "/dev/loop2",
+        "/dev/sda",
+        "/dev/sda3",
+        "/dev/sda10",
+    ]
     assert [one.kind for one in found] == ["disk", "dm", "loop", "disk", "partition", "partition"]
 
 
@@ -355,7 +381,13 @@ def test_what_the_system_needs_is_found_on_every_layer(server):
     def held(name):
         return usage.holds_running_system(device.block(name, system), system)
 
-    assert [held(name) for name in ("sda", "sda1", "dm-1", "dm-2", "sdb1")] == ["/", "/boot", "swap", None, None]
+    assert [held(name) for name in ("sda", "sda1", "dm-1", "dm-2", "sdb1")] == [
+        "/",
+        "/boot",
+        "swap",
+        None,
+        None,
+    ]
 
 
 def test_a_logical_volume_in_use_is_told_why_not(server):
@@ -389,7 +421,11 @@ def test_a_file_system_on_several_devices_uses_each(tree):
     for name in ("sda", "sdb"):
         (tree.root / "sys/fs/btrfs/1111/devices" / name).mkdir(parents=True)
     system = tree.system()
-    assert [details(name, system) for name in ("sda", "sdb", "sdc")] == [["mounted at /data"], ["mounted at /data"], []]
+    assert [details(name, system) for name in ("sda", "sdb", "sdc")] == [
+        ["mounted at /data"],
+        ["mounted at /data"],
+        [],
+    ]
     assert usage.carries(device.block("sdb", system), "/data/repo", system)
     assert not usage.carries(device.block("sdc", system), "/data/repo", system)
 
@@ -428,7 +464,9 @@ def test_a_root_without_a_device_of_its_own_is_carried_by_none(tree, fstype, sou
 
 def test_the_layers_of_an_overlay_are_followed(tree):
     tree.add("sda")
-    tree.mount("0:45", "/", "overlay", "overlay", "rw,lowerdir=/lower,upperdir=/upper/root,workdir=/upper/work")
+    tree.mount(
+        "0:45", "/", "overlay", "overlay", "rw,lowerdir=/lower,upperdir=/upper/root,workdir=/upper/work"
+    )
     tree.mount(tree.number("sda"), "/upper", "ext4", "/dev/sda")
     system = tree.system()
     assert usage.carries(device.block("sda", system), "/etc", system)
