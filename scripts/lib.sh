@@ -63,7 +63,10 @@ need() {
     for program in "$@"; do
         command -v "$program" >/dev/null || packages+=("$(package_of "$program")")
     done
-    [ ${#packages[@]} -eq 0 ] || apt_install $(printf '%s\n' "${packages[@]}" | sort -u)
+    if [ ${#packages[@]} -gt 0 ]; then
+        mapfile -t packages < <(printf '%s\n' "${packages[@]}" | sort -u)
+        apt_install "${packages[@]}"
+    fi
     for program in "$@"; do
         command -v "$program" >/dev/null || die "$program is still missing after its package was installed"
     done
@@ -98,12 +101,12 @@ current() {
     .venv/bin/python -c '' 2>/dev/null && [ "$(cat "$stamp" 2>/dev/null)" = "$(stamp_of "$@")" ]
 }
 
-# environment [dev]: .venv holds the locked packages and this checkout, editable.
+# environment runtime|dev: .venv holds the locked packages and this checkout, editable.
 environment() {
     local stamp=.venv/stamp-runtime locks=(requirements.txt requirements-build.txt) lock arguments=()
     # The development lock holds the other two, with the same releases.
     if current .venv/stamp-dev requirements-dev.txt; then return; fi
-    if [ "${1:-}" = dev ]; then
+    if [ "$1" = dev ]; then
         stamp=.venv/stamp-dev locks=(requirements-dev.txt)
     elif current "$stamp" "${locks[@]}"; then
         return

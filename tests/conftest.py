@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import settings
 
 TESTS = Path(__file__).parent
 
@@ -22,6 +23,10 @@ TESTS = Path(__file__).parent
 LEVELS = ("unit", "golden", "contract", "fault", "history", "cli", "host", "vm")
 
 SEED = int(os.environ.get("BLOCKBAK_TEST_SEED") or random.SystemRandom().randrange(2**30))
+
+# A deadline for one example would fail on a machine that is busy with something else.
+settings.register_profile("blockbak", deadline=None, print_blob=True)
+settings.load_profile("blockbak")
 
 
 def pytest_report_header() -> str:
@@ -253,9 +258,7 @@ class Filesystem:
             _run("umount", self.where)
 
 
-def _filesystems(
-    tmp_path: Path, *mkfs: str, options: str = "defaults"
-) -> Iterator[Callable[..., Filesystem]]:
+def _filesystems(tmp_path: Path, *mkfs: str, options: str = "defaults") -> Iterator[Callable[..., Filesystem]]:
     with ExitStack() as undo:
 
         def make(device: Loop, *more: str) -> Filesystem:

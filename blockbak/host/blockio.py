@@ -43,7 +43,15 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_ERRORS = (errno.EIO, errno.ENODATA, errno.EILSEQ, errno.EREMOTEIO, errno.EBADMSG, errno.ETIMEDOUT)
 """A medium that cannot deliver a sector says one of these (block/blk-core.c, blk_errors)."""
 _GONE = (errno.ENXIO, errno.ENODEV, errno.ESHUTDOWN)
-_NO_CLONE = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM, errno.ETXTBSY)
+_NO_CLONE = (
+    errno.EOPNOTSUPP,
+    errno.EXDEV,
+    errno.EINVAL,
+    errno.ENOTTY,
+    errno.ENOSYS,
+    errno.EPERM,
+    errno.ETXTBSY,
+)
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -86,7 +94,9 @@ class _Opened:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             self.close()
         except OSError:
@@ -382,6 +392,11 @@ class PartialFile:
     @property
     def name(self) -> str:
         return self._name
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far, seen from the file's end."""
+        return os.fstat(self.fd).st_size
 
     @contextlib.contextmanager
     def _failing(self, action: str) -> Iterator[None]:

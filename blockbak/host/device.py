@@ -225,9 +225,7 @@ def block(name: str, system: System, given: str = "") -> Device:
         backing_start=system.number(name, "loop/offset"),
         diskseq=system.number(whole, "diskseq"),
         mounts=tuple(
-            Mount(line.target, line.fstype, line.options)
-            for line in system.mounts
-            if name in system.devices_of(line)
+            Mount(line.target, line.fstype, line.options) for line in system.mounts if name in system.devices_of(line)
         ),
         holders=tuple(system.links(name, "holders")),
     )
@@ -312,9 +310,7 @@ def identity(device: Device, system: System | None = None) -> Identity:
             return Identity(kind, value)
     if device.kind == "file":
         return Identity("file", device.path)
-    found = (
-        _partition_identity(device, system) if device.kind == "partition" else _loop_identity(device, system)
-    )
+    found = _partition_identity(device, system) if device.kind == "partition" else _loop_identity(device, system)
     if found is not None:
         return found
     if device.dm_uuid:

@@ -86,7 +86,8 @@ class Kernel:
         if renameat2 is not None:
             try:
                 _checked(
-                    renameat2(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), _RENAME_NOREPLACE), new
+                    renameat2(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), _RENAME_NOREPLACE),
+                    new,
                 )
             except OSError as error:
                 if error.errno not in (errno.EINVAL, errno.ENOSYS):
@@ -122,7 +123,8 @@ class Kernel:
 
     def zero_out(self, fd: int, offset: int, length: int) -> None:
         """Make a range of a block device read as zeros (BLKZEROOUT: writes them, or the same by the
-        device's own guarantee; never a plain discard)."""
+        device's own guarantee; never a plain discard).
+        """
         fcntl.ioctl(fd, _BLKZEROOUT, struct.pack("=QQ", offset, length))
 
     def device_size(self, fd: int) -> int:

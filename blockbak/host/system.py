@@ -65,9 +65,7 @@ class System:
             found = [entry.name for entry in self._classes.iterdir()]
         except OSError:
             return ()
-        return tuple(
-            sorted(found, key=lambda name: [int(part) if part.isdigit() else part for part in _pieces(name)])
-        )
+        return tuple(sorted(found, key=lambda name: [int(part) if part.isdigit() else part for part in _pieces(name)]))
 
     def directory(self, name: str) -> Path:
         """Where sysfs keeps a device."""
@@ -120,9 +118,7 @@ class System:
             info = self._inside(path).stat()
         except (OSError, ValueError):
             return self._name_by_text(path)
-        return (
-            self.name_of(os.major(info.st_rdev), os.minor(info.st_rdev)) if stat.S_ISBLK(info.st_mode) else ""
-        )
+        return self.name_of(os.major(info.st_rdev), os.minor(info.st_rdev)) if stat.S_ISBLK(info.st_mode) else ""
 
     def _inside(self, path: str) -> Path:
         return Path(path) if self.has_nodes else self.root / path.lstrip("/")

@@ -59,9 +59,7 @@ def users(device: Device, system: System | None = None) -> list[Use]:
     if not device.is_block:
         found = list(_file_users(device.path, system))
     else:
-        found = [
-            use for name in _concerned(device.kname, system) for use in _name_users(name, device, system)
-        ]
+        found = [use for name in _concerned(device.kname, system) for use in _name_users(name, device, system)]
         found += _lock_uses(device.path, system, is_block=True)
     return list(dict.fromkeys(found))
 
@@ -113,9 +111,7 @@ def _file_users(path: str, system: System) -> Iterator[Use]:
             yield Use("backing", f"backing file of {system.node(loop)}")
             for name in system.above(loop):
                 yield from (
-                    use
-                    for use in _name_users(name, _nobody, system)
-                    if use.what in ("mounted", "swap", "held")
+                    use for use in _name_users(name, _nobody, system) if use.what in ("mounted", "swap", "held")
                 )
     for swap in system.swaps:
         with contextlib.suppress(OSError):
@@ -223,18 +219,14 @@ def memberships(device: Device, system: System | None = None) -> list[Use]:
     parts = table(device)
     for one in parts.partitions if parts and device.kind != "partition" else ():
         names = [name for name in known if system.number(name, "partition") == one.number]
-        found += _member_uses(
-            device.path, one.start, one.length, names[0] if names else f"partition {one.number}"
-        )
+        found += _member_uses(device.path, one.start, one.length, names[0] if names else f"partition {one.number}")
     return list(dict.fromkeys(found))
 
 
 def _member_uses(path: str, start: int, length: int, where: str) -> list[Use]:
     with reading(path) as read:
         found = filesystem(
-            lambda offset, count: (
-                read(start + offset, min(count, length - offset)) if offset < length else b""
-            ),
+            lambda offset, count: read(start + offset, min(count, length - offset)) if offset < length else b"",
             length,
         )
     suffix = f" ({where})" if where else ""
@@ -299,9 +291,7 @@ def _layers(fstype: str, source: str, options: tuple[str, ...]) -> list[str]:
         return []
     wanted = ("lowerdir", "upperdir", "workdir", "lowerdir+")
     pairs = [option.partition("=") for option in options]
-    return [
-        part for key, _, value in pairs if key in wanted for part in value.split(":") if part.startswith("/")
-    ]
+    return [part for key, _, value in pairs if key in wanted for part in value.split(":") if part.startswith("/")]
 
 
 def holds_running_system(device: Device, system: System | None = None) -> str | None:

@@ -44,7 +44,9 @@ class Section:
         return extent.of_kind(self.extents, BAD)
 
 
-def _frames_flaw(frames: fmt.Frames, stored: npt.NDArray[np.bool_], number: int, geometry: Geometry, whole: bool) -> str | None:
+def _frames_flaw(
+    frames: fmt.Frames, stored: npt.NDArray[np.bool_], number: int, geometry: Geometry, whole: bool
+) -> str | None:
     """What is wrong with a section's frame records, given which of its blocks hold stored bytes."""
     per_window = geometry.window_bytes // geometry.block_bytes
     start, end = geometry.section_range(number)
@@ -57,7 +59,12 @@ def _frames_flaw(frames: fmt.Frames, stored: npt.NDArray[np.bool_], number: int,
     window_content = np.minimum(end - start - np.arange(windows) * geometry.window_bytes, geometry.window_bytes)
     if whole:
         begin = local * geometry.window_bytes
-        if not len(begin) or begin[0] or (begin[1:] != (begin + content)[:-1]).any() or begin[-1] + content[-1] != end - start:
+        if (
+            not len(begin)
+            or begin[0]
+            or (begin[1:] != (begin + content)[:-1]).any()
+            or begin[-1] + content[-1] != end - start
+        ):
             return "frames do not cover their section"
         data = held[local]
         if (content[data] != window_content[local[data]]).any():
@@ -95,7 +102,9 @@ class ImageReader:
         self.header = self.source.read(0, fmt.HEADER_BYTES)
         self.opening = fmt.unpack_header(self.header)
         self.geometry = self.opening.geometry
-        footer = np.frombuffer(self.source.read(size - fmt.SEEK_FOOTER.itemsize, fmt.SEEK_FOOTER.itemsize), fmt.SEEK_FOOTER)[0]
+        footer = np.frombuffer(
+            self.source.read(size - fmt.SEEK_FOOTER.itemsize, fmt.SEEK_FOOTER.itemsize), fmt.SEEK_FOOTER
+        )[0]
         if footer["magic"] != fmt.SEEKABLE_MAGIC or footer["descriptor"] != 0:
             raise fmt.FormatError("it does not end with a seek table: cut short or never finished")
         self.seek_entries = int(footer["entries"])
@@ -130,6 +139,11 @@ class ImageReader:
             raise fmt.FormatError("its section list contradicts itself")
         if self.whole and len(numbers) != self.geometry.sections:
             raise fmt.FormatError("its section list is not complete")
+
+    @property
+    def closing_sha256(self) -> str:
+        """What the manifest names the image by, hex."""
+        return fmt.sha256(self.closing_raw).hex()
 
     @property
     def whole(self) -> bool:

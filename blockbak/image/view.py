@@ -39,7 +39,8 @@ class Flaw:
 class SectionView:
     """One section of the point. ``kinds`` uint8 per block, ``owner`` int16 per block: the layer that
     holds it (-1: none), ``rows`` the map rows of all blocks, ``extents`` in volume bytes,
-    ``layers`` the layers' own sections (None where a layer says nothing)."""
+    ``layers`` the layers' own sections (None where a layer says nothing).
+    """
 
     number: int
     kinds: Kinds
@@ -109,12 +110,15 @@ class PointView:
     def _laid_over(self, below: Extents, part: Section, said: npt.NDArray[np.bool_]) -> Extents:
         """A block is the unit of change: a newer block replaces all extents of the older one."""
         first = part.number * self.geometry.section_bytes
-        claimed = extent.from_blocks(said.astype(np.uint8), first, self.geometry.block_bytes, self.geometry.device_bytes)
+        claimed = extent.from_blocks(
+            said.astype(np.uint8), first, self.geometry.block_bytes, self.geometry.device_bytes
+        )
         return extent.overlay(extent.subtract(below, claimed), part.extents)
 
     def check(self) -> None:
         """Check everything but the frames' content: binding, every section, every seek table, the
-        lengths, the root. Raises DamagedImage, or UnreadableStore."""
+        lengths, the root. Raises DamagedImage, or UnreadableStore.
+        """
         self.check_binding()
         for layer in self.layers:
             layer.check_seek_table()
@@ -153,7 +157,9 @@ class PointView:
             flaws.setdefault(index, "a block does not have its digest")
         return self._flaws(section, flaws)
 
-    def _fill(self, section: SectionView, low: int, high: int, out: npt.NDArray[np.uint8], flaws: dict[int, str]) -> list[int]:
+    def _fill(
+        self, section: SectionView, low: int, high: int, out: npt.NDArray[np.uint8], flaws: dict[int, str]
+    ) -> list[int]:
         block = self.geometry.block_bytes
         stored = section.stored[low:high]
         for begin, end in zip(*(edge.tolist() for edge in extent.true_runs(~stored)), strict=True):
@@ -241,7 +247,8 @@ def _scatter(
 
 def _read_frames(layer: ImageReader, frames: fmt.Frames) -> list[memoryview | Damage]:
     """The stored bytes of each frame; near neighbours are read in one go. A read error becomes the
-    frame's own, so that it costs no more than it must."""
+    frame's own, so that it costs no more than it must.
+    """
     offsets = frames["offset"].astype(np.int64)
     ends = offsets + frames["stored"]
     breaks = np.flatnonzero(offsets[1:] - ends[:-1] > _READ_GAP) + 1

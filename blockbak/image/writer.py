@@ -58,7 +58,13 @@ class Stopped(Exception):
 
 
 def encode_windows(
-    data: npt.NDArray[np.uint8], kinds: Kinds, first_block: int, geometry: Geometry, encoder: Encoder, *, whole: bool
+    data: npt.NDArray[np.uint8],
+    kinds: Kinds,
+    first_block: int,
+    geometry: Geometry,
+    encoder: Encoder,
+    *,
+    whole: bool,
 ) -> list[Frame]:
     """Frames for the windows of a piece that hold stored bytes.
 
@@ -85,7 +91,9 @@ def _gather(view: memoryview, wanted: npt.NDArray[np.bool_], first: int, block: 
     begins, ends = extent.true_runs(wanted)
     if len(begins) == 1:
         return view[(first + int(begins[0])) * block : (first + int(ends[0])) * block]
-    parts = [view[(first + a) * block : (first + b) * block] for a, b in zip(begins.tolist(), ends.tolist(), strict=True)]
+    parts = [
+        view[(first + a) * block : (first + b) * block] for a, b in zip(begins.tolist(), ends.tolist(), strict=True)
+    ]
     return memoryview(b"".join(parts))
 
 
@@ -111,6 +119,10 @@ class Counts:
         """Bytes that the image claims anything about."""
         return sum(self.by_kind.values())
 
+    def by_name(self) -> dict[str, int]:
+        """Bytes by kind, as the closing record names them."""
+        return {f"{extent.KIND_NAMES[kind]}_bytes": count for kind, count in self.by_kind.items()}
+
 
 class _OpenSection:
     """The section that is being filled."""
@@ -129,7 +141,8 @@ class _OpenSection:
 
 class ImageWriter:
     """Fills ``sink`` with one image. ``parent_digests`` (n, 32) uint8: the parent point's section digests,
-    taken over for sections in which nothing changed; None for a full."""
+    taken over for sections in which nothing changed; None for a full.
+    """
 
     def __init__(self, sink: ByteSink, opening: Opening, parent_digests: npt.NDArray[np.uint8] | None = None) -> None:
         self.geometry = opening.geometry
@@ -137,7 +150,7 @@ class ImageWriter:
         self._sink = sink
         self._whole = opening.kind == FULL
         self._header = fmt.pack_header(opening)
-        self._offset = len(self._header)
+        self.offset = len(self._header)
         self._turn = 0
         self._stopped = False
         self._condition = threading.Condition()
@@ -181,7 +194,7 @@ class ImageWriter:
         section.kinds[low:high], section.rows[low:high] = piece.kinds, piece.rows
         if len(piece.bad):
             section.bad.append(piece.bad)
-        begin, buffers = self._offset, list[Buffer]()
+        begin, buffers = self.offset, list[Buffer]()
         if self._whole:
             self._place_whole(section, piece, buffers)
         elif piece.frames:
@@ -216,20 +229,20 @@ class ImageWriter:
         records["window"] = [frame.window for frame in frames]
         records["content"] = [frame.content_bytes for frame in frames]
         records["stored"] = stored
-        records["offset"] = self._offset + np.cumsum(stored) - stored
+        records["offset"] = self.offset + np.cumsum(stored) - stored
         records["digest"] = np.frombuffer(b"".join(frame.digest for frame in frames), "V16")
         section.frames.append(records)
-        self._offset += int(stored.sum())
+        self.offset += int(stored.sum())
         for frame in frames:
             buffers.extend(frame.buffers)
 
     def _flush_zeros(self, section: _OpenSection, buffers: list[Buffer]) -> None:
         if not section.zero_bytes:
             return
-        records, data = zero_frames(section.zero_start, section.zero_bytes, self.geometry.window_bytes, self._offset)
+        records, data = zero_frames(section.zero_start, section.zero_bytes, self.geometry.window_bytes, self.offset)
         section.frames.append(records)
         buffers.append(data)
-        self._offset += len(data)
+        self.offset += len(data)
         section.zero_bytes = 0
 
     def _close_section(self, section: _OpenSection, buffers: list[Buffer]) -> None:
@@ -238,9 +251,7 @@ class ImageWriter:
         elif not section.kinds.any():
             return
         first_byte = section.number * self.geometry.section_bytes
-        extents = extent.from_blocks(
-            section.kinds, first_byte, self.geometry.block_bytes, self.geometry.device_bytes
-        )
+        extents = extent.from_blocks(section.kinds, first_byte, self.geometry.block_bytes, self.geometry.device_bytes)
         if section.bad:
             extents = extent.overlay(extents, extent.coalesce(np.concatenate(section.bad)))
         frames = np.concatenate(section.frames) if section.frames else np.empty(0, fmt.FRAME)
@@ -252,12 +263,12 @@ class ImageWriter:
     def list_section(self, number: int, record: bytes, extents: Extents, frames: int) -> None:
         """Enter a section record, to be written at the current offset, in the section list."""
         entry = self._list[self._listed]
-        entry["number"], entry["length"], entry["offset"] = number, len(record), self._offset
+        entry["number"], entry["length"], entry["offset"] = number, len(record), self.offset
         entry["map_digest"] = np.void(self.map_digests[number].tobytes())
         entry["sha256"] = np.void(fmt.sha256(record))
         self._frame_counts[self._listed] = frames
         self._listed += 1
-        self._offset += len(record)
+        self.offset += len(record)
         self.counts.frames += frames
         for kind in self.counts.by_kind:
             self.counts.by_kind[kind] += extent.total(extents, kind)
@@ -269,24 +280,29 @@ class ImageWriter:
         """The root of the point's map, once all pieces are in."""
         return hashmap.root(self.geometry.device_bytes, self.geometry.block_bytes, self.map_digests)
 
-    def finish(self, closing: Closing) -> int:
-        """Write closing record and seek table; the image's size in bytes."""
+    def finish(self, closing: Closing) -> tuple[int, str]:
+        """Write closing record and seek table; the image's size in bytes and the record's SHA-256."""
         sections = self._list[: self._listed]
         record = fmt.pack_closing(closing, self._header, sections)
-        self._sink.write(self._offset, [record])
+        self._sink.write(self.offset, [record])
         count = seektable.entry_count(self.counts.frames, self._listed)
-        at = self._offset + len(record)
+        at = self.offset + len(record)
         table_bytes = fmt.seek_table_bytes(count)
         head, tail = fmt.seek_table_ends(count)
         self._sink.write(at, [head])
         end = at + len(head)
-        for entries in seektable.generate(self._stored_frames(sections), self._offset, len(record)):
+        for entries in seektable.generate(self._stored_frames(sections), self.offset, len(record)):
             self._sink.write(end, [entries.tobytes()])
             end += entries.nbytes
         self._sink.write(end, [tail])
         if end + len(tail) != at + table_bytes:
             raise fmt.FormatError("the seek table does not have the size the index gives it")
-        return end + len(tail)
+        return end + len(tail), fmt.sha256(record).hex()
+
+    @property
+    def listed(self) -> int:
+        """How many sections the image has so far."""
+        return self._listed
 
     def _stored_frames(self, sections: fmt.SectionList) -> Iterator[tuple[fmt.Frames, int]]:
         """Each section's frame records, read back: held in memory they would grow with the volume."""

@@ -205,9 +205,7 @@ def boot_sector(sector: bytes) -> Filesystem | None:
     for name, place in ((b"FAT32   ", 82), (b"FAT1", 54), (b"FAT     ", 54)):
         if sector[place : place + len(name)] == name:
             label = _text(sector[place - 11 : place])
-            return Filesystem(
-                "vfat", "" if label == "NO NAME" else label, _serial(sector[place - 15 : place - 11])
-            )
+            return Filesystem("vfat", "" if label == "NO NAME" else label, _serial(sector[place - 15 : place - 11]))
     return None
 
 

@@ -149,9 +149,7 @@ def _mbr_partition(entry: _Entry, number: int, base: int, disk_id: str, sector_b
     )
 
 
-def _logical(
-    read: Read, extended: Partition, disk_id: str, sector_bytes: int, notes: list[str]
-) -> Iterator[Partition]:
+def _logical(read: Read, extended: Partition, disk_id: str, sector_bytes: int, notes: list[str]) -> Iterator[Partition]:
     """The logical partitions inside ``extended``, from 5 on, as in kernel block/partitions/msdos.c.
 
     Each link holds a partition, counted from the link itself, and the next link, counted from the start

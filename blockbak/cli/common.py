@@ -1,0 +1,109 @@
+"""What all verbs share: the options for repository, JSON and waiting, and the world they run in."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from blockbak.errors import Interrupted, NoRepositoryNamed
+
+if TYPE_CHECKING:
+    from blockbak.flow.context import Context
+    from blockbak.repository.local import Repository
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+WORKERS_MAX = 8
+"""More would take more memory than the promise allows, for devices faster than any seen so far."""
+
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+repository_option = click.option(
+    "-r", "--repository", metavar="REPO", help="The repository's directory (or BLOCKBAK_REPO)."
+)
+wait_option = click.option(
+    "--wait", type=click.FloatRange(min=0), default=0, metavar="SECONDS",
+    help="Wait so long for a volume that another run holds.",
+)  # fmt: skip
+
+
+def repository_options(function: F) -> F:
+    """The options of a verb that works on a repository."""
+    return repository_option(json_option(wait_option(function)))
+
+
+def open_repository(named: str | None) -> Repository:
+    """The repository named here, before the verb, or by BLOCKBAK_REPO. Raises NoRepositoryNamed and what
+    opening it raises.
+    """
+    from blockbak.repository.local import Repository
+
+    path = named or click.get_current_context().obj or os.environ.get("BLOCKBAK_REPO")
+    if not path:
+        raise NoRepositoryNamed
+    return Repository(path)
+
+
+def state_dir() -> str:
+    """Where blockbak keeps what it can do without: BLOCKBAK_STATE_DIR, /var/lib/blockbak for root, the XDG
+    state directory for others.
+    """
+    if named := os.environ.get("BLOCKBAK_STATE_DIR"):
+        return named
+    if os.geteuid() == 0:
+        return "/var/lib/blockbak"
+    base = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return os.path.join(base, "blockbak")
+
+
+@contextlib.contextmanager
+def world(wait: float = 0) -> Iterator[Context]:
+    """The clock, the dice, the screen; and SIGINT, SIGTERM and SIGHUP turned into a wish to stop.
+
+    The first signal lets the use-case stop where nothing is left half-made; a second one breaks in.
+    """
+    import secrets
+    import socket
+    import time
+    from datetime import UTC, datetime
+
+    from blockbak import __version__
+    from blockbak.cli import render
+    from blockbak.flow.context import Context
+    from blockbak.host.kernel import Kernel, keep_memory
+
+    caught: list[int] = []
+
+    def wish(number: int, _: object) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    def check() -> None:
+        if caught:
+            raise Interrupted(state="what was begun has been undone")
+
+    keep_memory()
+    before = {number: signal.signal(number, wish) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield Context(
+            now=lambda: datetime.now(UTC),
+            timer=time.monotonic,
+            hex_id=lambda digits: secrets.token_hex((digits + 1) // 2)[:digits],
+            say=render.say,
+            progress=render.Bar(),
+            check=check,
+            workers=max(2, min(WORKERS_MAX, len(os.sched_getaffinity(0)))),
+            host=socket.gethostname(),
+            program=f"blockbak {__version__}",
+            state_dir=state_dir(),
+            kernel=Kernel(),
+            wait=wait,
+        )
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,92 @@
+"""``blockbak list``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from blockbak.cli import common, render
+from blockbak.errors import BlockbakError
+
+if TYPE_CHECKING:
+    from blockbak.model.chain import Point
+
+
+def _as_dict(point: Point) -> dict[str, object]:
+    first = point.images[0]
+    opening, closing = first.opening, first.closing
+    return {
+        "point": point.id,
+        "volume": point.volume,
+        "sequence": point.sequence,
+        "created": opening.created,
+        "kind": opening.kind,
+        "synthetic": opening.synthetic,
+        "parent": opening.parent,
+        "mode": closing.mode,
+        "consistency": closing.consistency,
+        "device_bytes": opening.device_bytes,
+        "changed_bytes": closing.changed_bytes,
+        "bad_bytes": closing.bad_bytes,
+        "root": closing.root,
+        "images": [
+            {
+                "kind": image.opening.kind,
+                "synthetic": image.opening.synthetic,
+                "file": image.file,
+                "stored_bytes": image.image_bytes,
+            }
+            for image in point.images
+        ],
+    }
+
+
+def _row(point: Point) -> list[object]:
+    first = point.images[0]
+    kinds = ", ".join(
+        f"synthetic {image.opening.kind}" if image.opening.synthetic else image.opening.kind for image in point.images
+    )
+    return [
+        point.volume,
+        point.id,
+        first.opening.created[:19].replace("T", " "),
+        kinds,
+        first.opening.parent or "",
+        render.size(first.opening.device_bytes),
+        render.size(sum(image.image_bytes for image in point.images)),
+        first.closing.consistency,
+    ]
+
+
+@click.command(name="list", epilog="Example: blockbak -r /srv/backup list")
+@click.argument("volume", required=False)
+@common.repository_option
+@common.json_option
+@click.pass_context
+def command(context: click.Context, volume: str | None, repository: str | None, as_json: bool) -> None:
+    """The restore points, oldest first; those of VOLUME, or of all.
+
+    Exit status 4 if a manifest is damaged or an image missing; what is whole is listed all the same.
+    """
+    opened = common.open_repository(repository)
+    volumes = [opened.volume(volume)] if volume else opened.volumes()
+    catalogs = [one.catalog() for one in volumes]
+    points = [point for catalog in catalogs for point in catalog.points]
+    damage: list[BlockbakError] = [error for catalog in catalogs for error in catalog.damage]
+    if as_json:
+        render.document([_as_dict(point) for point in points])
+    elif points:
+        render.table(
+            ["volume", "point", "made (UTC)", "images", "parent", "size", "stored", "consistency"],
+            [_row(point) for point in points],
+            numeric=["size", "stored"],
+        )
+    else:
+        render.line("No points yet.")
+    for error in damage:
+        render.failure(error, as_json=False)
+    leftovers = sum(catalog.leftovers for catalog in catalogs)
+    if leftovers:
+        render.say(f"{leftovers} files are left over from runs that did not end; 'blockbak recover' treats them.")
+    context.exit(damage[0].exit_code if damage else 0)

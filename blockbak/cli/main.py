@@ -1,0 +1,111 @@
+"""The ``blockbak`` command: finds the verb, runs it, turns what happened into an exit status."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import NoReturn
+
+# numpy's own threads would idle beside ours and still cost time.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import click
+
+from blockbak import __version__
+from blockbak.cli import render
+from blockbak.errors import BlockbakError, Interrupted
+
+VERBS = {
+    "devices": "What can be backed up, and what uses it.",
+    "init": "Make a repository.",
+    "backup": "Make a restore point of each source.",
+    "list": "The restore points of a repository.",
+    "show": "One restore point, with its extents and partitions.",
+    "restore": "Bring a point back onto a device or into a file.",
+    "verify": "Check that stored bytes are what they were.",
+    "synthesize": "Compose a full from existing images, without the source.",
+    "delete": "Remove points that nothing needs.",
+    "export": "Write a point as a raw or qcow2 file.",
+    "recover": "Finish or undo what a crash left behind.",
+    "demo": "The whole story on a loop device, in a minute.",
+}
+"""Each verb lives in a module of its name and is imported when used."""
+
+MODULES = {"list": "list_"}
+"""Where the module's name is another: it would hide a built-in's."""
+
+
+class Verbs(click.Group):
+    """Loads a verb's module only when that verb is asked for: ``--help`` stays quick."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        module = importlib.import_module(
+            f"blockbak.cli.{cmd_name}_" if cmd_name == "list" else f"blockbak.cli.{cmd_name}"
+        )
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(
+    cls=Verbs,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit status: 0 done, 1 failed, 2 wrong command line, 3 done with something to look at, "
+    "4 damage found, 5 refused for safety, 130 interrupted.",
+)
+@click.version_option(__version__, prog_name="blockbak")
+@click.option("-r", "--repository", metavar="REPO", help="The repository's directory (or BLOCKBAK_REPO).")
+@click.pass_context
+def cli(context: click.Context, repository: str | None) -> None:
+    """Images of disks, partitions and logical volumes: full, incremental, restorable to the byte.
+
+    \b
+    Examples:
+      blockbak init /srv/backup
+      blockbak -r /srv/backup backup /dev/sdb
+      blockbak -r /srv/backup list
+      blockbak -r /srv/backup restore latest /dev/sdc
+    """
+    context.obj = repository
+
+
+def main() -> NoReturn:
+    """Run the command line of this process. Never shows a traceback: an unknown error is a sentence too,
+    and BLOCKBAK_DEBUG=1 lets it through for those who look for its cause.
+    """
+    as_json = "--json" in sys.argv
+    try:
+        # In this mode click hands the status of ctx.exit() back instead of ending the process.
+        code = cli(standalone_mode=False)
+    except BlockbakError as error:
+        render.failure(error, as_json=as_json)
+        code = error.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        code = 2
+    except click.ClickException as error:
+        render.wrong_usage(error, as_json=as_json)
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        error_130 = Interrupted(state="nothing was changed by the last step")
+        render.failure(error_130, as_json=as_json)
+        code = error_130.exit_code
+    except BrokenPipeError:
+        # Whoever read the output has enough of it; Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except Exception as error:
+        if os.environ.get("BLOCKBAK_DEBUG"):
+            raise
+        render.unknown(error, as_json=as_json)
+        code = 1
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,117 @@
+"""``blockbak restore``."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from blockbak.cli import common, render
+from blockbak.errors import ATTENTION, NotConfirmed, TargetExists
+
+if TYPE_CHECKING:
+    from blockbak.flow.restore import Plan, Report
+
+_METHODS = {
+    "create": "a new file is made",
+    "write": "everything is written",
+    "differ": "the target is read and only what differs is written",
+}
+
+
+def describe(plan: Plan) -> None:
+    """The plan for people, before anything is written."""
+    render.say(
+        f"{plan.point} of {plan.volume}, {render.size(plan.device_bytes)}, to {plan.target}: {_METHODS[plan.method]}."
+    )
+    render.say(f"From {', '.join(plan.images)}.")
+    for note in plan.notes:
+        render.say(note)
+
+
+def _confirmed(target: str) -> bool:
+    """A person at a terminal may type the target's name instead of ``--yes``."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    typed: str = click.prompt(
+        f"Everything on {target} will be overwritten. Type its name to go on",
+        default="",
+        show_default=False,
+        err=True,
+    )
+    if typed != target:
+        raise NotConfirmed(action=f"Overwriting {target}")
+    return True
+
+
+@click.command(
+    epilog="\b\nExamples:\n"
+    "  blockbak -r /srv/backup restore latest /dev/sdc --dry-run\n"
+    "  blockbak -r /srv/backup restore web@latest /dev/sdc --yes\n"
+    "  blockbak -r /srv/backup restore web@2026-05-01T03:00 disk.img",
+)
+@click.argument("point")
+@click.argument("target")
+@click.option("--yes", "overwrite", is_flag=True, help="Overwrite TARGET if it exists.")
+@click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
+@click.option("--verify/--no-verify", default=True, show_default=True, help="Read back what was written.")
+@click.option("--verify-first", is_flag=True, help="Read and check all images before the first byte.")
+@click.option("--keep-going", is_flag=True, help="Restore what can be; name the rest in a mapfile, exit 3.")
+@click.option("--mapfile", metavar="FILE", help="Where --keep-going writes its mapfile [TARGET.mapfile].")
+@common.repository_options
+@click.pass_context
+def command(
+    context: click.Context, point: str, target: str, overwrite: bool, dry_run: bool, verify: bool,
+    verify_first: bool, keep_going: bool, mapfile: str | None, repository: str | None, as_json: bool, wait: float,
+) -> None:  # fmt: skip
+    """Bring POINT back onto the device, or into the file, TARGET.
+
+    POINT is an id, a unique beginning of one, latest, VOLUME@latest or VOLUME@TIME. Index and structure
+    of all images needed are checked before the first byte is written, every block before it is.
+    """
+    from dataclasses import replace
+
+    from blockbak.flow.restore import Request, restore
+
+    opened = common.open_repository(repository)
+    request = Request(point, target, overwrite, verify, verify_first, keep_going, mapfile)
+    with common.world(wait) as world:
+        try:
+            done = restore(opened, request, world, dry_run=dry_run)
+        except TargetExists:
+            if not _confirmed(target):
+                raise
+            request = replace(request, overwrite=True)
+            done = restore(opened, request, world)
+    _show(done, as_json=as_json)
+    context.exit(ATTENTION if not dry_run and getattr(done, "attention", False) else 0)
+
+
+def _show(done: Plan | Report, *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from blockbak.flow.restore import Plan
+
+    if as_json:
+        render.document({"plan": asdict(done)} if isinstance(done, Plan) else asdict(done))
+    if isinstance(done, Plan):
+        if not as_json:
+            describe(done)
+        return
+    for flaw in done.flaws:
+        render.say(
+            f"Bytes {flaw.start} to {flaw.start + flaw.length} are zeros on the target: {flaw.reason} ({flaw.file})."
+        )
+    for row in done.unreadable:
+        render.say(
+            f"Bytes {row['start']} to {row['start'] + row['length']} could not be read from the source; they are zeros."
+        )
+    if done.mapfile:
+        render.say(f"What could not be restored is in {done.mapfile}.")
+    if not as_json:
+        read_back = f", {render.size(done.verified_bytes)} read back and equal" if done.verified_bytes else ""
+        render.line(
+            f"Restored {done.plan.point} of {done.plan.volume} to {done.plan.target} "
+            f"in {render.seconds(done.seconds)}: {render.size(done.written_bytes)} written{read_back}."
+        )

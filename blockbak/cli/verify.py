@@ -1,0 +1,75 @@
+"""``blockbak verify``."""
+
+from __future__ import annotations
+
+import click
+
+from blockbak.cli import common, render
+
+
+def _share(_: click.Context, __: click.Parameter, value: str) -> float:
+    try:
+        share = float(value.removesuffix("%")) / 100
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not a percentage such as 5%") from error
+    if not 0 < share <= 1:
+        raise click.BadParameter("take more than 0% and at most 100%")
+    return share
+
+
+@click.command(
+    epilog="\b\nExamples:\n  blockbak -r /srv/backup verify\n  blockbak -r /srv/backup verify web@latest\n"
+    "  blockbak -r /srv/backup verify --sample 5%",
+)
+@click.argument("points", nargs=-1, metavar="[POINT...]")
+@click.option(
+    "--sample",
+    "share",
+    callback=_share,
+    default="100%",
+    metavar="5%",
+    help="Read a random share of the frames.",
+)
+@common.repository_options
+@click.pass_context
+def command(
+    context: click.Context,
+    points: tuple[str, ...],
+    share: float,
+    repository: str | None,
+    as_json: bool,
+    wait: float,
+) -> None:
+    """Check the named points with all images they need, or everything: every stored byte.
+
+    Exit status 4 if damage was found. Partial files, orphans and half-done deletions are mentioned and
+    are no damage.
+    """
+    import random
+    from dataclasses import asdict
+
+    from blockbak.flow.verify import verify
+
+    opened = common.open_repository(repository)
+    with common.world(wait) as world:
+        report = verify(opened, points, world, share=share, pick=random.SystemRandom().random)
+    if as_json:
+        render.document(
+            {"ok": report.ok, "images": [asdict(verdict) for verdict in report.images],
+             "leftovers": report.leftovers, "seconds": report.seconds}
+        )  # fmt: skip
+    for file in report.leftovers:
+        render.say(f"{file} is left over from a run that did not end; 'blockbak recover' treats it.")
+    for verdict in report.images:
+        for flaw in verdict.damage:
+            where = f"bytes {flaw.start} to {flaw.start + flaw.length}: " if flaw.length else ""
+            render.say(f"{verdict.volume}/{verdict.file}: {where}{flaw.reason}")
+    if not as_json:
+        bad = sum(not verdict.ok for verdict in report.images)
+        read = sum(verdict.checked_bytes for verdict in report.images)
+        result = "all whole" if report.ok else f"{bad} damaged"
+        render.line(
+            f"{len(report.images)} images checked in {render.seconds(report.seconds)}, "
+            f"{render.size(read)} read: {result}."
+        )
+    context.exit(0 if report.ok else 4)

@@ -1,0 +1,410 @@
+"""Makes one restore point of one source."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+
+from blockbak.errors import (
+    BadBlockSize,
+    BlockbakError,
+    Damage,
+    DamagedManifest,
+    DuplicateIdentity,
+    NewerFormat,
+    NoUsableParent,
+    SourceChangedSize,
+    SourceEmpty,
+    SourceHoldsRepository,
+    SourceInUse,
+    VolumeExists,
+)
+from blockbak.flow.context import Context, iso
+from blockbak.flow.scan import scan
+from blockbak.host import device as devices
+from blockbak.host import usage
+from blockbak.host.blockio import SourceReader
+from blockbak.host.device import Device
+from blockbak.host.lock import Lock
+from blockbak.image.format import BLOCK_DEFAULT, BLOCK_MAX, BLOCK_MIN, window_for
+from blockbak.image.reader import ImageReader
+from blockbak.image.view import PointView
+from blockbak.image.writer import ImageWriter
+from blockbak.model.chain import Image, Point, plan
+from blockbak.model.extent import BAD
+from blockbak.model.facts import DIFFERENTIAL, FULL, INCREMENTAL, Closing, Kind, Opening
+from blockbak.model.identity import Identity
+from blockbak.repository.local import Catalog, Repository, Volume, usable_name
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a person asked for. ``kind`` and ``mode`` may be ``auto``; ``block_bytes`` None keeps the
+    volume's, or takes the default.
+    """
+
+    source: str
+    kind: str = "auto"
+    mode: str = "auto"
+    name: str | None = None
+    block_bytes: int | None = None
+    compress: str = "zstd"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One point that was made, or with ``dry_run`` would be. Sizes are bytes."""
+
+    point: str
+    volume: str
+    kind: str
+    synthetic: bool
+    parent: str | None
+    sequence: int
+    mode: str
+    consistency: str
+    change_source: str
+    device_bytes: int
+    read_bytes: int
+    changed_bytes: int
+    stored_bytes: int
+    bad_bytes: int
+    seconds: float
+    source: str
+    file: str
+    root: str
+    notes: list[str] = field(default_factory=list)
+    attention: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which kind will be made, on which parent, and why it is a full where one could have expected less."""
+
+    kind: Kind
+    parent: Point | None
+    reason: str = ""
+
+
+# --- decisions: functions of values --------------------------------------------------------------
+
+
+def check_block_size(size: int) -> None:
+    """Raises BadBlockSize unless ``size`` is a power of two from 4 KiB to 1 MiB."""
+    if not BLOCK_MIN <= size <= BLOCK_MAX or size & (size - 1):
+        raise BadBlockSize(size=size)
+
+
+def unlike(point: Point, identity: Identity, device_bytes: int, block_bytes: int | None) -> str:
+    """Why the source cannot be compared with a point, or an empty string."""
+    opening = point.images[0].opening
+    if not opening.identity.same_as(identity):
+        return f"the source is {identity}, the last point is of {opening.identity}"
+    if opening.device_bytes != device_bytes:
+        return f"the source has {device_bytes} bytes, the last point {opening.device_bytes}"
+    if block_bytes is not None and opening.block_bytes != block_bytes:
+        return f"the block size is now {block_bytes}, it was {opening.block_bytes}"
+    if opening.window_bytes != window_for(device_bytes, opening.block_bytes):
+        return "the window size is another one now"
+    return ""
+
+
+def choose(
+    kind: str,
+    points: Sequence[Point],
+    identity: Identity,
+    device_bytes: int,
+    block_bytes: int | None,
+    volume: str,
+) -> Choice:
+    """The kind to make and the parent it needs.
+
+    ``auto`` becomes a full where nothing can be a parent; an explicit delta raises NoUsableParent.
+    """
+    if kind == FULL:
+        return Choice(FULL, None)
+    candidates = points if kind != DIFFERENTIAL else [point for point in points if point.has_full]
+    if not candidates:
+        reason = "the volume has no point yet" if not points else "the volume has no full"
+    else:
+        reason = unlike(candidates[-1], identity, device_bytes, block_bytes)
+    if not reason:
+        return Choice(DIFFERENTIAL if kind == DIFFERENTIAL else INCREMENTAL, candidates[-1])
+    return without_parent(kind, volume, reason)
+
+
+def without_parent(kind: str, volume: str, reason: str) -> Choice:
+    """A full instead, for ``auto``; NoUsableParent for a delta that was asked for by name."""
+    if kind != "auto":
+        raise NoUsableParent(kind=kind, volume=volume, reason=reason)
+    return Choice(FULL, None, reason)
+
+
+def point_id(now: datetime, hex_id: Callable[[int], str], taken: Callable[[str], bool]) -> str:
+    """``YYYYMMDDTHHMMSSZ-xxxx`` in UTC, not yet used in the repository."""
+    while True:
+        name = f"{now:%Y%m%dT%H%M%SZ}-{hex_id(4)}"
+        if not taken(name):
+            return name
+
+
+# --- the source ------------------------------------------------------------------------------------
+
+
+def resolve_mode(device: Device, mode: str) -> str:
+    """``cold`` or ``live``. Raises SourceInUse where ``auto`` or ``cold`` meets a user."""
+    if mode == "live":
+        return "live"
+    users = usage.users(device)
+    if users:
+        raise SourceInUse(path=device.path, holders=", ".join(str(use) for use in users))
+    return "cold"
+
+
+def check_source(device: Device, repository: Repository, context: Context) -> None:
+    """Refuse a source that would contain its own image. Raises SourceEmpty, SourceHoldsRepository,
+    DuplicateIdentity.
+    """
+    if device.size == 0:
+        raise SourceEmpty(path=device.path)
+    for path, what in (
+        (repository.path, "the repository"),
+        (context.state_dir, "blockbak's state directory"),
+    ):
+        if usage.carries(device, path):
+            raise SourceHoldsRepository(path=device.path, what=what)
+    twin = devices.find_twin(device)
+    if twin is not None:
+        raise DuplicateIdentity(first=device.path, second=twin.path, identity=devices.identity(device))
+
+
+def volume_name(device: Device, identity: Identity, repository: Repository, host: str, asked: str | None) -> str:
+    """The volume that has this identity, or a new name for it; ``asked`` wins. Raises VolumeExists."""
+    if asked is not None:
+        if not usable_name(asked):
+            raise VolumeExists(volume=asked, reason="use letters, digits, '.', '_' and '-' only")
+        return asked
+    taken: dict[str, Identity | None] = {}
+    for volume in repository.volumes():
+        images = volume.catalog().images
+        newest = max(images, key=lambda image: image.opening.sequence, default=None)
+        taken[volume.name] = newest.opening.identity if newest else None
+    for name, known in taken.items():
+        if known is not None and known.same_as(identity):
+            return name
+    base = "".join(c if (c.isalnum() and c.isascii()) or c in "._-" else "-" for c in f"{host}-{_short_name(device)}")
+    base = base.lstrip(".")[:180] or "volume"
+    number, name = 1, base
+    while taken.get(name) is not None:
+        number += 1
+        name = f"{base}-{number}"
+    return name
+
+
+def _short_name(device: Device) -> str:
+    """``vg-lv``, the node's or the file's own name."""
+    return f"{device.vg}-{device.lv}" if device.is_lv else device.dm_name or os.path.basename(device.path)
+
+
+class _Watch:
+    """Notices writes to the source while it is read: the kernel's counters, a file's times."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._before = self._state()
+
+    def _state(self) -> tuple[int, ...] | None:
+        if self._device.is_block:
+            return usage.write_counters(self._device)
+        return usage.file_stamp(self._device.path)
+
+    def written(self) -> bool:
+        """Whether anything was written since it was made."""
+        return self._state() != self._before
+
+
+# --- the use-case ----------------------------------------------------------------------------------
+
+
+def open_chain(volume: Volume, chain: Sequence[Image], stack: ExitStack) -> PointView:
+    """The view of a chain's top, its files open as long as ``stack`` lives.
+
+    Raises Damage where an image is not the one its manifest names.
+    """
+    return PointView([open_reader(volume, image, stack) for image in chain])
+
+
+def open_reader(volume: Volume, image: Image, stack: ExitStack) -> ImageReader:
+    """One image, open, and the one its manifest names."""
+    reader = ImageReader(stack.enter_context(volume.open_image(image.file)))
+    if (reader.opening, reader.closing) != (
+        image.opening,
+        image.closing,
+    ) or reader.source.size != image.image_bytes:
+        raise DamagedManifest(file=image.file, reason="it and its image do not say the same")
+    if reader.closing_sha256 != image.closing_sha256:
+        raise DamagedManifest(file=image.file, reason="it names another closing record")
+    return reader
+
+
+@contextmanager
+def _parent_view(
+    volume: Volume, catalog: Catalog, choice: Choice, request: Request
+) -> Iterator[tuple[Choice, PointView | None]]:
+    """The parent's chain, checked from end to end; a damaged one makes ``auto`` a full."""
+    with ExitStack() as stack:
+        view = None
+        if choice.parent is not None:
+            try:
+                view = open_chain(volume, plan(choice.parent, catalog.images), stack)
+                view.check()
+            except (Damage, NewerFormat) as error:
+                view = None
+                choice = without_parent(request.kind, volume.name, f"the last point cannot be used: {error}")
+        yield choice, view
+
+
+def highest_sequence(volume: Volume, catalog: Catalog, lock: Lock) -> int:
+    """The highest sequence ever used in the volume: by images, by orphans, by what is deleted."""
+    used = [lock.sequence, *(image.opening.sequence for image in catalog.images)]
+    for file in catalog.orphans:
+        try:
+            with volume.open_image(file) as source:
+                used.append(ImageReader(source).opening.sequence)
+        except BlockbakError:
+            continue  # not even a header: it has no sequence to collide with
+    return max(used)
+
+
+def backup(repository: Repository, request: Request, context: Context, *, dry_run: bool = False) -> Report:
+    """Make one point. Raises every error of the source, repository, damage and refusal trees."""
+    if request.block_bytes is not None:
+        check_block_size(request.block_bytes)
+    device = devices.look(request.source)
+    check_source(device, repository, context)
+    mode = resolve_mode(device, request.mode)
+    identity = devices.identity(device)
+    name = volume_name(device, identity, repository, context.host, request.name)
+    if dry_run:
+        return _planned(repository, name, device, identity, mode, request)
+    volume = repository.make_volume(name)
+    with volume.locked(exclusive=True, wait=context.wait, check=context.check) as lock:
+        catalog = volume.catalog()
+        for line in volume.tidy(catalog):
+            context.say(line)
+        for orphan in catalog.orphans:
+            context.say(f"{orphan} has no manifest; 'blockbak recover' brings it back.")
+        choice = choose(request.kind, catalog.points, identity, device.size, request.block_bytes, name)
+        with _parent_view(volume, catalog, choice, request) as (chosen, view):
+            sequence = highest_sequence(volume, catalog, lock) + 1
+            return _make(repository, volume, device, identity, mode, request, chosen, view, sequence, context)
+
+
+def _planned(
+    repository: Repository, name: str, device: Device, identity: Identity, mode: str, request: Request
+) -> Report:
+    """What ``backup`` would do, without a byte written."""
+    points: list[Point] = []
+    volume, catalog = None, Catalog()
+    if name in repository.volume_names():
+        volume = repository.volume(name)
+        catalog = volume.catalog()
+        points = catalog.points
+    choice = choose(request.kind, points, identity, device.size, request.block_bytes, name)
+    if volume is not None:
+        with _parent_view(volume, catalog, choice, request) as (checked, _):
+            choice = checked
+    notes = [f"A full is made: {choice.reason}."] if choice.reason else []
+    return Report(
+        point="", volume=name, kind=choice.kind, synthetic=False,
+        parent=choice.parent.id if choice.parent else None,
+        sequence=points[-1].sequence + 1 if points else 1,
+        mode=mode, consistency="cold" if mode == "cold" else "none", change_source="scan",
+        device_bytes=device.size, read_bytes=device.size, changed_bytes=0, stored_bytes=0, bad_bytes=0,
+        seconds=0.0, source=device.path, file="", root="", notes=notes,
+    )  # fmt: skip
+
+
+def _make(
+    repository: Repository,
+    volume: Volume,
+    device: Device,
+    identity: Identity,
+    mode: str,
+    request: Request,
+    choice: Choice,
+    view: PointView | None,
+    sequence: int,
+    context: Context,
+) -> Report:
+    notes = [f"A full is made: {choice.reason}."] if choice.reason else []
+    for line in notes:
+        context.say(line)
+    started, clock = context.now(), context.timer()
+    block = view.geometry.block_bytes if view else request.block_bytes or BLOCK_DEFAULT
+    with ExitStack() as stack:
+        source = stack.enter_context(SourceReader(device.path, exclusive=mode == "cold", kernel=context.kernel))
+        watch = _Watch(device)
+        point = point_id(started, context.hex_id, _taken(repository))
+        opening = Opening(
+            repository=repository.id, image=context.hex_id(32), volume=volume.name, point=point,
+            sequence=sequence, kind=choice.kind, synthetic=False,
+            parent=view.top.opening.point if view else None,
+            parent_root=view.top.closing.root if view else None,
+            identity=identity, device_bytes=source.size, block_bytes=block,
+            window_bytes=window_for(source.size, block),
+            logical_sector=source.logical, physical_sector=source.physical,
+            created=iso(started), source=device.path, host=context.host,
+        )  # fmt: skip
+        file = volume.free_name(point, choice.kind)
+        partial = stack.enter_context(volume.begin(file))
+        writer = ImageWriter(partial, opening, view.claimed_digests() if view else None)
+        context.progress.begin(f"{volume.name} {choice.kind}", source.size)
+        try:
+            read_bytes = scan(source, writer, view, request.compress, context)
+        finally:
+            context.progress.end()
+        after = source.current_size()
+        if after != source.size:
+            raise SourceChangedSize(path=device.path, before=source.size, after=after)
+        written = watch.written() if mode == "cold" else False
+        consistency = "cold" if mode == "cold" and not written else "none"
+        if written:
+            notes.append(f"{device.path} was written while it was read: the image may be torn.")
+        if writer.counts.by_kind[BAD]:
+            notes.append(f"{writer.counts.by_kind[BAD]} bytes could not be read.")
+        context.check()
+        closing = Closing(
+            root=writer.root, mode=mode, consistency=consistency, change_source="scan",
+            read_bytes=read_bytes, changed_bytes=writer.counts.changed_bytes,
+            **writer.counts.by_name(), frames=writer.counts.frames,
+            started=iso(started), finished=iso(context.now()), seconds=round(context.timer() - clock, 3),
+            program=context.program, notes=notes,
+        )  # fmt: skip
+        size, digest = writer.finish(closing)
+        # The image must be durable under its own name before a manifest names it.
+        partial.seal()
+        image = Image(file, size, digest, opening, closing)
+        volume.commit(image, writer.listed)
+    return replace(report(image), seconds=round(context.timer() - clock, 3), attention=written or closing.bad_bytes > 0)
+
+
+def _taken(repository: Repository) -> Callable[[str], bool]:
+    names = {file[:21] for volume in repository.volumes() for file in os.listdir(volume.path)}
+    return names.__contains__
+
+
+def report(image: Image) -> Report:
+    """The report of a committed image."""
+    opening, closing = image.opening, image.closing
+    return Report(
+        point=opening.point, volume=opening.volume, kind=opening.kind, synthetic=opening.synthetic,
+        parent=opening.parent, sequence=opening.sequence, mode=closing.mode, consistency=closing.consistency,
+        change_source=closing.change_source, device_bytes=opening.device_bytes, read_bytes=closing.read_bytes,
+        changed_bytes=closing.changed_bytes, stored_bytes=image.image_bytes, bad_bytes=closing.bad_bytes,
+        seconds=closing.seconds, source=opening.source, file=image.file, root=closing.root,
+        notes=list(closing.notes),
+    )  # fmt: skip

@@ -1,0 +1,658 @@
+"""Brings a point back onto a device or into a file, and reads it back."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from blockbak.errors import (
+    BadTarget,
+    Damage,
+    DamagedImage,
+    Gap,
+    NewerFormat,
+    NoSuchSource,
+    SourceError,
+    TargetExists,
+    TargetHolds,
+    TargetInUse,
+    TargetSectorSize,
+    TargetTooSmall,
+    VerificationFailed,
+)
+from blockbak.flow import workers
+from blockbak.flow.backup import open_chain, open_reader
+from blockbak.flow.context import Context
+from blockbak.host import device as devices
+from blockbak.host import usage
+from blockbak.host.blockio import PIECE_BYTES, TargetWriter, aligned, sync_directory
+from blockbak.host.device import Device
+from blockbak.image.reader import ImageReader
+from blockbak.image.view import Flaw, PointView, SectionView
+from blockbak.model import extent, hashmap, partition
+from blockbak.model.chain import Image, Point, choose, plan
+from blockbak.model.extent import BAD, Extents
+from blockbak.repository.local import Catalog, Repository, Volume
+from blockbak.units import KIB, MIB
+
+_ZERO_RUN = 256 * KIB
+"""On a device, shorter runs of zeros are written with their neighbours: one request instead of three."""
+_SAMPLED_SECTIONS, _SAMPLED_BLOCKS = 8, 8
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a person asked for. ``overwrite`` stands for ``--yes``."""
+
+    point: str
+    target: str
+    overwrite: bool = False
+    verify: bool = True
+    verify_first: bool = False
+    keep_going: bool = False
+    mapfile: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a restore will do. ``method`` is ``create`` (a new file), ``write`` (everything) or ``differ``
+    (read the target, write what differs).
+    """
+
+    point: str
+    volume: str
+    images: list[str]
+    target: str
+    target_bytes: int
+    device_bytes: int
+    data_bytes: int
+    bad_bytes: int
+    method: str
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a restore did. ``flaws`` and ``unreadable`` are ranges that are zeros on the target instead of
+    content: damaged in the repository, or never read from the source.
+    """
+
+    plan: Plan
+    written_bytes: int
+    verified_bytes: int
+    flaws: list[Flaw]
+    unreadable: list[dict[str, int]]
+    mapfile: str
+    seconds: float
+
+    @property
+    def attention(self) -> bool:
+        """Something a person must look at."""
+        return bool(self.flaws or self.unreadable)
+
+
+# --- finding the point ---------------------------------------------------------------------------
+
+
+def find(repository: Repository, name: str) -> tuple[Volume, Catalog, Point]:
+    """The point a person named, with its volume. Raises NoSuchPoint, AmbiguousPoint, NoSuchVolume, and
+    what makes the point's own manifest unusable.
+    """
+    catalogs = {volume.name: volume.catalog() for volume in repository.volumes()}
+    try:
+        point = choose(name, {volume: catalog.points for volume, catalog in catalogs.items()})
+    except SourceError:
+        raise
+    except Exception:
+        # A point whose manifest is damaged is not "no such point".
+        wanted = name.rpartition("@")[2]
+        for catalog in catalogs.values():
+            for error in catalog.damage:
+                if wanted and str(error.fields.get("point", "")).startswith(wanted):
+                    raise error from None
+        raise
+    return repository.volume(point.volume), catalogs[point.volume], point
+
+
+def open_point(volume: Volume, catalog: Catalog, point: Point, stack: ExitStack) -> tuple[PointView, list[Image]]:
+    """The point's view, checked but for the frames' content.
+
+    Where an image is damaged and others hold the point too, those serve. Raises the first Damage where
+    no whole chain is left.
+    """
+    without: set[str] = set()
+    first: Exception | None = None
+    while True:
+        try:
+            chain = plan(point, catalog.images, without)
+        except Gap as gap:
+            raise (first or _why_gap(catalog, point) or gap) from None
+        attempt = ExitStack()
+        try:
+            view = open_chain(volume, chain, attempt)
+            view.check()
+        except (Damage, NewerFormat) as error:
+            attempt.close()
+            first = first or error
+            without.add(_culprit(volume, chain))
+        else:
+            stack.push(attempt)
+            return view, list(chain)
+
+
+def _why_gap(catalog: Catalog, point: Point) -> Exception | None:
+    """The damage that hides the missing parent, if it is known."""
+    parents = {image.opening.parent for image in catalog.images} | {point.id}
+    return next((error for error in catalog.damage if error.fields.get("point") in parents), None)
+
+
+def _culprit(volume: Volume, chain: Sequence[Image]) -> str:
+    """The first image of a chain that fails its own checks; the top where only the sum is wrong."""
+    for length in range(1, len(chain) + 1):
+        with ExitStack() as stack:
+            try:
+                open_chain(volume, chain[:length], stack).check()
+            except (Damage, NewerFormat):
+                return chain[length - 1].file
+    return chain[-1].file
+
+
+# --- the target ------------------------------------------------------------------------------------
+
+
+def look_at_target(path: str) -> Device | None:
+    """The target as it is now; None for a file that does not exist. Raises BadTarget."""
+    try:
+        return devices.look(path)
+    except NoSuchSource as error:
+        directory = os.path.dirname(os.path.abspath(path))
+        if not os.path.isdir(directory):
+            raise BadTarget(path=path, reason=f"there is no directory {directory}") from error
+        if directory == "/dev" or directory.startswith("/dev/"):
+            raise BadTarget(path=path, reason="there is no such device") from error
+        return None
+    except SourceError as error:
+        raise BadTarget(path=path, reason=str(error)) from error
+
+
+def check_target(
+    path: str,
+    target: Device | None,
+    view: PointView,
+    repository: Repository,
+    context: Context,
+    *,
+    overwrite: bool,
+) -> None:
+    """Refuse every target that must not be written. Raises a Refused, naming the reason."""
+    if _inside_repository(os.path.realpath(path)):
+        raise TargetHolds(path=path, what="a part of a repository")
+    if target is None:
+        return
+    for place, what in (
+        (repository.path, "the repository"),
+        (context.state_dir, "blockbak's state directory"),
+    ):
+        if usage.carries(target, place):
+            raise TargetHolds(path=path, what=what)
+    if system := usage.holds_running_system(target):
+        raise TargetHolds(path=path, what=f"the running system ({system})")
+    users = [*usage.users(target), *usage.memberships(target)]
+    if users:
+        raise TargetInUse(path=path, holders=", ".join(str(use) for use in users))
+    if target.is_block:
+        _check_device(path, target, view)
+    if not overwrite:
+        raise TargetExists(path=path)
+
+
+def _check_device(path: str, target: Device, view: PointView) -> None:
+    """Size and sectors of a device. Raises BadTarget, TargetTooSmall, TargetSectorSize."""
+    if target.read_only:
+        raise BadTarget(path=path, reason="it is read-only")
+    need = view.geometry.device_bytes
+    if target.size < need:
+        raise TargetTooSmall(path=path, have=target.size, need=need)
+    have, want = target.logical_sector, view.top.opening.logical_sector
+    if have != want and partition_table(view) is not None:
+        raise TargetSectorSize(path=path, have=have, need=want)
+
+
+def _inside_repository(path: str) -> bool:
+    """Whether a directory above ``path`` is a repository."""
+    while path != os.path.dirname(path):
+        path = os.path.dirname(path)
+        if os.path.isfile(os.path.join(path, "repository.json")) and os.path.isfile(os.path.join(path, "rescue.py")):
+            return True
+    return False
+
+
+def reader(view: PointView) -> Callable[[int, int], bytes]:
+    """``read(offset, length)`` of the point's content, for the parsers of partition tables; what is
+    damaged reads as zeros.
+    """
+
+    def read(offset: int, length: int) -> bytes:
+        geometry = view.geometry
+        length = max(0, min(length, geometry.device_bytes - offset))
+        out = bytearray()
+        while length > 0:
+            number = offset // geometry.section_bytes
+            start, end = geometry.section_range(number)
+            low = (offset - start) // geometry.window_bytes * geometry.window_bytes
+            size = min(geometry.window_bytes, end - start - low)
+            data = np.empty(size, np.uint8)
+            view.read(view.section(number), low // geometry.block_bytes, data)
+            part = data[offset - start - low :][:length].tobytes()
+            out += part
+            offset, length = offset + len(part), length - len(part)
+        return bytes(out)
+
+    return read
+
+
+def partition_table(view: PointView) -> partition.PartitionTable | None:
+    """The partition table inside the point, if there is one."""
+    return partition.parse(reader(view), view.top.opening.logical_sector, view.geometry.device_bytes)
+
+
+def _mostly_equal(view: PointView, target: TargetWriter) -> bool:
+    """Does a sample of the target already hold the point? Then reading it first is the quicker way."""
+    geometry, equal, seen = view.geometry, 0, 0
+    buffer = aligned(geometry.block_bytes)
+    for number in np.unique(np.linspace(0, geometry.sections - 1, _SAMPLED_SECTIONS).astype(int)).tolist():
+        section = view.section(number)
+        stored = np.flatnonzero(section.stored)
+        if not len(stored):
+            continue
+        picks = np.unique(np.linspace(0, len(stored) - 1, _SAMPLED_BLOCKS).astype(int))
+        for index in stored[picks].tolist():
+            block = number * hashmap.BLOCKS_PER_SECTION + index
+            length = geometry.block_length(block)
+            start = block * geometry.block_bytes
+            if start + length > target.size:
+                return False
+            target.read(start, buffer, length)
+            row = np.frombuffer(hashmap.digest(buffer[:length]), "<u8")
+            equal += bool((row == section.rows[index]).all())
+            seen += 1
+    return seen > 0 and equal * 2 > seen
+
+
+# --- writing ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    section: SectionView
+    low: int
+    blocks: int
+    start: int
+    length: int
+
+
+class _Sections:
+    """Cuts the point into pieces; a section whose index is damaged becomes a flaw with ``keep_going``."""
+
+    def __init__(self, view: PointView, *, keep_going: bool) -> None:
+        self._view, self._keep_going = view, keep_going
+        self.flaws: list[Flaw] = []
+        self.lost: list[tuple[int, int]] = []
+
+    def pieces(self, wanted: npt.NDArray[np.bool_] | None = None) -> Iterator[_Job]:
+        """All pieces in address order, or those of which ``wanted`` (bool per piece) is set."""
+        geometry, block = self._view.geometry, self._view.geometry.block_bytes
+        step = PIECE_BYTES // block
+        per_section = geometry.section_bytes // PIECE_BYTES
+        for number in range(geometry.sections):
+            begin, end = geometry.section_range(number)
+            if wanted is not None and not wanted[number * per_section : (number + 1) * per_section].any():
+                continue
+            try:
+                section = self._view.section(number)
+            except Damage as error:
+                if not self._keep_going:
+                    raise
+                self.flaws.append(Flaw(begin, end - begin, str(error), self._view.top.name))
+                self.lost.append((begin, end - begin))
+                continue
+            blocks = geometry.section_blocks(number)
+            for low in range(0, blocks, step):
+                start = begin + low * block
+                if wanted is None or wanted[start // PIECE_BYTES]:
+                    yield _Job(section, low, min(step, blocks - low), start, min(PIECE_BYTES, end - start))
+
+
+class _Writing:
+    """What the workers of one restore share."""
+
+    def __init__(
+        self, view: PointView, target: TargetWriter, method: str, context: Context, *, keep_going: bool
+    ) -> None:
+        self.view, self.target, self.method, self.context = view, target, method, context
+        self.keep_going = keep_going
+        self.flaws: list[Flaw] = []
+        self.written_bytes = 0
+        self.done = np.zeros(-(-view.geometry.device_bytes // PIECE_BYTES), bool)
+        self.touched = np.zeros(len(self.done), bool)
+        self._guard = threading.Lock()
+
+    def account(self, job: _Job, written: int) -> None:
+        """A piece is on the target."""
+        index = job.start // PIECE_BYTES
+        with self._guard:
+            self.done[index] = True
+            self.touched[index] |= written > 0 or self.method != "differ"
+            self.written_bytes += written
+        self.context.progress.advance(job.length, written)
+
+    def damaged(self, flaws: list[Flaw]) -> None:
+        """Content that is not good: noted with ``keep_going``, else the end."""
+        if not flaws:
+            return
+        with self._guard:
+            self.flaws += flaws
+        if not self.keep_going:
+            flaw = flaws[0]
+            raise DamagedImage(
+                file=flaw.file,
+                reason=f"{flaw.reason}, at bytes {flaw.start} to {flaw.start + flaw.length} of the volume; "
+                f"written so far: {self.written_ranges()}",
+            )
+
+    def written_ranges(self) -> str:
+        """The ranges that are complete, for people."""
+        starts, ends = extent.true_runs(self.done)
+        size = self.view.geometry.device_bytes
+        pairs = [
+            f"{start * PIECE_BYTES} to {min(end * PIECE_BYTES, size)}"
+            for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
+        ]
+        return ", ".join(pairs) or "nothing"
+
+
+class _Writer:
+    """One worker of a restore."""
+
+    def __init__(self, shared: _Writing) -> None:
+        self._shared = shared
+        self._buffer = aligned(PIECE_BYTES)
+        self._block = shared.view.geometry.block_bytes
+
+    def __call__(self, job: _Job) -> None:
+        differ = self._shared.method == "differ"
+        wanted = self._differing(job) if differ else np.ones(job.blocks, bool)
+        self._shared.account(job, self._write(job, wanted) if wanted.any() else 0)
+
+    def _differing(self, job: _Job) -> npt.NDArray[np.bool_]:
+        """Blocks of the piece that the target does not hold already. BAD ranges hold no promise, but
+        their row is that of the zeros a restore puts there.
+        """
+        data = self._buffer[: job.length]
+        self._shared.target.read(job.start, self._buffer, job.length)
+        nonzero = hashmap.nonzero_blocks(data, self._block)
+        rows = hashmap.digest_blocks(data, self._block, nonzero)
+        return hashmap.changed_rows(rows, job.section.rows[job.low : job.low + job.blocks])
+
+    def _write(self, job: _Job, wanted: npt.NDArray[np.bool_]) -> int:
+        """Write the wanted blocks; bytes that now hold the point because of it."""
+        block, target = self._block, self._shared.target
+        stored = job.section.stored[job.low : job.low + job.blocks]
+        data = self._buffer[: job.length]
+        if (stored & wanted).any():
+            self._read(job, wanted & stored, data)
+        zero = wanted & ~stored
+        if target.is_block:
+            # Short runs of zeros go with the data around them.
+            for low, high in _pairs(zero):
+                if (high - low) * block < min(_ZERO_RUN, job.length):
+                    zero[low:high] = False
+                    data[low * block : high * block] = 0
+        written = 0
+        for low, high in _pairs(wanted & ~zero):
+            part = data[low * block : high * block]
+            target.write(job.start + low * block, part)
+            written += len(part)
+        if self._shared.method != "create":
+            for low, high in _pairs(zero):
+                length = min(high * block, job.length) - low * block
+                target.zero(job.start + low * block, length)
+                written += length
+        return written
+
+    def _read(self, job: _Job, wanted: npt.NDArray[np.bool_], data: npt.NDArray[np.uint8]) -> None:
+        """Fill the windows of ``data`` that hold wanted blocks."""
+        view = self._shared.view
+        per_window = view.geometry.window_bytes // self._block
+        held = np.logical_or.reduceat(wanted, np.arange(0, len(wanted), per_window))
+        for low, high in _pairs(held):
+            part = data[low * per_window * self._block : high * per_window * self._block]
+            self._shared.damaged(view.read(job.section, job.low + low * per_window, part))
+
+
+def _pairs(mask: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
+    starts, ends = extent.true_runs(mask)
+    return zip(starts.tolist(), ends.tolist(), strict=True)
+
+
+def _write_all(shared: _Writing, context: Context) -> _Sections:
+    sections = _Sections(shared.view, keep_going=shared.keep_going)
+    workers.run(sections.pieces(), lambda: _Writer(shared), workers=context.workers + 1, check=context.check)
+    for start, length in sections.lost:
+        shared.target.zero(start, length)
+    return sections
+
+
+def _read_back(shared: _Writing, context: Context) -> int:
+    """Read what was written past the page cache and compare; bytes compared. Raises VerificationFailed."""
+    view, target = shared.view, shared.target
+    block = view.geometry.block_bytes
+    damaged = extent.table([f.start for f in shared.flaws], [f.start + f.length for f in shared.flaws], BAD)
+    differing: list[int] = []
+    compared: list[int] = []
+
+    def make() -> Callable[[_Job], None]:
+        buffer = aligned(PIECE_BYTES)
+
+        def compare(job: _Job) -> None:
+            target.read(job.start, buffer, job.length)
+            data = buffer[: job.length]
+            rows = hashmap.digest_blocks(data, block, hashmap.nonzero_blocks(data, block))
+            unequal = hashmap.changed_rows(rows, job.section.rows[job.low : job.low + job.blocks])
+            unequal &= ~extent.touched(damaged, job.start, block, job.blocks)
+            differing.extend((np.flatnonzero(unequal) * block + job.start).tolist())
+            compared.append(job.length)
+            context.progress.advance(job.length)
+
+        return compare
+
+    sections = _Sections(view, keep_going=shared.keep_going)
+    context.progress.begin("reading back", int(shared.touched.sum()) * PIECE_BYTES)
+    try:
+        workers.run(sections.pieces(shared.touched), make, workers=context.workers, check=context.check)
+    finally:
+        context.progress.end()
+    if differing:
+        raise VerificationFailed(path=target.path, blocks=len(differing), first=min(differing))
+    return sum(compared)
+
+
+# --- the use-case ----------------------------------------------------------------------------------
+
+
+def unreadable(view: PointView) -> Extents:
+    """The BAD extents of a point, in volume bytes."""
+    found = []
+    for number in range(view.geometry.sections):
+        with contextlib.suppress(Damage):
+            found.append(extent.of_kind(view.section(number).extents, BAD))
+    return extent.coalesce(np.concatenate(found)) if found else extent.empty()
+
+
+def _method(view: PointView, target: Device | None, path: str, context: Context) -> str:
+    """How the target will be written."""
+    if target is None:
+        return "create"
+    if devices.identity(target).same_as(view.top.opening.identity):
+        return "differ"
+    with TargetWriter(path, kernel=context.kernel) as opened:
+        return "differ" if _mostly_equal(view, opened) else "write"
+
+
+def _plan(view: PointView, chain: Sequence[Image], request: Request, target: Device | None, method: str) -> Plan:
+    opening, notes = view.top.opening, []
+    if target is not None and devices.identity(target).same_as(opening.identity):
+        notes.append("The target is the volume itself: it is rolled back.")
+    if target is not None and target.is_block and target.size > opening.device_bytes:
+        notes.append(f"The target is larger by {target.size - opening.device_bytes} bytes; they are left alone.")
+    bad = extent.total(unreadable(view))
+    if bad:
+        notes.append(f"{bad} bytes could not be read from the source; they become zeros.")
+    data = (
+        sum(int(np.count_nonzero(view.section(n).stored)) for n in range(view.geometry.sections)) * opening.block_bytes
+        if not request.keep_going
+        else 0
+    )
+    return Plan(
+        point=opening.point, volume=opening.volume, images=[image.file for image in chain],
+        target=request.target, target_bytes=target.size if target else 0, device_bytes=opening.device_bytes,
+        data_bytes=min(data, opening.device_bytes), bad_bytes=bad, method=method, notes=notes,
+    )  # fmt: skip
+
+
+def _open_damaged(volume: Volume, catalog: Catalog, point: Point, stack: ExitStack) -> tuple[PointView, list[Image]]:
+    """For ``--keep-going``: the point as whole as it can be had, from the images that open at all."""
+    try:
+        return open_point(volume, catalog, point, stack)
+    except Damage:
+        chain = _remains(point, catalog)
+        layers: list[ImageReader] = []
+        for image in reversed(chain):
+            try:
+                layers.insert(0, open_reader(volume, image, stack))
+            except Damage:
+                if not layers:
+                    raise
+                break  # below it nothing is certain: what the newer images do not hold is lost
+        return PointView(layers), chain[-len(layers) :]
+
+
+def _remains(point: Point, catalog: Catalog) -> list[Image]:
+    """The images from the nearest full, or the first gap, up to the point."""
+    by_key = {image.key: image for image in catalog.images}
+    at: Image | None = min(point.images, key=lambda image: image.opening.kind)
+    chain: list[Image] = []
+    while at is not None:
+        chain.insert(0, at)
+        at = by_key.get((at.opening.parent or "", at.opening.parent_root or ""))
+    return chain
+
+
+def restore(repository: Repository, request: Request, context: Context, *, dry_run: bool = False) -> Plan | Report:
+    """Restore a point; with ``dry_run`` only say how. Raises Damage before the first byte is written for
+    everything but a frame's content, Refused for a target that must not be written, TargetFailed,
+    VerificationFailed, Interrupted.
+    """
+    from blockbak.flow.verify import check_frames
+
+    clock = context.timer()
+    volume, _, _ = find(repository, request.point)
+    with ExitStack() as stack:
+        stack.enter_context(volume.locked(exclusive=False, wait=context.wait, check=context.check))
+        volume, catalog, point = find(repository, request.point)
+        opener = _open_damaged if request.keep_going else open_point
+        view, chain = opener(volume, catalog, point, stack)
+        target = look_at_target(request.target)
+        check_target(request.target, target, view, repository, context, overwrite=request.overwrite or dry_run)
+        method = _method(view, target, request.target, context)
+        planned = _plan(view, chain, request, target, method)
+        if dry_run:
+            return planned
+        if request.verify_first:
+            check_frames(view, context)
+        return _carry_out(view, planned, request, method, context, clock)
+
+
+def _carry_out(view: PointView, planned: Plan, request: Request, method: str, context: Context, clock: float) -> Report:
+    path = os.path.realpath(request.target)
+    size = view.geometry.device_bytes
+    with _target(path, size, method, context) as target:
+        shared = _Writing(view, target, method, context, keep_going=request.keep_going)
+        context.progress.begin("restoring", size)
+        try:
+            sections = _write_all(shared, context)
+        finally:
+            context.progress.end()
+        shared.flaws += sections.flaws
+        target.flush()
+        verified = _read_back(shared, context) if request.verify else 0
+    bad = unreadable(view)
+    flaws = sorted(shared.flaws, key=lambda flaw: flaw.start)
+    mapfile = ""
+    if request.keep_going and (flaws or len(bad)):
+        mapfile = request.mapfile or _mapfile_path(path, target.is_block, planned.point)
+        _write_mapfile(mapfile, flaws, bad, size)
+    return Report(
+        planned, shared.written_bytes, verified, flaws,
+        [{"start": int(row["start"]), "length": int(row["length"])} for row in bad],
+        mapfile, round(context.timer() - clock, 3),
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _target(path: str, size: int, method: str, context: Context) -> Iterator[TargetWriter]:
+    """The opened target. A new file is written under ``.partial`` and gets its name when all went well."""
+    if method != "create":
+        with TargetWriter(path, kernel=context.kernel) as target:
+            if not target.is_block:
+                target.resize(size)
+            yield target
+        return
+    partial = path + ".partial"
+    with contextlib.suppress(FileNotFoundError):
+        context.kernel.unlink(partial)
+    try:
+        with TargetWriter(partial, create=True, kernel=context.kernel) as target:
+            target.resize(size)
+            yield target
+        context.kernel.rename(partial, path)
+        sync_directory(os.path.dirname(path), context.kernel)
+    except OSError as error:
+        raise BadTarget(path=path, reason=error.strerror) from error
+    finally:
+        with contextlib.suppress(OSError):
+            context.kernel.unlink(partial)
+
+
+def _mapfile_path(path: str, is_block: bool, point: str) -> str:
+    return os.path.abspath(f"{point}.mapfile") if is_block else f"{path}.mapfile"
+
+
+def mapfile_text(lost: Extents, size: int) -> str:
+    """A mapfile as GNU ddrescue reads it (its manual, "Mapfile structure"): ``-`` bad, ``+`` good."""
+    lines = ["# Mapfile. Created by blockbak", "# current_pos  current_status  current_pass", "0x0  +  1"]
+    lines.append("#      pos        size  status")
+    whole = extent.table([0], [size], extent.DATA)
+    for row in extent.overlay(whole, lost):
+        status = "-" if row["kind"] == BAD else "+"
+        lines.append(f"0x{int(row['start']):08X}  0x{int(row['length']):08X}  {status}")
+    return "\n".join(lines) + "\n"
+
+
+def _write_mapfile(path: str, flaws: Sequence[Flaw], bad: Extents, size: int) -> None:
+    lost = extent.empty()
+    for flaw in flaws:
+        lost = extent.overlay(lost, extent.table([flaw.start], [flaw.start + flaw.length], BAD))
+    text = mapfile_text(extent.overlay(lost, bad), size)
+    with open(path, "w", encoding="ascii") as file:
+        file.write(text)
+
+
+assert PIECE_BYTES % MIB == 0  # noqa: S101 - a piece is whole windows, a section whole pieces

@@ -1,0 +1,154 @@
+"""Composes existing images into one: a full (or a differential) at a point, without the source."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from blockbak.errors import ComposeFailed, Damage, NoSuchPoint, NoUsableParent
+from blockbak.flow.backup import Report as PointReport
+from blockbak.flow.backup import open_chain, report
+from blockbak.flow.context import Context, iso
+from blockbak.flow.restore import find, open_point
+from blockbak.host.blockio import PartialFile
+from blockbak.image import codec
+from blockbak.image.compose import Composer, Tally
+from blockbak.image.reader import ImageReader
+from blockbak.image.view import PointView
+from blockbak.image.writer import ImageWriter
+from blockbak.model.chain import Image, Point
+from blockbak.model.facts import DIFFERENTIAL, FULL, Closing, Kind, Opening
+from blockbak.repository.local import Catalog, Repository, Volume
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The composed image, and how its bytes came to be: shared with older images, copied, encoded."""
+
+    point: PointReport
+    cloned_bytes: int
+    copied_bytes: int
+    encoded_bytes: int
+    clones: int
+    written: bool
+
+
+def synthesize(
+    repository: Repository,
+    name: str,
+    context: Context,
+    *,
+    at: str | None = None,
+    kind: Kind = FULL,
+    compress: str = "zstd",
+) -> Report:
+    """Compose an image of ``kind`` at a volume's newest point, or at the point ``at``.
+
+    If the point is held that way already, nothing is written and that image is reported. Raises
+    NoSuchVolume, NoSuchPoint, Damage, ComposeFailed, NoSpace, StoreFailed.
+    """
+    volume = repository.volume(name)
+    with volume.locked(exclusive=True, wait=context.wait, check=context.check), ExitStack() as stack:
+        catalog = volume.catalog()
+        for line in volume.tidy(catalog):
+            context.say(line)
+        point = _point(repository, volume, catalog, at)
+        view, chain = open_point(volume, catalog, point, stack)
+        known = next((image for image in point.images if image.opening.kind == kind), None)
+        if known is not None and _usable(volume, known, chain):
+            return Report(report(known), 0, 0, 0, 0, written=False)
+        layers = view if kind == FULL else _deltas(view)
+        image, tally = _compose(volume, layers, view, kind, compress, context)
+        return Report(
+            report(image),
+            tally.cloned_bytes,
+            tally.copied_bytes,
+            tally.encoded_bytes,
+            tally.clones,
+            written=True,
+        )
+
+
+def _point(repository: Repository, volume: Volume, catalog: Catalog, at: str | None) -> Point:
+    if at is not None:
+        return find(repository, at if "@" in at else f"{volume.name}@{at}")[2]
+    points = catalog.points
+    if not points:
+        raise NoSuchPoint(point=f"{volume.name}@latest")
+    return points[-1]
+
+
+def _usable(volume: Volume, image: Image, chain: list[Image]) -> bool:
+    """Is an image that holds the point already in order? Its own chain may not be the one in use."""
+    if chain[-1].file == image.file:
+        return True
+    if image.opening.kind != FULL:
+        return False
+    with ExitStack() as stack:
+        try:
+            open_chain(volume, [image], stack).check()
+        except Damage:
+            return False
+    return True
+
+
+def _deltas(view: PointView) -> PointView:
+    """The layers above the full: together they say what a differential says."""
+    if len(view.layers) == 1:
+        raise NoUsableParent(kind=DIFFERENTIAL, volume=view.top.opening.volume, reason="the point is a full itself")
+    return PointView(view.layers[1:])
+
+
+def _compose(
+    volume: Volume, layers: PointView, whole: PointView, kind: Kind, compress: str, context: Context
+) -> tuple[Image, Tally]:
+    started, clock = context.now(), context.timer()
+    top, base = whole.top.opening, whole.layers[0]
+    opening = Opening(
+        repository=top.repository, image=context.hex_id(32), volume=top.volume, point=top.point,
+        sequence=top.sequence, kind=kind, synthetic=True,
+        parent=None if kind == FULL else base.opening.point,
+        parent_root=None if kind == FULL else base.closing.root,
+        identity=top.identity, device_bytes=top.device_bytes, block_bytes=top.block_bytes,
+        window_bytes=top.window_bytes, logical_sector=top.logical_sector, physical_sector=top.physical_sector,
+        created=top.created, source=top.source, host=top.host,
+    )  # fmt: skip
+    file = volume.free_name(top.point, kind)
+    with volume.begin(file) as partial:
+        # Tried out on the empty file, so before the header is written.
+        unit = partial.clone_unit(layers.layers[0].source)
+        writer = ImageWriter(partial, opening, whole.claimed_digests() if kind != FULL else None)
+        composer = Composer(layers, writer, partial, codec.encoder(compress), unit)
+        context.progress.begin(f"composing {top.point}", top.device_bytes)
+        try:
+            composer.run(context.progress.advance, context.check)
+        finally:
+            context.progress.end()
+        counts, said = writer.counts, whole.top.closing
+        closing = Closing(
+            root=writer.root, mode=said.mode, consistency=said.consistency, change_source="images", read_bytes=0,
+            changed_bytes=counts.changed_bytes, **counts.by_name(), frames=counts.frames,
+            started=iso(started), finished=iso(context.now()), seconds=round(context.timer() - clock, 3),
+            program=context.program, notes=list(said.notes),
+        )  # fmt: skip
+        size, digest = writer.finish(closing)
+        _check_composed(partial, layers, whole)
+        partial.seal()
+        image = Image(file, size, digest, opening, closing)
+        volume.commit(image, writer.listed)
+    return image, composer.tally
+
+
+def _check_composed(partial: PartialFile, layers: PointView, whole: PointView) -> None:
+    """Read the composed image's index back from the file: its map must be the point's, or it is void.
+
+    Raises ComposeFailed.
+    """
+    reader = ImageReader(partial)
+    below = whole.layers[: len(whole.layers) - len(layers.layers)]
+    try:
+        PointView([*below, reader]).check()
+    except Damage as error:
+        raise ComposeFailed(point=whole.top.opening.point) from error
+    if reader.closing.root != whole.top.closing.root:
+        raise ComposeFailed(point=whole.top.opening.point)

@@ -1,0 +1,184 @@
+"""Checks that stored bytes are what they were: whole images, or a share of their frames."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from blockbak.errors import BlockbakError, Damage, DamagedImage, NewerFormat
+from blockbak.flow import workers
+from blockbak.flow.backup import open_reader
+from blockbak.flow.context import Context
+from blockbak.image import check
+from blockbak.image.reader import ImageReader
+from blockbak.image.view import Flaw, PointView
+from blockbak.model import hashmap
+from blockbak.model.chain import Image, Point, chains, plan
+from blockbak.repository.local import Catalog, Repository, Volume
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One image, or one manifest without a usable image. ``damage`` are ranges of the volume."""
+
+    volume: str
+    point: str
+    kind: str
+    file: str
+    ok: bool
+    damage: list[Flaw] = field(default_factory=list)
+    checked_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All verdicts, and the leftovers that ``recover`` would treat (they are no damage)."""
+
+    images: list[Verdict]
+    leftovers: list[str]
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        return all(verdict.ok for verdict in self.images)
+
+
+def check_image(
+    reader: ImageReader, context: Context, *, share: float = 1.0, pick: Callable[[], float] | None = None
+) -> tuple[list[Flaw], int]:
+    """Check one image, or a random ``share`` of its frames; flaws and stored bytes that were read.
+
+    ``pick`` gives random numbers in [0, 1). Structure is always checked as a whole. Raises Damage where
+    the image cannot be walked at all.
+    """
+    reader.check_seek_table()
+    flaws: list[Flaw] = []
+    if (tail := check.check_tail(reader)) is not None:
+        flaws.append(tail)
+    guard = threading.Lock()
+    done = 0
+
+    def work(span: check.Span) -> None:
+        nonlocal done
+        found = check.check_span(reader, span)
+        with guard:
+            flaws.extend(found)
+            done += span.stored_bytes
+        context.progress.advance(span.stored_bytes)
+
+    chosen: Iterable[check.Span] = check.spans(reader)
+    if share < 1 and pick is not None:
+        chosen = (span for span in chosen if pick() < share)
+    workers.run(chosen, lambda: work, workers=context.workers, check=context.check)
+    return sorted(flaws, key=lambda flaw: flaw.start), done
+
+
+def check_frames(view: PointView, context: Context) -> None:
+    """Check every frame of all images of a point. Raises DamagedImage at the first that is not good."""
+    context.progress.begin("verifying", sum(layer.source.size for layer in view.layers))
+    try:
+        for layer in view.layers:
+            flaws, _ = check_image(layer, context)
+            if flaws:
+                where = f"{flaws[0].reason}, at bytes {flaws[0].start} to {flaws[0].start + flaws[0].length}"
+                raise DamagedImage(file=layer.name, reason=where)
+    finally:
+        context.progress.end()
+
+
+def _whole_flaw(size: int, reason: object, file: str) -> Flaw:
+    return Flaw(0, size, str(reason), file)
+
+
+def check_map(view: PointView) -> None:
+    """The top image's own sections have the map digests it states, and its root. Raises DamagedImage."""
+    view.check_binding()
+    digests = view.claimed_digests()
+    for number in view.top.sections["number"].tolist():
+        view.check_section(view.section(number), digests)
+    if hashmap.root(view.geometry.device_bytes, view.geometry.block_bytes, digests) != view.top.closing.root:
+        raise DamagedImage(file=view.top.name, reason="its root does not match its hash map")
+
+
+def _verify_image(
+    volume: Volume,
+    image: Image,
+    chain: Sequence[Image] | None,
+    context: Context,
+    share: float,
+    pick: Callable[[], float],
+) -> Verdict:
+    size = image.opening.device_bytes
+    flaws: list[Flaw] = []
+    checked = 0
+    with ExitStack() as stack:
+        try:
+            reader = open_reader(volume, image, stack)
+            flaws, checked = check_image(reader, context, share=share, pick=pick)
+            if chain is None:
+                flaws.append(_whole_flaw(size, f"its parent {image.opening.parent} is missing or damaged", image.file))
+            else:
+                below = [open_reader(volume, lower, stack) for lower in chain[:-1]]
+                check_map(PointView([*below, reader]))
+        except (Damage, NewerFormat) as error:
+            flaws.append(_whole_flaw(size, error, image.file))
+    return Verdict(volume.name, image.point, image.opening.kind, image.file, not flaws, flaws, checked)
+
+
+def _unusable(volume: Volume, error: BlockbakError) -> Verdict:
+    fields = error.fields
+    file = str(fields.get("file", ""))
+    return Verdict(
+        volume.name, str(fields.get("point", "")), str(fields.get("kind", "")), file, ok=False,
+        damage=[Flaw(0, 0, str(error), file)],
+    )  # fmt: skip
+
+
+def _selected(volume: Volume, catalog: Catalog, wanted: Sequence[Point] | None) -> list[Image]:
+    """The images to check: all, or those that the wanted points need."""
+    if wanted is None:
+        return sorted(catalog.images, key=lambda image: (image.opening.sequence, image.file))
+    files: dict[str, Image] = {}
+    for point in wanted:
+        if point.volume == volume.name:
+            for image in (*plan(point, catalog.images), *point.images):
+                files[image.file] = image
+    return list(files.values())
+
+
+def verify(
+    repository: Repository,
+    names: Sequence[str],
+    context: Context,
+    *,
+    share: float = 1.0,
+    pick: Callable[[], float],
+) -> Report:
+    """Check the named points with all images they need, or everything. Damage is in the report, not
+    raised; NoSuchPoint, AmbiguousPoint and VolumeLocked are.
+    """
+    from blockbak.flow.restore import find
+
+    clock = context.timer()
+    points = [find(repository, name)[2] for name in names] if names else None
+    verdicts: list[Verdict] = []
+    leftovers: list[str] = []
+    wanted_volumes = {point.volume for point in points} if points is not None else set(repository.volume_names())
+    for name in sorted(wanted_volumes):
+        volume = repository.volume(name)
+        with volume.locked(exclusive=False, wait=context.wait, check=context.check):
+            catalog = volume.catalog()
+            if points is None:
+                verdicts += [_unusable(volume, error) for error in catalog.damage]
+            leftovers += [f"{name}/{file}" for file in (*catalog.partials, *catalog.orphans, *catalog.deleted)]
+            images = _selected(volume, catalog, points)
+            whole = chains(catalog.images)
+            context.progress.begin(f"verifying {name}", sum(image.image_bytes for image in images))
+            try:
+                for image in images:
+                    verdicts.append(_verify_image(volume, image, whole.get(image.file), context, share, pick))
+            finally:
+                context.progress.end()
+    return Report(verdicts, leftovers, round(context.timer() - clock, 3))

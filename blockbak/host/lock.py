@@ -1,0 +1,105 @@
+"""Locks between runs: flock on a file that also says who holds it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import msgspec
+
+from blockbak.errors import NoPermission, StoreFailed, VolumeLocked
+from blockbak.host.kernel import Kernel
+
+_PAUSE_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What the lock file says: the last exclusive holder, and the highest sequence ever used."""
+
+    pid: int = 0
+    host: str = ""
+    sequence: int = 0
+
+
+def _read_note(path: str) -> Note:
+    """The note; an empty one where it cannot be read. It is information, never a decision."""
+    try:
+        with open(path, "rb") as file:
+            return msgspec.json.decode(file.read(4096).rstrip(b"\0 \n") or b"{}", type=Note)
+    except (OSError, msgspec.DecodeError):
+        return Note()
+
+
+class Lock:
+    """A held lock. ``remember`` stores the highest sequence in the file, durably."""
+
+    def __init__(self, fd: int, path: str, kernel: Kernel) -> None:
+        self._fd, self._path, self._kernel = fd, path, kernel
+        self.sequence = _read_note(path).sequence
+
+    def remember(self, sequence: int) -> None:
+        """Never use a sequence up to this one again, even if its images are deleted."""
+        self.sequence = max(self.sequence, sequence)
+        self._note()
+        self._kernel.fsync(self._fd)
+
+    def sign(self) -> None:
+        """Say who holds it, for the message others get."""
+        self._note()
+
+    def _note(self) -> None:
+        note = Note(os.getpid(), socket.gethostname(), self.sequence)
+        # Padded to a fixed length: an overwrite never leaves the end of an older note behind.
+        text = msgspec.json.encode(asdict(note)).ljust(256) + b"\n"
+        os.pwrite(self._fd, text, 0)
+
+
+@contextmanager
+def held(
+    path: str,
+    volume: str,
+    *,
+    exclusive: bool,
+    wait: float,
+    check: Callable[[], None],
+    clock: Callable[[], float],
+    sleep: Callable[[float], None],
+    kernel: Kernel,
+) -> Iterator[Lock]:
+    """Hold the lock file at ``path`` (made if it is not there) for as long as the ``with`` lasts.
+
+    ``wait`` seconds are spent trying, ``check`` may raise in between. Children do not inherit it. Raises
+    VolumeLocked, naming who holds it.
+    """
+    try:
+        fd = kernel.open(path, os.O_RDWR | os.O_CREAT)
+    except PermissionError as error:
+        raise NoPermission(action="lock", path=path) from error
+    except OSError as error:
+        if error.errno == errno.EROFS and not exclusive:
+            fd = kernel.open(path, os.O_RDONLY)
+        else:
+            raise StoreFailed(path=path, action="opened", reason=error.strerror) from error
+    try:
+        deadline = clock() + wait
+        while True:
+            try:
+                kernel.lock(fd, exclusive=exclusive)
+                break
+            except BlockingIOError as error:
+                if clock() >= deadline:
+                    note = _read_note(path)
+                    raise VolumeLocked(volume=volume, pid=note.pid, host=note.host or "another host") from error
+            check()
+            sleep(min(_PAUSE_SECONDS, max(0.0, deadline - clock())))
+        lock = Lock(fd, path, kernel)
+        if exclusive:
+            lock.sign()
+        yield lock
+    finally:
+        kernel.close(fd)

@@ -1,0 +1,334 @@
+"""A repository in a directory: volumes, their images and manifests, and the order in which they change.
+
+What must be durable before what is written down in docs/format.md; each step here names its reason.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Self
+
+import msgspec
+
+from blockbak.errors import (
+    BlockbakError,
+    DamagedManifest,
+    DamagedRepository,
+    MissingImage,
+    NewerFormat,
+    NoPermission,
+    NoSuchVolume,
+    NotARepository,
+    RepositoryExists,
+    UnreadableStore,
+    VolumeExists,
+)
+from blockbak.host import lock
+from blockbak.host.blockio import PartialFile, StoredFile, store_error, sync_directory, write_durably
+from blockbak.host.kernel import Kernel
+from blockbak.model.chain import Image, Point, points
+from blockbak.repository import manifest
+
+VERSION = 1
+FILE = "repository.json"
+_SHIPPED = ("rescue.py", "RESTORE.txt")
+_VOLUME = re.compile(r"[A-Za-z0-9._-]+")
+_NAME = re.compile(
+    r"(?P<point>\d{8}T\d{6}Z-[0-9a-f]{4})\.(?P<kind>full|incremental|differential)(?:\.(?P<number>[1-9]\d*))?"
+    r"\.(?P<end>zst|json|json\.deleted|zst\.partial|json\.partial)"
+)
+
+
+class _Repository(msgspec.Struct):
+    blockbak_repository: int
+    id: str
+    created: str
+
+
+@dataclass(slots=True)
+class Catalog:
+    """What a volume's directory holds. ``damage`` names manifests that are not whole and images that are
+    missing; ``orphans`` are sealed images without manifest, ``partials`` files that were never finished,
+    ``deleted`` half-done deletions (file names).
+    """
+
+    images: list[Image] = field(default_factory=list)
+    damage: list[BlockbakError] = field(default_factory=list)
+    orphans: list[str] = field(default_factory=list)
+    partials: list[str] = field(default_factory=list)
+    deleted: list[str] = field(default_factory=list)
+
+    @property
+    def points(self) -> list[Point]:
+        """Its points, oldest first."""
+        return points(self.images)
+
+    @property
+    def leftovers(self) -> int:
+        """How many files ``recover`` would treat."""
+        return len(self.orphans) + len(self.partials) + len(self.deleted)
+
+
+class Volume:
+    """One volume's directory."""
+
+    def __init__(self, repository: Repository, name: str) -> None:
+        self.name = name
+        self.path = os.path.join(repository.path, name)
+        self._repository = repository
+        self._kernel = repository.kernel
+
+    def _at(self, file: str) -> str:
+        return os.path.join(self.path, file)
+
+    def locked(
+        self, *, exclusive: bool, wait: float = 0, check: Callable[[], None] = lambda: None
+    ) -> AbstractContextManager[lock.Lock]:
+        """Hold the volume. Raises VolumeLocked."""
+        return lock.held(
+            self._at(".lock"),
+            self.name,
+            exclusive=exclusive,
+            wait=wait,
+            check=check,
+            clock=time.monotonic,
+            sleep=time.sleep,
+            kernel=self._kernel,
+        )
+
+    def catalog(self) -> Catalog:
+        """Read all manifests. Damage is collected, not raised; UnreadableStore is damage too."""
+        found = Catalog()
+        names = {entry.name: entry for entry in os.scandir(self.path)}
+        for name in sorted(names):
+            parts = _NAME.fullmatch(name)
+            if not parts:
+                continue
+            stem = name[: -len(parts["end"]) - 1]
+            if parts["end"].endswith("partial"):
+                found.partials.append(name)
+            elif parts["end"] == "json.deleted":
+                found.deleted.append(name)
+            elif parts["end"] == "json":
+                self._catalog_manifest(found, name, parts["point"], parts["kind"], f"{stem}.zst" in names)
+            elif not {f"{stem}.json", f"{stem}.json.deleted"} & names.keys():
+                found.orphans.append(name)
+        return found
+
+    def _catalog_manifest(self, found: Catalog, name: str, point: str, kind: str, present: bool) -> None:
+        try:
+            image = manifest.decode(self._read_small(name), name)
+            opening = image.opening
+            if (opening.point, opening.kind) != (point, kind):
+                raise DamagedManifest(file=name, reason="it is of another point or kind than its name says")
+            if (opening.repository, opening.volume) != (self._repository.id, self.name):
+                raise DamagedManifest(file=name, reason=f"it belongs to volume {opening.volume} of another place")
+            if not present:
+                raise MissingImage(file=image.file)
+            size = os.stat(self._at(image.file)).st_size
+            if size != image.image_bytes:
+                raise DamagedManifest(file=name, reason=f"its image has {size} bytes instead of {image.image_bytes}")
+        except BlockbakError as error:
+            error.fields.setdefault("point", point)
+            error.fields.setdefault("kind", kind)
+            found.damage.append(error)
+        else:
+            found.images.append(image)
+
+    def _read_small(self, name: str) -> bytes:
+        try:
+            with StoredFile(self._at(name), f"{self.name}/{name}", self._kernel) as file:
+                return bytes(file.read(0, file.size))
+        except OSError as error:
+            raise UnreadableStore(file=name, offset=0, reason=error.strerror) from error
+
+    # --- images --------------------------------------------------------------------------------
+
+    def open_image(self, file: str) -> StoredFile:
+        """A sealed image, for reading. Raises MissingImage or UnreadableStore."""
+        try:
+            return StoredFile(self._at(file), f"{self.name}/{file}", self._kernel)
+        except FileNotFoundError as error:
+            raise MissingImage(file=f"{self.name}/{file}") from error
+        except PermissionError as error:
+            raise NoPermission(action="read", path=self._at(file)) from error
+        except OSError as error:
+            raise UnreadableStore(file=f"{self.name}/{file}", offset=0, reason=error.strerror) from error
+
+    def free_name(self, point: str, kind: str) -> str:
+        """An image file name that nothing has; a second image of a point and kind gets a number."""
+        taken = set(os.listdir(self.path))
+        number = 1
+        while True:
+            stem = f"{point}.{kind}" + (f".{number}" if number > 1 else "")
+            if not any(name.startswith(stem + end) for name in taken for end in (".zst", ".json")):
+                return stem + ".zst"
+            number += 1
+
+    def begin(self, file: str) -> PartialFile:
+        """A new image, to be written and sealed. Raises NoSpace or StoreFailed."""
+        return PartialFile(self._at(file), f"{self.name}/{file}", self._kernel)
+
+    def commit(self, image: Image, sections: int) -> None:
+        """Make a sealed image visible: its manifest must only name what is durable, so it comes last."""
+        name = image.file.removesuffix(".zst") + ".json"
+        write_durably(self._at(name), f"{self.name}/{name}", manifest.encode(image, sections), self._kernel)
+
+    def remove(self, file: str) -> None:
+        """Delete an image so that a crash on the way can be told from loss.
+
+        The marker must be durable before the image goes: without it, a missing image is damage.
+        """
+        name = file.removesuffix(".zst") + ".json"
+        try:
+            if os.path.lexists(self._at(name)):
+                self._kernel.rename(self._at(name), self._at(name + ".deleted"))
+                sync_directory(self.path, self._kernel)
+            self._finish(name + ".deleted")
+        except OSError as error:
+            raise store_error(error, f"{self.name}/{file}", "deleted") from error
+
+    def _finish(self, marker: str) -> None:
+        image = marker.removesuffix(".json.deleted") + ".zst"
+        if os.path.lexists(self._at(image)):
+            self._kernel.unlink(self._at(image))
+        sync_directory(self.path, self._kernel)
+        self._kernel.unlink(self._at(marker))
+
+    def tidy(self, catalog: Catalog) -> list[str]:
+        """Finish deletions and sweep partials; what was done, for people. Needs the exclusive lock."""
+        done = []
+        try:
+            for marker in catalog.deleted:
+                self._finish(marker)
+                done.append(f"Finished the deletion of {marker.removesuffix('.json.deleted')}.zst.")
+            for name in catalog.partials:
+                self._kernel.unlink(self._at(name))
+                done.append(f"Swept {name}, which an earlier run did not finish.")
+        except OSError as error:
+            raise store_error(error, self.name, "tidied") from error
+        catalog.deleted, catalog.partials = [], []
+        return done
+
+
+class Repository:
+    """An open repository. Raises NotARepository, NewerFormat, NoPermission, DamagedRepository."""
+
+    def __init__(self, path: str, kernel: Kernel | None = None) -> None:
+        self.path = os.path.abspath(path)
+        self.kernel = kernel or Kernel()
+        file = os.path.join(self.path, FILE)
+        try:
+            with StoredFile(file, FILE, self.kernel) as stored:
+                data = bytes(stored.read(0, stored.size))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            reason = f"it has no {FILE}" if os.path.isdir(self.path) else "it is not a directory"
+            raise NotARepository(path=path, reason=reason) from error
+        except PermissionError as error:
+            raise NoPermission(action="read", path=file) from error
+        except OSError as error:
+            raise UnreadableStore(file=file, offset=0, reason=error.strerror) from error
+        try:
+            about = msgspec.json.decode(data, type=_Repository)
+        except msgspec.DecodeError as error:
+            raise DamagedRepository(file=file, reason=str(error)) from error
+        if about.blockbak_repository > VERSION:
+            raise NewerFormat(what=f"The repository {path}", detail=f"version {about.blockbak_repository}")
+        self.id = about.id
+
+    @classmethod
+    def create(cls, path: str, *, repository_id: str, created: str, kernel: Kernel | None = None) -> Self:
+        """Make a repository in a new or empty directory. Raises RepositoryExists, NoSpace, StoreFailed.
+
+        ``repository.json`` comes last: before it, the directory is none yet and can be made one again.
+        """
+        kernel = kernel or Kernel()
+        path = os.path.abspath(path)
+        shipped = {name: files("blockbak.repository").joinpath(name).read_bytes() for name in _SHIPPED}
+        try:
+            if os.path.lexists(path):
+                _check_empty(path)
+                os.chmod(path, stat.S_IRWXU)
+            else:
+                kernel.mkdir(path)
+                sync_directory(os.path.dirname(path), kernel)
+            about = msgspec.json.format(msgspec.json.encode(_Repository(VERSION, repository_id, created)), indent=2)
+            for name, data in (*shipped.items(), (FILE, about + b"\n")):
+                target = os.path.join(path, name)
+                if os.path.lexists(target):
+                    kernel.unlink(target)
+                write_durably(target, name, data, kernel)
+        except OSError as error:
+            raise store_error(error, path, "made") from error
+        return cls(path, kernel)
+
+    def volume_names(self) -> list[str]:
+        """The volumes, by name."""
+        return sorted(
+            entry.name
+            for entry in os.scandir(self.path)
+            if entry.is_dir(follow_symlinks=False) and _VOLUME.fullmatch(entry.name)
+        )
+
+    def volume(self, name: str) -> Volume:
+        """An existing volume. Raises NoSuchVolume."""
+        if not usable_name(name) or not os.path.isdir(os.path.join(self.path, name)):
+            raise NoSuchVolume(volume=name)
+        return Volume(self, name)
+
+    def volumes(self) -> list[Volume]:
+        """All volumes."""
+        return [Volume(self, name) for name in self.volume_names()]
+
+    def make_volume(self, name: str) -> Volume:
+        """A volume, made if it is not there; its directory must be durable before anything in it is."""
+        if not usable_name(name):
+            raise VolumeExists(volume=name, reason="use letters, digits, '.', '_' and '-' only")
+        path = os.path.join(self.path, name)
+        try:
+            if not os.path.isdir(path):
+                self.kernel.mkdir(path)
+            sync_directory(self.path, self.kernel)
+        except FileExistsError:
+            pass  # another run made it a moment ago
+        except OSError as error:
+            raise store_error(error, path, "made") from error
+        return Volume(self, name)
+
+    @contextmanager
+    def reading(self, names: list[str], wait: float, check: Callable[[], None]) -> Iterator[None]:
+        """Hold several volumes shared."""
+        from contextlib import ExitStack
+
+        with ExitStack() as stack:
+            for name in names:
+                stack.enter_context(self.volume(name).locked(exclusive=False, wait=wait, check=check))
+            yield
+
+
+def usable_name(name: str) -> bool:
+    """Whether a volume may be called that: no path, nothing hidden."""
+    return bool(_VOLUME.fullmatch(name)) and not name.startswith(".") and len(name) <= 200
+
+
+def _check_empty(path: str) -> None:
+    try:
+        names = set(os.listdir(path))
+    except NotADirectoryError as error:
+        raise RepositoryExists(path=path, reason="it is not a directory") from error
+    if FILE in names:
+        raise RepositoryExists(path=path, reason="it is one already")
+    # What an interrupted `init` leaves is no content; mkfs puts lost+found into every new ext4.
+    allowed = {*_SHIPPED, "lost+found", *(f"{name}.partial" for name in (*_SHIPPED, FILE))}
+    if names - allowed:
+        raise RepositoryExists(path=path, reason="it is not empty")
+    for name in names:
+        if name.endswith(".partial"):
+            os.unlink(os.path.join(path, name))

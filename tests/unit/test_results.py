@@ -1,0 +1,52 @@
+"""``scripts/test`` may only succeed, and say so, if everything that ran passed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RESULTS = Path(__file__).parents[2] / "scripts" / "results.py"
+
+GOOD = '<testcase classname="tests.unit.test_a" name="one" time="0.5"/>'
+BAD = '<testcase classname="tests.unit.test_a" name="two"><failure message="no"/></testcase>'
+LEAKY = '<testcase classname="tests.host.test_b" name="three"><error message="left behind"/></testcase>'
+SKIPPED = '<testcase classname="tests.unit.test_a" name="four"><skipped/></testcase>'
+UNREADABLE = '<testcase classname="" name="tests.cli.test_c"><error message="import"/></testcase>'
+
+
+def told(place, checks=(0,), status=None, cases=()):
+    (place / "checks").write_text("".join(f"check {n}\t{status}\n" for n, status in enumerate(checks)))
+    if status is not None:
+        (place / "pytest").write_text(f"{status}\t-m 'not vm' \n")
+        (place / "tests.xml").write_text(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>")
+    done = subprocess.run([sys.executable, RESULTS, place], capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (0, "1 passed, 0 failed")),
+        ({"checks": (0, 2)}, (1, "1 passed, 1 failed")),
+        ({"status": 0, "cases": [GOOD]}, (0, "2 passed, 0 failed")),
+        ({"status": 0, "cases": [GOOD, SKIPPED]}, (0, "2 passed, 0 failed, 1 skipped")),
+        ({"status": 1, "cases": [GOOD, BAD, LEAKY]}, (1, "2 passed, 2 failed")),
+        ({"status": 1, "cases": [UNREADABLE]}, (1, "1 passed, 1 failed")),
+        ({"status": 1, "cases": [GOOD]}, (1, "2 passed, 1 failed")),
+        ({"status": 5}, (1, "1 passed, 1 failed")),
+        ({"status": 137, "cases": [GOOD]}, (1, "2 passed, 1 failed")),
+        ({"checks": (1,), "status": 0, "cases": [GOOD]}, (1, "1 passed, 1 failed")),
+    ],
+)
+def test_success_needs_everything_to_have_passed(tmp_path, given, expected):
+    assert told(tmp_path, **given) == expected
+
+
+def test_a_run_that_left_no_report_failed(tmp_path):
+    (tmp_path / "checks").write_text("ruff\t0\n")
+    (tmp_path / "pytest").write_text("3\t-m 'not vm' \n")
+    done = subprocess.run([sys.executable, RESULTS, tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
