@@ -21,9 +21,7 @@ MIB = 1 << 20
 
 
 def run(*argv, stdin=""):
-    done = subprocess.run(
-        [str(word) for word in argv], input=stdin, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([str(word) for word in argv], input=stdin, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (argv, done.stderr)
     return done.stdout
 
@@ -82,7 +80,7 @@ def test_a_loop_device_is_as_it_was_made(loop, sector_size):
     assert (seen.path, seen.is_block, seen.kind, seen.size) == (made.path, True, "loop", 8 * MIB)
     assert (seen.logical_sector, seen.read_only, seen.backing_file) == (sector_size, False, str(made.file))
     assert seen.physical_sector >= sector_size
-    assert os.makedev(seen.major, seen.minor) == os.stat(made.path).st_rdev
+    assert os.makedev(seen.major, seen.minor) == Path(made.path).stat().st_rdev
     assert seen.diskseq > 0
     assert (seen.mounts, seen.holders, seen.disk_id) == ((), (), "")
 
@@ -102,7 +100,7 @@ def test_links_lead_to_the_device(loop, tmp_path):
 
 def test_another_node_of_a_device_is_that_device(loop, tmp_path):
     made = loop(MIB)
-    os.mknod(tmp_path / "node", 0o600 | 0o060000, os.stat(made.path).st_rdev)
+    os.mknod(tmp_path / "node", 0o600 | 0o060000, Path(made.path).stat().st_rdev)
     assert device.look(str(tmp_path / "node")).path == made.path
 
 
@@ -450,9 +448,7 @@ def test_a_directory_without_a_device_is_carried_by_none(loop, tmp_path, as_root
         (tmp_path / name).mkdir()
     options = f"lowerdir={tmp_path}/lower,upperdir={tmp_path}/upper,workdir={tmp_path}/work"
     disk = device.look(loop(MIB).path)
-    with mounted(
-        fstype, tmp_path / "there", "-t", fstype, *(["-o", options] if fstype == "overlay" else [])
-    ) as where:
+    with mounted(fstype, tmp_path / "there", "-t", fstype, *(["-o", options] if fstype == "overlay" else [])) as where:
         assert not usage.carries(disk, str(where))
         # An overlay lies where its layers do.
         bases = System().devices_of(System().mount_of(str(tmp_path)))
@@ -548,14 +544,10 @@ def test_members_in_partitions_are_known_whether_or_not_the_kernel_shows_them(lo
     with partitioned(disk, "size=8M", "size=16M") as (first, second):
         Path(second).write_bytes(pv_label("vg"))
         name = Path(second).name
-        assert [str(use) for use in usage.memberships(device.look(disk.path))] == [
-            f"part of volume group vg ({name})"
-        ]
+        assert [str(use) for use in usage.memberships(device.look(disk.path))] == [f"part of volume group vg ({name})"]
         assert [str(use) for use in usage.memberships(device.look(second))] == ["part of volume group vg"]
         assert usage.memberships(device.look(first)) == []
-    assert [str(use) for use in usage.memberships(device.look(disk.path))] == [
-        "part of volume group vg (partition 2)"
-    ]
+    assert [str(use) for use in usage.memberships(device.look(disk.path))] == ["part of volume group vg (partition 2)"]
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1", "1.2"])

@@ -284,9 +284,7 @@ def test_two_disks_with_one_name_are_twins(tree):
 def test_the_paths_of_a_multipath_device_are_not_twins(tree):
     for name in ("sda", "sdb", "sdc"):
         tree.add(name, device__wwid="naa.600140500000000000000000000000aa")
-    tree.add(
-        "dm-0", over=("sda", "sdb"), dm__name="mpatha", dm__uuid="mpath-3600140500000000000000000000000aa"
-    )
+    tree.add("dm-0", over=("sda", "sdb"), dm__name="mpatha", dm__uuid="mpath-3600140500000000000000000000000aa")
     system = tree.system()
     assert identity("dm-0", system).same_as(identity("sda", system))
     # A path that multipath does not hold is another matter.
@@ -464,9 +462,7 @@ def test_a_root_without_a_device_of_its_own_is_carried_by_none(tree, fstype, sou
 
 def test_the_layers_of_an_overlay_are_followed(tree):
     tree.add("sda")
-    tree.mount(
-        "0:45", "/", "overlay", "overlay", "rw,lowerdir=/lower,upperdir=/upper/root,workdir=/upper/work"
-    )
+    tree.mount("0:45", "/", "overlay", "overlay", "rw,lowerdir=/lower,upperdir=/upper/root,workdir=/upper/work")
     tree.mount(tree.number("sda"), "/upper", "ext4", "/dev/sda")
     system = tree.system()
     assert usage.carries(device.block("sda", system), "/etc", system)

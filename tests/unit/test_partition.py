@@ -17,9 +17,7 @@ MIB = 1 << 20
 
 
 def run(*argv, stdin=""):
-    done = subprocess.run(
-        [str(word) for word in argv], input=stdin, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([str(word) for word in argv], input=stdin, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (argv, done.stderr)
     return done.stdout
 
@@ -155,9 +153,7 @@ class TestGpt:
         assert table.scheme == "gpt"
         assert "hybrid" in table.notes[0]
 
-    @pytest.mark.parametrize(
-        ("count", "size"), [(2**32 - 1, 128), (128, 2**31), (0, 128), (128, 0), (128, 64)]
-    )
+    @pytest.mark.parametrize(("count", "size"), [(2**32 - 1, 128), (128, 2**31), (0, 128), (128, 0), (128, 64)])
     def test_an_absurd_number_of_entries_is_damage_not_work(self, gpt, count, size):
         for place in (512, len(gpt) - 512):
             struct.pack_into("<II", gpt, place + 80, count, size)
@@ -182,9 +178,7 @@ class TestMbr:
         assert extended.type == "0x05"
         assert logical[0].uuid == "1a2b3c4d-05"
         listed = run("sfdisk", "--dump", file)
-        starts = [
-            int(line.split("start=")[1].split(",")[0]) for line in listed.splitlines() if "start=" in line
-        ]
+        starts = [int(line.split("start=")[1].split(",")[0]) for line in listed.splitlines() if "start=" in line]
         assert [one.start // 512 for one in table.partitions] == starts
         assert all(one.length == 4 * MIB for one in logical)
 
