@@ -215,12 +215,11 @@ class System:
 
     def below(self, name: str) -> set[str]:
         """The device and everything it is stacked on."""
-        return _closure([name], lambda one: self.bases.get(one, ()))
+        return set(_closure(name, lambda one: self.bases.get(one, ())))
 
     def above(self, name: str) -> list[str]:
-        """The device, its partitions and everything stacked on any of them, in natural order."""
-        found = _closure([name], lambda one: [*self._upward.get(one, ()), *self.links(one, "holders")])
-        return [one for one in self.names if one in found]
+        """The device, its partitions and everything stacked on any of them, the nearest first."""
+        return _closure(name, lambda one: [*self._upward.get(one, ()), *self.links(one, "holders")])
 
     # --- mounts, swap, locks ---------------------------------------------------------------------------
 
@@ -318,15 +317,15 @@ def _pieces(name: str) -> list[str]:
     return re.split(r"(\d+)", name)
 
 
-def _closure(start: list[str], step: Callable[[str], Iterable[str]]) -> set[str]:
-    found: set[str] = set()
-    pending = list(start)
-    while pending:
-        one = pending.pop()
-        if one not in found:
-            found.add(one)
-            pending += step(one)
-    return found
+def _closure(start: str, step: Callable[[str], Iterable[str]]) -> list[str]:
+    found = {start: None}
+    pending = [start]
+    for one in pending:  # grows as it is walked
+        for other in step(one):
+            if other not in found:
+                found[other] = None
+                pending.append(other)
+    return list(found)
 
 
 def _is_below(path: str, directory: str) -> bool:
