@@ -88,7 +88,12 @@ def world(wait: float = 0) -> Iterator[Context]:
             raise Interrupted(state="what was begun has been undone")
 
     keep_memory()
-    before = {number: signal.signal(number, wish) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    # What was ignored before us (nohup does that to SIGHUP) stays ignored.
+    before = {
+        number: signal.signal(number, wish)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
         yield Context(
             now=lambda: datetime.now(UTC),
