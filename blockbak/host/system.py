@@ -250,8 +250,11 @@ class System:
     @cached_property
     def btrfs(self) -> list[set[str]]:
         """The devices of each mounted btrfs, in whatever namespace."""
-        pattern = "sys/fs/btrfs/*/devices"
-        return [{entry.name for entry in folder.iterdir()} for folder in self.root.glob(pattern)]
+        found = []
+        for folder in self.root.glob("sys/fs/btrfs/*/devices"):
+            with contextlib.suppress(OSError):  # unmounted meanwhile
+                found.append({entry.name for entry in folder.iterdir()})
+        return found
 
     def busy_filesystem(self, name: str) -> str:
         """The file system that the kernel itself keeps on a device, mounted here or elsewhere, or ''.
@@ -299,11 +302,11 @@ class System:
             return {}
         try:
             import pyudev
-
-            device = pyudev.Devices.from_name(self._udev_context, "block", name)
-            return dict(device.properties)
-        except (OSError, ImportError, LookupError, UnicodeError):
-            # pyudev's DeviceNotFoundError is a LookupError: the device went away.
+        except ImportError:
+            return {}
+        try:
+            return dict(pyudev.Devices.from_name(self._udev_context, "block", name).properties)
+        except (OSError, UnicodeError, pyudev.DeviceNotFoundError):
             return {}
 
     @cached_property

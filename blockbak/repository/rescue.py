@@ -129,6 +129,7 @@ class Image:
         self.opening: Dict[str, Any] = manifest["opening"]
         self.closing: Dict[str, Any] = manifest["closing"]
         self.point: str = self.opening["point"]
+        self.place = f"{volume}/{self.point}"
         self.full: bool = self.opening["kind"] == FULL
         self.device_bytes: int = self.opening["device_bytes"]
         self.block, self.window = self.opening["block_bytes"], self.opening["window_bytes"]
@@ -291,7 +292,7 @@ def find_chains(images: List[Image], without: Set[str]) -> Dict[str, List[Image]
     Images named in ``without`` do not count. A parent comes before its children in ``images``.
     """
     best: Dict[Key, List[Image]] = {}
-    points: Dict[str, List[Image]] = {}
+    points: Dict[str, List[Image]] = {}  # by VOLUME/POINT
     for image in images:
         below = [] if image.full else best.get(image.parent_key)
         if below is None or image.name in without:
@@ -299,8 +300,8 @@ def find_chains(images: List[Image], without: Set[str]) -> Dict[str, List[Image]
         chain = [*below, image]
         if image.key not in best or len(chain) < len(best[image.key]):
             best[image.key] = chain
-        if image.point not in points or len(chain) < len(points[image.point]):
-            points[image.point] = chain
+        if image.place not in points or len(chain) < len(points[image.place]):
+            points[image.place] = chain
     return points
 
 
@@ -334,10 +335,9 @@ class Content:
         self.image = image
         self.flaw: Optional[BaseException] = None
         pipe = subprocess.PIPE
-        self.zstd = subprocess.Popen(["zstd", "-dcq"], bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe)
-        self.into: Any = self.zstd.stdin
-        self.out: Any = self.zstd.stdout
-        self.said: Any = self.zstd.stderr
+        start: Any = subprocess.Popen  # its pipes are there, whatever their type says
+        self.zstd = start(["zstd", "-dcq"], bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe)
+        self.into, self.out, self.said = self.zstd.stdin, self.zstd.stdout, self.zstd.stderr
         for end in (self.into, self.out):
             with contextlib.suppress(OSError):
                 fcntl.fcntl(end, 1031, 1 << 20)  # F_SETPIPE_SZ: a longer pipe is quicker, no more
@@ -347,6 +347,8 @@ class Content:
     def feed(self) -> None:
         """In a thread of its own: hand zstd the frames in the order of the index."""
         try:
+            # zstd takes an input without any frame for a cut one, and a delta may have none.
+            self.into.write(SKIPPABLE.pack(PADDING_MAGIC, 0))
             with contextlib.closing(self.image.open()) as file:
                 for section in self.image.sections(file):
                     self.feed_section(file, section)
@@ -531,7 +533,7 @@ def follow_bad(image: Image, section: Section, bad: Dict[int, List[Range]]) -> N
 
 def do_restore(repository: str, name: str, path: str, yes: bool) -> int:
     images, damaged = find_images(repository)
-    points = sorted({image.point for image in images if image.point.startswith(name)})
+    points = sorted({image.place for image in images if name and f"/{image.place}".find(f"/{name}") >= 0})
     for flaw in damaged:
         if not points and f"/{name}" in flaw.image:
             raise flaw
@@ -575,7 +577,7 @@ def do_list(repository: str) -> int:
     images, damaged = find_images(repository)
     chains = find_chains(images, set())
     for image in images:
-        word = "ok" if image.point in chains else f"CANNOT BE RESTORED, {image.opening['parent']} is missing"
+        word = "ok" if image.place in chains else f"CANNOT BE RESTORED, {image.opening['parent']} is missing"
         try:
             image.open().close()
         except Damage as error:
@@ -585,7 +587,7 @@ def do_list(repository: str) -> int:
         print(f"{image.volume:24} {image.point}  {kind:12} {size:>16} bytes  {source}  {word}")
     for flaw in damaged:
         tell(str(flaw))
-    return 4 if damaged or any(image.point not in chains for image in images) else 0
+    return 4 if damaged or any(image.place not in chains for image in images) else 0
 
 
 def main() -> int:

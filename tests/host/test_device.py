@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -536,6 +537,8 @@ def test_a_member_of_a_group_is_known_without_lvm(loop):
     Path(disk.path).write_bytes(pv_label("vg-data"))
     assert [str(use) for use in usage.memberships(device.look(disk.path))] == ["part of volume group vg-data"]
     assert usage.memberships(device.look(str(disk.file))) == []
+    # In a logical volume it is a guest's: no refusal for every virtual machine's disk.
+    assert usage.memberships(replace(device.look(disk.path), lv_uuid="some")) == []
     assert details(disk.path) == []
 
 

@@ -269,6 +269,16 @@ def test_mapped_devices_and_arrays_have_names_that_outlive_their_nodes(tree):
     assert identity("md127", system).same_as(identity("md127", told))
 
 
+def test_udev_is_asked_where_it_keeps_its_data(tree):
+    """The real libudev, which knows what this machine's kernel says of its own devices."""
+    name = System().names[0]
+    assert System(tree.root).udev(name) == {}
+    (tree.root / "run/udev/data").mkdir(parents=True)
+    system = System(tree.root)
+    assert system.udev(name)["DEVNAME"] == System().node(name)
+    assert system.udev("sda-of-nobody") == {}
+
+
 # --- twins ----------------------------------------------------------------------------------------------
 
 
