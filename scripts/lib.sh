@@ -24,7 +24,10 @@ package_of() {
         mkfs.xfs) echo xfsprogs ;;
         mkfs.btrfs) echo btrfs-progs ;;
         losetup | mount | umount) echo mount ;;
+        mkfs.vfat) echo dosfstools ;;
         sfdisk) echo fdisk ;;
+        sgdisk) echo gdisk ;;
+        partx | mkswap | blkid | blkdiscard | unshare) echo util-linux ;;
         qemu-img) echo qemu-utils ;;
         udevadm) echo udev ;;
         zstd) echo zstd ;;
