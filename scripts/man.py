@@ -124,7 +124,8 @@ def main_page() -> str:
 def verb_page(verb: str) -> str:
     """The page of one verb."""
     command = cli.get_command(click.Context(cli), verb)
-    assert command is not None
+    if command is None:
+        raise KeyError(verb)
     pieces = " ".join(command.collect_usage_pieces(click.Context(command)))
     parts = [
         *head(f"blockbak-{verb}", VERBS[verb]),

@@ -136,7 +136,8 @@ def command(
 
 def _would(report: Report) -> str:
     parent = f" on {report.parent}" if report.parent else ""
+    article = "an" if report.kind[0] == "i" else "a"
     return (
-        f"{report.volume}: would make {'an' if report.kind[0] == 'i' else 'a'} {report.kind}{parent} of {report.source}, "
+        f"{report.volume}: would make {article} {report.kind}{parent} of {report.source}, "
         f"{render.size(report.device_bytes)} to read, mode {report.mode}."
     )

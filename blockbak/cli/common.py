@@ -88,7 +88,10 @@ def world(wait: float = 0) -> Iterator[Context]:
             raise Interrupted(state="what was begun has been undone")
 
     keep_memory()
-    before = {number: signal.signal(number, wish) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)  # under nohup it stays ignored
+    before = {number: signal.signal(number, wish) for number in numbers}
     try:
         yield Context(
             now=lambda: datetime.now(UTC),

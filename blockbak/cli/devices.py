@@ -28,7 +28,6 @@ def _as_dict(device: Device) -> dict[str, Any]:
         "uses": [str(use) for use in uses],
         "mode": mode,
         "reason": reason,
-        "snapshot_bytes": None,
     }
 
 

@@ -70,6 +70,8 @@ def command(
     POINT is an id, a unique beginning of one, latest, VOLUME@latest or VOLUME@TIME. Index and structure
     of all images needed are checked before the first byte is written, every block before it is.
     """
+    from dataclasses import replace
+
     from blockbak.flow.restore import Request, restore
 
     opened = common.open_repository(repository)
@@ -80,7 +82,7 @@ def command(
         except TargetExists:
             if not _confirmed(target):
                 raise
-            request = Request(point, target, True, verify, verify_first, keep_going, mapfile)
+            request = replace(request, overwrite=True)
             done = restore(opened, request, world)
     _show(done, as_json=as_json)
     context.exit(ATTENTION if not dry_run and getattr(done, "attention", False) else 0)
@@ -110,6 +112,6 @@ def _show(done: Plan | Report, *, as_json: bool) -> None:
     if not as_json:
         read_back = f", {render.size(done.verified_bytes)} read back and equal" if done.verified_bytes else ""
         render.line(
-            f"Restored {done.plan.point} of {done.plan.volume} to {done.plan.target} in {render.seconds(done.seconds)}: "
-            f"{render.size(done.written_bytes)} written{read_back}."
+            f"Restored {done.plan.point} of {done.plan.volume} to {done.plan.target} "
+            f"in {render.seconds(done.seconds)}: {render.size(done.written_bytes)} written{read_back}."
         )

@@ -69,6 +69,7 @@ def command(
         read = sum(verdict.checked_bytes for verdict in report.images)
         result = "all whole" if report.ok else f"{bad} damaged"
         render.line(
-            f"{len(report.images)} images checked in {render.seconds(report.seconds)}, {render.size(read)} read: {result}."
+            f"{len(report.images)} images checked in {render.seconds(report.seconds)}, "
+            f"{render.size(read)} read: {result}."
         )
     context.exit(0 if report.ok else 4)

@@ -115,8 +115,7 @@ def _fill(stage: _Stage, folder: str, room: int) -> None:
                 shutil.copyfile(source, target)
                 used += size
     with open(os.path.join(folder, "random"), "wb") as file:
-        for _ in range(room // 5 // MIB):
-            file.write(stage.dice.randbytes(MIB))
+        file.writelines(stage.dice.randbytes(MIB) for _ in range(room // 5 // MIB))
 
 
 def _edit(stage: _Stage, folder: str) -> None:
@@ -141,7 +140,8 @@ def _edit(stage: _Stage, folder: str) -> None:
 
 def demo(context: Context, *, size: int, directory: str | None) -> Report:
     """Tell the story on a device of ``size`` bytes under ``directory``. Everything made is removed again,
-    also after an error or an interruption. Raises DemoFailed, and what its steps raise."""
+    also after an error or an interruption. Raises DemoFailed, and what its steps raise.
+    """
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="blockbak-demo-", dir=directory))
         inside = replace(context, state_dir=os.path.join(folder, "state"))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import tempfile
+from dataclasses import dataclass
 
-from blockbak.errors import BadTarget, TargetExists
+from blockbak.errors import BadTarget, CommandFailed, TargetExists
 from blockbak.flow import restore
 from blockbak.flow.context import Context
 from blockbak.host import runner
@@ -46,50 +45,42 @@ def export(
             raise BadTarget(path=path, reason="it is not a regular file")
         if not overwrite:
             raise TargetExists(path=path)
-    raw = f"{path}.raw" if file_format != "raw" else path
-    request = restore.Request(name, raw, overwrite=overwrite)
-    if file_format == "raw":
-        done = restore.restore(repository, request, context)
-    else:
-        # Refuse what must not be written before the long part, and before anything lies beside it.
-        restore.restore(repository, replace(request, target=path), context, dry_run=True)
-        with _scratch(raw, context):
-            done = restore.restore(repository, request, context)
-            _convert(raw, path, file_format, context)
+    # Refuse what must not be written before the long part, and before anything lies beside it.
+    planned = restore.restore(repository, restore.Request(name, path), context, dry_run=True)
+    with tempfile.TemporaryDirectory(prefix=".blockbak-", dir=os.path.dirname(path)) as folder:
+        raw = os.path.join(folder, "raw")
+        done = restore.restore(repository, restore.Request(name, raw), context)
+        made = raw if file_format == "raw" else _convert(raw, os.path.join(folder, "image"), file_format, context)
+        _publish(made, path, context)
     assert isinstance(done, restore.Report)  # noqa: S101 - only a dry run gives a plan
-    plan = done.plan
+    assert isinstance(planned, restore.Plan)  # noqa: S101 - the same
     return Report(
-        plan.point, plan.volume, path, file_format, plan.device_bytes, os.stat(path).st_size,
+        planned.point, planned.volume, path, file_format, planned.device_bytes, os.stat(path).st_size,
         round(context.timer() - clock, 3), done.attention,
     )  # fmt: skip
 
 
-@contextlib.contextmanager
-def _scratch(raw: str, context: Context) -> Iterator[None]:
-    """The raw file that qemu-img reads: sparse, beside the result, gone afterwards."""
-    if os.path.lexists(raw):
-        raise TargetExists(path=raw)
+def _convert(raw: str, image: str, file_format: str, context: Context) -> str:
+    """Let qemu-img make the other format of a raw file; where it is."""
+    argv = ["qemu-img", "convert", "-f", "raw", "-O", file_format, raw, image]
     try:
-        yield
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            context.kernel.unlink(raw)
+        runner.run(argv, deadline=_CONVERT_SECONDS)
+    except CommandFailed:
+        context.check()  # a signal may have reached qemu-img too: then that is the reason
+        raise
+    os.chmod(image, 0o600)
+    return image
 
 
-def _convert(raw: str, path: str, file_format: str, context: Context) -> None:
-    partial = f"{path}.partial"
+def _publish(made: str, path: str, context: Context) -> None:
+    """Make a finished file durable under the name that was asked for."""
     try:
-        runner.run(["qemu-img", "convert", "-f", "raw", "-O", file_format, raw, partial], deadline=_CONVERT_SECONDS)
-        fd = context.kernel.open(partial, os.O_RDONLY)
+        fd = context.kernel.open(made, os.O_RDONLY)
         try:
-            os.fchmod(fd, 0o600)
             context.kernel.fsync(fd)
         finally:
             context.kernel.close(fd)
-        os.replace(partial, path)
+        os.replace(made, path)
         sync_directory(os.path.dirname(path), context.kernel)
     except OSError as error:
         raise BadTarget(path=path, reason=error.strerror) from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            context.kernel.unlink(partial)

@@ -39,15 +39,15 @@ class Report:
 
 def show(repository: Repository, name: str, context: Context, *, extents_max: int) -> Report:
     """Look at a point. Raises NoSuchPoint, AmbiguousPoint, Damage."""
-    volume, _, _ = find(repository, name)
-    with volume.locked(exclusive=False, wait=context.wait, check=context.check), ExitStack() as stack:
-        volume, catalog, point = find(repository, name)
-        view, chain = open_point(volume, catalog, point, stack)
+    volume, catalog, point = find(repository, name)
+    with ExitStack() as stack:
+        opened = open_point(volume, catalog, point, stack)
+        view = opened.view
         sums, count, kept = _extents(view, extents_max, context)
         table = partition_table(view)
         return Report(
             point=point.id, volume=point.volume, images=list(point.images),
-            chain=[image.file for image in chain], extent_bytes=sums, extent_count=count,
+            chain=[image.file for image in opened.chain], extent_bytes=sums, extent_count=count,
             extents=[
                 {"start": int(row["start"]), "length": int(row["length"]), "kind": KIND_NAMES[int(row["kind"])]}
                 for row in kept

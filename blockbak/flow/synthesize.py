@@ -53,9 +53,10 @@ def synthesize(
         for line in volume.tidy(catalog):
             context.say(line)
         point = _point(repository, volume, catalog, at)
-        view, chain = open_point(volume, catalog, point, stack)
+        opened = open_point(volume, catalog, point, stack)
+        view = opened.view
         known = next((image for image in point.images if image.opening.kind == kind), None)
-        if known is not None and _usable(volume, known, chain):
+        if known is not None and _usable(volume, known, opened.chain):
             return Report(report(known), 0, 0, 0, 0, written=False)
         layers = view if kind == FULL else _deltas(view)
         image, tally = _compose(volume, layers, view, kind, compress, context)

@@ -215,12 +215,11 @@ class System:
 
     def below(self, name: str) -> set[str]:
         """The device and everything it is stacked on."""
-        return _closure([name], lambda one: self.bases.get(one, ()))
+        return set(_closure(name, lambda one: self.bases.get(one, ())))
 
     def above(self, name: str) -> list[str]:
-        """The device, its partitions and everything stacked on any of them, in natural order."""
-        found = _closure([name], lambda one: [*self._upward.get(one, ()), *self.links(one, "holders")])
-        return [one for one in self.names if one in found]
+        """The device, its partitions and everything stacked on any of them, the nearest first."""
+        return _closure(name, lambda one: [*self._upward.get(one, ()), *self.links(one, "holders")])
 
     # --- mounts, swap, locks ---------------------------------------------------------------------------
 
@@ -251,8 +250,11 @@ class System:
     @cached_property
     def btrfs(self) -> list[set[str]]:
         """The devices of each mounted btrfs, in whatever namespace."""
-        pattern = "sys/fs/btrfs/*/devices"
-        return [{entry.name for entry in folder.iterdir()} for folder in self.root.glob(pattern)]
+        found = []
+        for folder in self.root.glob("sys/fs/btrfs/*/devices"):
+            with contextlib.suppress(OSError):  # unmounted meanwhile
+                found.append({entry.name for entry in folder.iterdir()})
+        return found
 
     def busy_filesystem(self, name: str) -> str:
         """The file system that the kernel itself keeps on a device, mounted here or elsewhere, or ''.
@@ -300,11 +302,11 @@ class System:
             return {}
         try:
             import pyudev
-
-            device = pyudev.Devices.from_name(self._udev_context, "block", name)
-            return dict(device.properties)
-        except (OSError, ImportError, LookupError, UnicodeError):
-            # pyudev's DeviceNotFoundError is a LookupError: the device went away.
+        except ImportError:
+            return {}
+        try:
+            return dict(pyudev.Devices.from_name(self._udev_context, "block", name).properties)
+        except (OSError, UnicodeError, pyudev.DeviceNotFoundError):
             return {}
 
     @cached_property
@@ -318,15 +320,15 @@ def _pieces(name: str) -> list[str]:
     return re.split(r"(\d+)", name)
 
 
-def _closure(start: list[str], step: Callable[[str], Iterable[str]]) -> set[str]:
-    found: set[str] = set()
-    pending = list(start)
-    while pending:
-        one = pending.pop()
-        if one not in found:
-            found.add(one)
-            pending += step(one)
-    return found
+def _closure(start: str, step: Callable[[str], Iterable[str]]) -> list[str]:
+    found = {start: None}
+    pending = [start]
+    for one in pending:  # grows as it is walked
+        for other in step(one):
+            if other not in found:
+                found[other] = None
+                pending.append(other)
+    return list(found)
 
 
 def _is_below(path: str, directory: str) -> bool:

@@ -25,7 +25,7 @@ from blockbak.model.partition import filesystem
 
 What: TypeAlias = Literal["mounted", "swap", "held", "backing", "locked", "member"]
 
-RUNNING_SYSTEM = ("/", "/usr", "/boot", "/boot/efi", "/var", "/etc")
+RUNNING_SYSTEM = ("/", "/usr", "/boot", "/boot/efi", "/efi", "/var", "/etc")
 """Directories without which the machine does not go on, or does not start again."""
 
 _UDEV = ("systemd-udevd", "(udev-worker)")
@@ -158,12 +158,12 @@ def _lock_uses(path: str, system: System, *, is_block: bool) -> Iterator[Use]:
         numbers.add((line.major, line.minor))
     for lock in system.locks:
         if lock.inode == info.st_ino and (lock.major, lock.minor) in numbers and lock.pid != os.getpid():
-            yield from _lock_use(lock, path, is_block=is_block)
+            yield from _lock_use(lock, info, is_block=is_block)
 
 
-def _lock_use(lock: LockLine, path: str, *, is_block: bool) -> Iterator[Use]:
+def _lock_use(lock: LockLine, locked: os.stat_result, *, is_block: bool) -> Iterator[Use]:
     # The kernel names no process for a lock of an open file description: whoever has it open may be it.
-    openers = [] if lock.pid else _openers(path)
+    openers = [] if lock.pid else _openers(locked)
     holders = [lock.pid] if lock.pid else [pid for pid in openers if pid != os.getpid()]
     for pid in holders:
         name = _process_name(pid)
@@ -183,11 +183,10 @@ def _process_name(pid: int) -> str:
         return ""
 
 
-def _openers(path: str) -> list[int]:
+def _openers(wanted: os.stat_result) -> list[int]:
     """Processes that have a file or node open, as far as they may be looked at."""
     import psutil
 
-    wanted = Path(path).stat()
     found = []
     for pid in psutil.pids():
         with contextlib.suppress(OSError):
@@ -209,9 +208,10 @@ def memberships(device: Device, system: System | None = None) -> list[Use]:
     """Volume groups and arrays that own the device or a partition of it, active or not. Asked of targets.
 
     Read from the content, so a member is known where nothing has assembled it; partitions are looked for
-    in the table as well as in the kernel. A physical volume in no group, and a file, belong to nothing.
+    in the table as well as in the kernel. A physical volume in no group, and a file, belong to nothing; what
+    a logical volume holds is a guest's, for LVM itself does not look into one (lvm.conf, scan_lvs).
     """
-    if not device.is_block:
+    if not device.is_block or device.is_lv:
         return []
     system = system or System()
     found = _member_uses(device.path, 0, device.size, "")

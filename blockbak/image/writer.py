@@ -291,9 +291,14 @@ class ImageWriter:
         head, tail = fmt.seek_table_ends(count)
         self._sink.write(at, [head])
         end = at + len(head)
-        for entries in seektable.generate(self._stored_frames(sections), self.offset, len(record)):
+        table = seektable.Generator()
+        for frames, offset in self._stored_frames(sections):
+            entries = table.section(frames, offset)
             self._sink.write(end, [entries.tobytes()])
             end += entries.nbytes
+        last = table.closing(self.offset, len(record))
+        self._sink.write(end, [last.tobytes()])
+        end += last.nbytes
         self._sink.write(end, [tail])
         if end + len(tail) != at + table_bytes:
             raise fmt.FormatError("the seek table does not have the size the index gives it")

@@ -13,7 +13,7 @@ from blockbak.cli.main import VERBS, cli
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "STYLE.md")]
-DOCUMENTS += sorted((ROOT / "docs").glob("*.md")) + [ROOT / "tests" / "README.md"]
+DOCUMENTS += [*sorted((ROOT / "docs").glob("*.md")), ROOT / "tests" / "README.md"]
 
 
 def command(verb: str) -> click.Command:
@@ -26,9 +26,8 @@ def shown_commands() -> list[str]:
     """Every blockbak command line in an indented block of a document or in a verb's examples."""
     found = []
     for document in DOCUMENTS:
-        for line in document.read_text().splitlines():
-            if line.startswith("    ") and line.strip().startswith("blockbak "):
-                found.append(line.strip())
+        lines = document.read_text().splitlines()
+        found += [line.strip() for line in lines if re.match(r" {4,}blockbak ", line)]
     for verb in VERBS:
         found += re.findall(r"blockbak .*", command(verb).epilog or "")
     return found
