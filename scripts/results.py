@@ -87,9 +87,7 @@ def main(results: Path) -> int:
         counts = f"{row.passed:>7} {row.failed:>7} {row.skipped:>8}"
         seconds = f"{row.seconds:.1f}" if row.seconds else ""
         print(f"  {row.name:<15} {counts} {seconds:>8}  {row.note}".rstrip())
-    passed, failed, skipped = (
-        sum(getattr(row, key) for row in rows) for key in ("passed", "failed", "skipped")
-    )
+    passed, failed, skipped = (sum(getattr(row, key) for row in rows) for key in ("passed", "failed", "skipped"))
     print(f"\n{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
     return int(failed > 0)
 

@@ -28,9 +28,7 @@ class Sample:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def timed(
-    *commands: Sequence[str], env: Mapping[str, str], into: str | None = None
-) -> tuple[Sample, bytes]:
+def timed(*commands: Sequence[str], env: Mapping[str, str], into: str | None = None) -> tuple[Sample, bytes]:
     """Run a command, or several as a pipe, from the first's start to the last's end; and what the last one
     printed, unless it went ``into`` a file. Raises ToolFailed if any ends with another status than 0.
     """
@@ -105,9 +103,7 @@ class Ratio:
     most: float
 
 
-def ratio(
-    ours: Series, yardstick: Series | Callable[[int], float | None], key: str = "wall"
-) -> Ratio:
+def ratio(ours: Series, yardstick: Series | Callable[[int], float | None], key: str = "wall") -> Ratio:
     """Pair by pair. ``yardstick`` may compute a round's value; None leaves the round out."""
     pairs = []
     for number, sample in ours.samples.items():

@@ -30,7 +30,9 @@ class ToolFailed(Exception):
     """A program of the set-up or of a contest did not end well."""
 
     def __init__(self, argv: list[str], status: int, told: str) -> None:
-        super().__init__(f"{' '.join(argv)} ended with {status}: {told.strip()[-2000:] or '(it said nothing)'}")
+        super().__init__(
+            f"{' '.join(argv)} ended with {status}: {told.strip()[-2000:] or '(it said nothing)'}"
+        )
 
 
 def run(*argv: str, check: bool = True) -> str:
@@ -77,7 +79,15 @@ def loop_device(file: str) -> Iterator[str]:
 
 def allocate(file: str, size: int) -> None:
     """A file of ``size`` bytes whose blocks are all written: unwritten ones are read without the disk."""
-    run("dd", "if=/dev/zero", f"of={file}", f"bs={PIECE}", f"count={size // PIECE}", "conv=fsync", "status=none")
+    run(
+        "dd",
+        "if=/dev/zero",
+        f"of={file}",
+        f"bs={PIECE}",
+        f"count={size // PIECE}",
+        "conv=fsync",
+        "status=none",
+    )
 
 
 @contextlib.contextmanager
@@ -165,7 +175,7 @@ def kind_of(path: str) -> str:
 
 
 def takes_direct_writes(parent: str) -> bool:
-    """Can files in a directory be opened with O_DIRECT?"""
+    """Whether files in a directory can be opened with O_DIRECT."""
     path = os.path.join(parent, "direct")
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
