@@ -201,9 +201,7 @@ class TargetFailed(Failed):
 
 
 class VerificationFailed(Failed):
-    message = (
-        "{path} does not read back as it was written: {blocks} blocks differ, the first at byte {first}."
-    )
+    message = "{path} does not read back as it was written: {blocks} blocks differ, the first at byte {first}."
     advice = "The target cannot be trusted: its disk, cable or memory may be failing."
 
 
@@ -216,9 +214,9 @@ class MissingProgram(Failed):
     advice = "On Debian: apt-get install {package}"
 
 
-class ParallelChange(Failed):
-    message = "{what} changed while blockbak worked on it."
-    advice = "Run again."
+class DemoFailed(Failed):
+    message = "The demo proved that something is wrong: {what}."
+    advice = "Please report it: this must never happen."
 
 
 # --- damage ---------------------------------------------------------------------------------

@@ -258,9 +258,7 @@ class Filesystem:
             _run("umount", self.where)
 
 
-def _filesystems(
-    tmp_path: Path, *mkfs: str, options: str = "defaults"
-) -> Iterator[Callable[..., Filesystem]]:
+def _filesystems(tmp_path: Path, *mkfs: str, options: str = "defaults") -> Iterator[Callable[..., Filesystem]]:
     with ExitStack() as undo:
 
         def make(device: Loop, *more: str) -> Filesystem:

@@ -56,9 +56,7 @@ def stamp(start_sector: int, count: int, sequence: int | NDArray[np.uint64], see
     return _stamped(start_sector, count, sequence, seed).tobytes()
 
 
-def explain(
-    data: bytes | memoryview, start_sector: int, sequence: int | NDArray[np.uint64], seed: int
-) -> str | None:
+def explain(data: bytes | memoryview, start_sector: int, sequence: int | NDArray[np.uint64], seed: int) -> str | None:
     """What is wrong with the first sector that is not as ``stamp`` makes it; None if all are.
 
     ``data`` is what was read at ``start_sector``.
@@ -75,9 +73,7 @@ def explain(
     return f"sector {start_sector + at} {_difference(found[at], expected[at])}"
 
 
-def _stamped(
-    start_sector: int, count: int, sequence: int | NDArray[np.uint64], seed: int
-) -> NDArray[np.void]:
+def _stamped(start_sector: int, count: int, sequence: int | NDArray[np.uint64], seed: int) -> NDArray[np.void]:
     sectors = np.zeros(count, dtype=_HEAD)
     sectors["magic"] = MAGIC
     sectors["sector"] = np.arange(start_sector, start_sector + count, dtype=np.uint64)

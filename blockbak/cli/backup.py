@@ -55,17 +55,33 @@ def summary(report: Report) -> str:
 )
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.option(
-    "--kind", type=click.Choice(["auto", "full", "incremental", "differential"]), default="auto",
-    show_default=True, help="auto: an incremental where a point can be its parent, else a full.",
+    "--kind",
+    type=click.Choice(["auto", "full", "incremental", "differential"]),
+    default="auto",
+    show_default=True,
+    help="auto: an incremental where a point can be its parent, else a full.",
 )
 @click.option(
-    "--mode", type=click.Choice(["auto", "cold", "live"]), default="auto", show_default=True,
+    "--mode",
+    type=click.Choice(["auto", "cold", "live"]),
+    default="auto",
+    show_default=True,
     help="cold: only a device that nothing uses. live: as it is, consistency none.",
 )
 @click.option("--name", metavar="VOLUME", help="The volume's name in the repository.")
-@click.option("--block-size", "block_bytes", callback=_block_size, metavar="4K…1M", help="Unit of change detection [64K].")
 @click.option(
-    "--compress", callback=_compress, default="zstd", show_default=True, metavar="none|zstd[:LEVEL]",
+    "--block-size",
+    "block_bytes",
+    callback=_block_size,
+    metavar="4K…1M",
+    help="Unit of change detection [64K].",
+)
+@click.option(
+    "--compress",
+    callback=_compress,
+    default="zstd",
+    show_default=True,
+    metavar="none|zstd[:LEVEL]",
     help="How frames are stored; zstd alone is level 1.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
@@ -120,7 +136,8 @@ def command(
 
 def _would(report: Report) -> str:
     parent = f" on {report.parent}" if report.parent else ""
+    article = "an" if report.kind[0] == "i" else "a"
     return (
-        f"{report.volume}: would make {'an' if report.kind[0] == 'i' else 'a'} {report.kind}{parent} of {report.source}, "
+        f"{report.volume}: would make {article} {report.kind}{parent} of {report.source}, "
         f"{render.size(report.device_bytes)} to read, mode {report.mode}."
     )

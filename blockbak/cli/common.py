@@ -38,7 +38,8 @@ def repository_options(function: F) -> F:
 
 def open_repository(named: str | None) -> Repository:
     """The repository named here, before the verb, or by BLOCKBAK_REPO. Raises NoRepositoryNamed and what
-    opening it raises."""
+    opening it raises.
+    """
     from blockbak.repository.local import Repository
 
     path = named or click.get_current_context().obj or os.environ.get("BLOCKBAK_REPO")
@@ -49,7 +50,8 @@ def open_repository(named: str | None) -> Repository:
 
 def state_dir() -> str:
     """Where blockbak keeps what it can do without: BLOCKBAK_STATE_DIR, /var/lib/blockbak for root, the XDG
-    state directory for others."""
+    state directory for others.
+    """
     if named := os.environ.get("BLOCKBAK_STATE_DIR"):
         return named
     if os.geteuid() == 0:
@@ -86,7 +88,10 @@ def world(wait: float = 0) -> Iterator[Context]:
             raise Interrupted(state="what was begun has been undone")
 
     keep_memory()
-    before = {number: signal.signal(number, wish) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)  # under nohup it stays ignored
+    before = {number: signal.signal(number, wish) for number in numbers}
     try:
         yield Context(
             now=lambda: datetime.now(UTC),

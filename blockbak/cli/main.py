@@ -32,6 +32,9 @@ VERBS = {
 }
 """Each verb lives in a module of its name and is imported when used."""
 
+MODULES = {"list": "list_"}
+"""Where the module's name is another: it would hide a built-in's."""
+
 
 class Verbs(click.Group):
     """Loads a verb's module only when that verb is asked for: ``--help`` stays quick."""
@@ -42,7 +45,9 @@ class Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
-        module = importlib.import_module(f"blockbak.cli.{cmd_name}_" if cmd_name == "list" else f"blockbak.cli.{cmd_name}")
+        module = importlib.import_module(
+            f"blockbak.cli.{cmd_name}_" if cmd_name == "list" else f"blockbak.cli.{cmd_name}"
+        )
         command: click.Command = module.command
         return command
 
@@ -75,7 +80,8 @@ def cli(context: click.Context, repository: str | None) -> None:
 
 def main() -> NoReturn:
     """Run the command line of this process. Never shows a traceback: an unknown error is a sentence too,
-    and BLOCKBAK_DEBUG=1 lets it through for those who look for its cause."""
+    and BLOCKBAK_DEBUG=1 lets it through for those who look for its cause.
+    """
     as_json = "--json" in sys.argv
     try:
         # In this mode click hands the status of ctx.exit() back instead of ending the process.
@@ -97,7 +103,7 @@ def main() -> NoReturn:
         # Whoever read the output has enough of it; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    except Exception as error:  # noqa: BLE001 - the last line before a person
+    except Exception as error:
         if os.environ.get("BLOCKBAK_DEBUG"):
             raise
         render.unknown(error, as_json=as_json)

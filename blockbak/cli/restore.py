@@ -22,7 +22,9 @@ _METHODS = {
 
 def describe(plan: Plan) -> None:
     """The plan for people, before anything is written."""
-    render.say(f"{plan.point} of {plan.volume}, {render.size(plan.device_bytes)}, to {plan.target}: {_METHODS[plan.method]}.")
+    render.say(
+        f"{plan.point} of {plan.volume}, {render.size(plan.device_bytes)}, to {plan.target}: {_METHODS[plan.method]}."
+    )
     render.say(f"From {', '.join(plan.images)}.")
     for note in plan.notes:
         render.say(note)
@@ -33,7 +35,10 @@ def _confirmed(target: str) -> bool:
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
     typed: str = click.prompt(
-        f"Everything on {target} will be overwritten. Type its name to go on", default="", show_default=False, err=True
+        f"Everything on {target} will be overwritten. Type its name to go on",
+        default="",
+        show_default=False,
+        err=True,
     )
     if typed != target:
         raise NotConfirmed(action=f"Overwriting {target}")
@@ -65,6 +70,8 @@ def command(
     POINT is an id, a unique beginning of one, latest, VOLUME@latest or VOLUME@TIME. Index and structure
     of all images needed are checked before the first byte is written, every block before it is.
     """
+    from dataclasses import replace
+
     from blockbak.flow.restore import Request, restore
 
     opened = common.open_repository(repository)
@@ -75,7 +82,7 @@ def command(
         except TargetExists:
             if not _confirmed(target):
                 raise
-            request = Request(point, target, True, verify, verify_first, keep_going, mapfile)
+            request = replace(request, overwrite=True)
             done = restore(opened, request, world)
     _show(done, as_json=as_json)
     context.exit(ATTENTION if not dry_run and getattr(done, "attention", False) else 0)
@@ -93,14 +100,18 @@ def _show(done: Plan | Report, *, as_json: bool) -> None:
             describe(done)
         return
     for flaw in done.flaws:
-        render.say(f"Bytes {flaw.start} to {flaw.start + flaw.length} are zeros on the target: {flaw.reason} ({flaw.file}).")
+        render.say(
+            f"Bytes {flaw.start} to {flaw.start + flaw.length} are zeros on the target: {flaw.reason} ({flaw.file})."
+        )
     for row in done.unreadable:
-        render.say(f"Bytes {row['start']} to {row['start'] + row['length']} could not be read from the source; they are zeros.")
+        render.say(
+            f"Bytes {row['start']} to {row['start'] + row['length']} could not be read from the source; they are zeros."
+        )
     if done.mapfile:
         render.say(f"What could not be restored is in {done.mapfile}.")
     if not as_json:
         read_back = f", {render.size(done.verified_bytes)} read back and equal" if done.verified_bytes else ""
         render.line(
-            f"Restored {done.plan.point} of {done.plan.volume} to {done.plan.target} in {render.seconds(done.seconds)}: "
-            f"{render.size(done.written_bytes)} written{read_back}."
+            f"Restored {done.plan.point} of {done.plan.volume} to {done.plan.target} "
+            f"in {render.seconds(done.seconds)}: {render.size(done.written_bytes)} written{read_back}."
         )

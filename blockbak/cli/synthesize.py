@@ -15,11 +15,18 @@ from blockbak.cli.backup import _compress
 @click.argument("volume")
 @click.option("--at", metavar="POINT", help="The point to compose [the newest].")
 @click.option(
-    "--kind", type=click.Choice(["full", "differential"]), default="full", show_default=True,
+    "--kind",
+    type=click.Choice(["full", "differential"]),
+    default="full",
+    show_default=True,
     help="differential: one delta of all that changed since the full below.",
 )
 @click.option(
-    "--compress", callback=_compress, default="zstd", show_default=True, metavar="none|zstd[:LEVEL]",
+    "--compress",
+    callback=_compress,
+    default="zstd",
+    show_default=True,
+    metavar="none|zstd[:LEVEL]",
     help="For the windows that are encoded anew.",
 )
 @common.repository_options

@@ -22,11 +22,23 @@ def _share(_: click.Context, __: click.Parameter, value: str) -> float:
     "  blockbak -r /srv/backup verify --sample 5%",
 )
 @click.argument("points", nargs=-1, metavar="[POINT...]")
-@click.option("--sample", "share", callback=_share, default="100%", metavar="5%", help="Read a random share of the frames.")
+@click.option(
+    "--sample",
+    "share",
+    callback=_share,
+    default="100%",
+    metavar="5%",
+    help="Read a random share of the frames.",
+)
 @common.repository_options
 @click.pass_context
 def command(
-    context: click.Context, points: tuple[str, ...], share: float, repository: str | None, as_json: bool, wait: float
+    context: click.Context,
+    points: tuple[str, ...],
+    share: float,
+    repository: str | None,
+    as_json: bool,
+    wait: float,
 ) -> None:
     """Check the named points with all images they need, or everything: every stored byte.
 
@@ -56,5 +68,8 @@ def command(
         bad = sum(not verdict.ok for verdict in report.images)
         read = sum(verdict.checked_bytes for verdict in report.images)
         result = "all whole" if report.ok else f"{bad} damaged"
-        render.line(f"{len(report.images)} images checked in {render.seconds(report.seconds)}, {render.size(read)} read: {result}.")
+        render.line(
+            f"{len(report.images)} images checked in {render.seconds(report.seconds)}, "
+            f"{render.size(read)} read: {result}."
+        )
     context.exit(0 if report.ok else 4)

@@ -25,6 +25,7 @@ from blockbak.errors import (
 from blockbak.flow.context import Context, iso
 from blockbak.flow.scan import scan
 from blockbak.host import device as devices
+from blockbak.host import usage
 from blockbak.host.blockio import SourceReader
 from blockbak.host.device import Device
 from blockbak.host.lock import Lock
@@ -157,7 +158,7 @@ def resolve_mode(device: Device, mode: str) -> str:
     """``cold`` or ``live``. Raises SourceInUse where ``auto`` or ``cold`` meets a user."""
     if mode == "live":
         return "live"
-    users = devices.users(device)
+    users = usage.users(device)
     if users:
         raise SourceInUse(path=device.path, holders=", ".join(str(use) for use in users))
     return "cold"
@@ -173,16 +174,14 @@ def check_source(device: Device, repository: Repository, context: Context) -> No
         (repository.path, "the repository"),
         (context.state_dir, "blockbak's state directory"),
     ):
-        if devices.carries(device, path):
+        if usage.carries(device, path):
             raise SourceHoldsRepository(path=device.path, what=what)
     twin = devices.find_twin(device)
     if twin is not None:
         raise DuplicateIdentity(first=device.path, second=twin.path, identity=devices.identity(device))
 
 
-def volume_name(
-    device: Device, identity: Identity, repository: Repository, host: str, asked: str | None
-) -> str:
+def volume_name(device: Device, identity: Identity, repository: Repository, host: str, asked: str | None) -> str:
     """The volume that has this identity, or a new name for it; ``asked`` wins. Raises VolumeExists."""
     if asked is not None:
         if not usable_name(asked):
@@ -196,15 +195,18 @@ def volume_name(
     for name, known in taken.items():
         if known is not None and known.same_as(identity):
             return name
-    base = "".join(
-        c if (c.isalnum() and c.isascii()) or c in "._-" else "-" for c in f"{host}-{device.short_name}"
-    )
+    base = "".join(c if (c.isalnum() and c.isascii()) or c in "._-" else "-" for c in f"{host}-{_short_name(device)}")
     base = base.lstrip(".")[:180] or "volume"
     number, name = 1, base
     while taken.get(name) is not None:
         number += 1
         name = f"{base}-{number}"
     return name
+
+
+def _short_name(device: Device) -> str:
+    """``vg-lv``, the node's or the file's own name."""
+    return f"{device.vg}-{device.lv}" if device.is_lv else device.dm_name or os.path.basename(device.path)
 
 
 class _Watch:
@@ -216,11 +218,11 @@ class _Watch:
 
     def _state(self) -> tuple[int, ...] | None:
         if self._device.is_block:
-            return devices.write_counters(self._device)
-        return devices.file_stamp(self._device.path)
+            return usage.write_counters(self._device)
+        return usage.file_stamp(self._device.path)
 
     def written(self) -> bool:
-        """Was anything written since it was made?"""
+        """Whether anything was written since it was made."""
         return self._state() != self._before
 
 
@@ -344,9 +346,7 @@ def _make(
     started, clock = context.now(), context.timer()
     block = view.geometry.block_bytes if view else request.block_bytes or BLOCK_DEFAULT
     with ExitStack() as stack:
-        source = stack.enter_context(
-            SourceReader(device.path, exclusive=mode == "cold", kernel=context.kernel)
-        )
+        source = stack.enter_context(SourceReader(device.path, exclusive=mode == "cold", kernel=context.kernel))
         watch = _Watch(device)
         point = point_id(started, context.hex_id, _taken(repository))
         opening = Opening(
@@ -389,9 +389,7 @@ def _make(
         partial.seal()
         image = Image(file, size, digest, opening, closing)
         volume.commit(image, writer.listed)
-    return replace(
-        report(image), seconds=round(context.timer() - clock, 3), attention=written or closing.bad_bytes > 0
-    )
+    return replace(report(image), seconds=round(context.timer() - clock, 3), attention=written or closing.bad_bytes > 0)
 
 
 def _taken(repository: Repository) -> Callable[[str], bool]:

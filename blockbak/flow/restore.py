@@ -17,6 +17,7 @@ from blockbak.errors import (
     Damage,
     DamagedImage,
     Gap,
+    Interrupted,
     NewerFormat,
     NoSuchSource,
     SourceError,
@@ -31,9 +32,11 @@ from blockbak.flow import workers
 from blockbak.flow.backup import open_chain, open_reader
 from blockbak.flow.context import Context
 from blockbak.host import device as devices
+from blockbak.host import usage
 from blockbak.host.blockio import PIECE_BYTES, TargetWriter, aligned, sync_directory
 from blockbak.host.device import Device
-from blockbak.image.view import Flaw, PointView, SectionView
+from blockbak.image.reader import ImageReader
+from blockbak.image.view import Flaw, PointView, SectionView, Summary
 from blockbak.model import extent, hashmap, partition
 from blockbak.model.chain import Image, Point, choose, plan
 from blockbak.model.extent import BAD, Extents
@@ -119,9 +122,16 @@ def find(repository: Repository, name: str) -> tuple[Volume, Catalog, Point]:
     return repository.volume(point.volume), catalogs[point.volume], point
 
 
-def open_point(
-    volume: Volume, catalog: Catalog, point: Point, stack: ExitStack
-) -> tuple[PointView, list[Image]]:
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A point ready to be read: its view, the images it is made of, what a walk over its index saw."""
+
+    view: PointView
+    chain: list[Image]
+    summary: Summary
+
+
+def open_point(volume: Volume, catalog: Catalog, point: Point, stack: ExitStack) -> Opened:
     """The point's view, checked but for the frames' content.
 
     Where an image is damaged and others hold the point too, those serve. Raises the first Damage where
@@ -137,14 +147,14 @@ def open_point(
         attempt = ExitStack()
         try:
             view = open_chain(volume, chain, attempt)
-            view.check()
+            summary = view.check()
         except (Damage, NewerFormat) as error:
             attempt.close()
             first = first or error
             without.add(_culprit(volume, chain))
         else:
             stack.push(attempt)
-            return view, list(chain)
+            return Opened(view, list(chain), summary)
 
 
 def _why_gap(catalog: Catalog, point: Point) -> Exception | None:
@@ -192,42 +202,44 @@ def check_target(
     overwrite: bool,
 ) -> None:
     """Refuse every target that must not be written. Raises a Refused, naming the reason."""
-    real = os.path.realpath(path)
-    if os.path.commonpath([real, os.path.realpath(repository.path)]) == os.path.realpath(repository.path):
-        raise TargetHolds(path=path, what="a part of the repository")
-    if _inside_repository(real):
+    if _inside_repository(os.path.realpath(path)):
         raise TargetHolds(path=path, what="a part of a repository")
     if target is None:
         return
-    carried = [(repository.path, "the repository"), (context.state_dir, "blockbak's state directory")]
-    for place, what in carried:
-        if devices.carries(target, place):
+    for place, what in (
+        (repository.path, "the repository"),
+        (context.state_dir, "blockbak's state directory"),
+    ):
+        if usage.carries(target, place):
             raise TargetHolds(path=path, what=what)
-    if system := devices.holds_running_system(target):
+    if system := usage.holds_running_system(target):
         raise TargetHolds(path=path, what=f"the running system ({system})")
-    users = [*devices.users(target), *devices.memberships(target)]
+    users = [*usage.users(target), *usage.memberships(target)]
     if users:
         raise TargetInUse(path=path, holders=", ".join(str(use) for use in users))
-    need = view.geometry.device_bytes
     if target.is_block:
-        if target.read_only:
-            raise BadTarget(path=path, reason="it is read-only")
-        if target.size < need:
-            raise TargetTooSmall(path=path, have=target.size, need=need)
-        have, want = target.logical_sector, view.top.opening.logical_sector
-        if have != want and partition_table(view) is not None:
-            raise TargetSectorSize(path=path, have=have, need=want)
+        _check_device(path, target, view)
     if not overwrite:
         raise TargetExists(path=path)
 
 
+def _check_device(path: str, target: Device, view: PointView) -> None:
+    """Size and sectors of a device. Raises BadTarget, TargetTooSmall, TargetSectorSize."""
+    if target.read_only:
+        raise BadTarget(path=path, reason="it is read-only")
+    need = view.geometry.device_bytes
+    if target.size < need:
+        raise TargetTooSmall(path=path, have=target.size, need=need)
+    have, want = target.logical_sector, view.top.opening.logical_sector
+    if have != want and partition_table(view) is not None:
+        raise TargetSectorSize(path=path, have=have, need=want)
+
+
 def _inside_repository(path: str) -> bool:
-    """Is a directory above ``path`` some repository?"""
+    """Whether a directory above ``path`` is a repository."""
     while path != os.path.dirname(path):
         path = os.path.dirname(path)
-        if os.path.isfile(os.path.join(path, "repository.json")) and os.path.isfile(
-            os.path.join(path, "rescue.py")
-        ):
+        if os.path.isfile(os.path.join(path, "repository.json")) and os.path.isfile(os.path.join(path, "rescue.py")):
             return True
     return False
 
@@ -485,13 +497,15 @@ def _read_back(shared: _Writing, context: Context) -> int:
 # --- the use-case ----------------------------------------------------------------------------------
 
 
-def unreadable(view: PointView) -> Extents:
-    """The BAD extents of a point, in volume bytes."""
-    found = []
+def _surviving(view: PointView) -> Summary:
+    """What a walk over a damaged point's index sees: sections that cannot be read are left out."""
+    stored, bad = 0, [extent.empty()]
     for number in range(view.geometry.sections):
         with contextlib.suppress(Damage):
-            found.append(extent.of_kind(view.section(number).extents, BAD))
-    return extent.coalesce(np.concatenate(found)) if found else extent.empty()
+            section = view.section(number)
+            stored += int(np.count_nonzero(section.stored)) * view.geometry.block_bytes
+            bad.append(extent.of_kind(section.extents, BAD))
+    return Summary(min(stored, view.geometry.device_bytes), extent.coalesce(np.concatenate(bad)))
 
 
 def _method(view: PointView, target: Device | None, path: str, context: Context) -> str:
@@ -504,41 +518,29 @@ def _method(view: PointView, target: Device | None, path: str, context: Context)
         return "differ" if _mostly_equal(view, opened) else "write"
 
 
-def _plan(
-    view: PointView, chain: Sequence[Image], request: Request, target: Device | None, method: str
-) -> Plan:
-    opening, notes = view.top.opening, []
+def _plan(opened: Opened, request: Request, target: Device | None, method: str) -> Plan:
+    opening, notes = opened.view.top.opening, []
     if target is not None and devices.identity(target).same_as(opening.identity):
         notes.append("The target is the volume itself: it is rolled back.")
     if target is not None and target.is_block and target.size > opening.device_bytes:
-        notes.append(
-            f"The target is larger by {target.size - opening.device_bytes} bytes; they are left alone."
-        )
-    bad = extent.total(unreadable(view))
+        notes.append(f"The target is larger by {target.size - opening.device_bytes} bytes; they are left alone.")
+    bad = extent.total(opened.summary.bad)
     if bad:
         notes.append(f"{bad} bytes could not be read from the source; they become zeros.")
-    data = (
-        sum(int(np.count_nonzero(view.section(n).stored)) for n in range(view.geometry.sections))
-        * opening.block_bytes
-        if not request.keep_going
-        else 0
-    )
     return Plan(
-        point=opening.point, volume=opening.volume, images=[image.file for image in chain],
+        point=opening.point, volume=opening.volume, images=[image.file for image in opened.chain],
         target=request.target, target_bytes=target.size if target else 0, device_bytes=opening.device_bytes,
-        data_bytes=min(data, opening.device_bytes), bad_bytes=bad, method=method, notes=notes,
+        data_bytes=opened.summary.stored_bytes, bad_bytes=bad, method=method, notes=notes,
     )  # fmt: skip
 
 
-def _open_damaged(
-    volume: Volume, catalog: Catalog, point: Point, stack: ExitStack
-) -> tuple[PointView, list[Image]]:
+def _open_damaged(volume: Volume, catalog: Catalog, point: Point, stack: ExitStack) -> Opened:
     """For ``--keep-going``: the point as whole as it can be had, from the images that open at all."""
     try:
         return open_point(volume, catalog, point, stack)
     except Damage:
         chain = _remains(point, catalog)
-        layers = []
+        layers: list[ImageReader] = []
         for image in reversed(chain):
             try:
                 layers.insert(0, open_reader(volume, image, stack))
@@ -546,7 +548,8 @@ def _open_damaged(
                 if not layers:
                     raise
                 break  # below it nothing is certain: what the newer images do not hold is lost
-        return PointView(layers), chain[-len(layers) :]
+        view = PointView(layers)
+        return Opened(view, chain[-len(layers) :], _surviving(view))
 
 
 def _remains(point: Point, catalog: Catalog) -> list[Image]:
@@ -560,9 +563,7 @@ def _remains(point: Point, catalog: Catalog) -> list[Image]:
     return chain
 
 
-def restore(
-    repository: Repository, request: Request, context: Context, *, dry_run: bool = False
-) -> Plan | Report:
+def restore(repository: Repository, request: Request, context: Context, *, dry_run: bool = False) -> Plan | Report:
     """Restore a point; with ``dry_run`` only say how. Raises Damage before the first byte is written for
     everything but a frame's content, Refused for a target that must not be written, TargetFailed,
     VerificationFailed, Interrupted.
@@ -575,36 +576,37 @@ def restore(
         stack.enter_context(volume.locked(exclusive=False, wait=context.wait, check=context.check))
         volume, catalog, point = find(repository, request.point)
         opener = _open_damaged if request.keep_going else open_point
-        view, chain = opener(volume, catalog, point, stack)
+        opened = opener(volume, catalog, point, stack)
+        view = opened.view
         target = look_at_target(request.target)
-        check_target(
-            request.target, target, view, repository, context, overwrite=request.overwrite or dry_run
-        )
+        check_target(request.target, target, view, repository, context, overwrite=request.overwrite or dry_run)
         method = _method(view, target, request.target, context)
-        planned = _plan(view, chain, request, target, method)
+        planned = _plan(opened, request, target, method)
         if dry_run:
             return planned
         if request.verify_first:
             check_frames(view, context)
-        return _carry_out(view, planned, request, method, context, clock)
+        return _carry_out(opened, planned, request, context, clock)
 
 
-def _carry_out(
-    view: PointView, planned: Plan, request: Request, method: str, context: Context, clock: float
-) -> Report:
+def _carry_out(opened: Opened, planned: Plan, request: Request, context: Context, clock: float) -> Report:
     path = os.path.realpath(request.target)
+    view, bad, method = opened.view, opened.summary.bad, planned.method
     size = view.geometry.device_bytes
-    with _target(path, size, method, context) as target:
+    with _target(path, size, method, context, overwrite=request.overwrite) as target:
         shared = _Writing(view, target, method, context, keep_going=request.keep_going)
         context.progress.begin("restoring", size)
         try:
             sections = _write_all(shared, context)
+        except Interrupted as error:
+            if method == "create":
+                raise
+            raise Interrupted(state=f"{path} is incomplete (written: {shared.written_ranges()})") from error
         finally:
             context.progress.end()
         shared.flaws += sections.flaws
         target.flush()
         verified = _read_back(shared, context) if request.verify else 0
-    bad = unreadable(view)
     flaws = sorted(shared.flaws, key=lambda flaw: flaw.start)
     mapfile = ""
     if request.keep_going and (flaws or len(bad)):
@@ -618,7 +620,7 @@ def _carry_out(
 
 
 @contextlib.contextmanager
-def _target(path: str, size: int, method: str, context: Context) -> Iterator[TargetWriter]:
+def _target(path: str, size: int, method: str, context: Context, *, overwrite: bool) -> Iterator[TargetWriter]:
     """The opened target. A new file is written under ``.partial`` and gets its name when all went well."""
     if method != "create":
         with TargetWriter(path, kernel=context.kernel) as target:
@@ -627,7 +629,10 @@ def _target(path: str, size: int, method: str, context: Context) -> Iterator[Tar
             yield target
         return
     partial = path + ".partial"
-    with contextlib.suppress(FileNotFoundError):
+    if os.path.lexists(partial):
+        # Perhaps an interrupted restore left it, perhaps it is somebody's: it was not named.
+        if not overwrite or not os.path.isfile(partial):
+            raise TargetExists(path=partial)
         context.kernel.unlink(partial)
     try:
         with TargetWriter(partial, create=True, kernel=context.kernel) as target:
@@ -662,7 +667,7 @@ def _write_mapfile(path: str, flaws: Sequence[Flaw], bad: Extents, size: int) ->
     for flaw in flaws:
         lost = extent.overlay(lost, extent.table([flaw.start], [flaw.start + flaw.length], BAD))
     text = mapfile_text(extent.overlay(lost, bad), size)
-    with open(path, "w", encoding="ascii") as file:  # noqa: PTH123 - a small text for people
+    with open(path, "w", encoding="ascii") as file:
         file.write(text)
 
 

@@ -125,17 +125,13 @@ class Scanner:
             kinds[~changes(rows, bad, self._parent.section(section), low, geometry)] = ABSENT
         frames = []
         if (kinds == DATA).any():
-            frames = encode_windows(
-                data, kinds, job.first_block, geometry, self._encoder, whole=self._parent is None
-            )
+            frames = encode_windows(data, kinds, job.first_block, geometry, self._encoder, whole=self._parent is None)
         self._writer.add(Piece(job.number, job.first_block, kinds, bad, rows, frames))
         changed = int(np.count_nonzero(kinds)) * geometry.block_bytes
         self._account(0 if job.hole else length, length, changed)
 
 
-def scan(
-    source: SourceReader, writer: ImageWriter, parent: PointView | None, compress: str, context: Context
-) -> int:
+def scan(source: SourceReader, writer: ImageWriter, parent: PointView | None, compress: str, context: Context) -> int:
     """Read the source into the writer; bytes that were read. ``parent`` makes it a delta.
 
     Raises SourceVanished, NoSpace, StoreFailed, DamagedImage (of the parent), Interrupted.

@@ -10,8 +10,8 @@ from blockbak.flow.backup import Report as PointReport
 from blockbak.flow.backup import open_chain, report
 from blockbak.flow.context import Context, iso
 from blockbak.flow.restore import find, open_point
-from blockbak.image import codec
 from blockbak.host.blockio import PartialFile
+from blockbak.image import codec
 from blockbak.image.compose import Composer, Tally
 from blockbak.image.reader import ImageReader
 from blockbak.image.view import PointView
@@ -53,9 +53,10 @@ def synthesize(
         for line in volume.tidy(catalog):
             context.say(line)
         point = _point(repository, volume, catalog, at)
-        view, chain = open_point(volume, catalog, point, stack)
+        opened = open_point(volume, catalog, point, stack)
+        view = opened.view
         known = next((image for image in point.images if image.opening.kind == kind), None)
-        if known is not None and _usable(volume, known, chain):
+        if known is not None and _usable(volume, known, opened.chain):
             return Report(report(known), 0, 0, 0, 0, written=False)
         layers = view if kind == FULL else _deltas(view)
         image, tally = _compose(volume, layers, view, kind, compress, context)
@@ -95,9 +96,7 @@ def _usable(volume: Volume, image: Image, chain: list[Image]) -> bool:
 def _deltas(view: PointView) -> PointView:
     """The layers above the full: together they say what a differential says."""
     if len(view.layers) == 1:
-        raise NoUsableParent(
-            kind=DIFFERENTIAL, volume=view.top.opening.volume, reason="the point is a full itself"
-        )
+        raise NoUsableParent(kind=DIFFERENTIAL, volume=view.top.opening.volume, reason="the point is a full itself")
     return PointView(view.layers[1:])
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from blockbak.errors import BlockbakError, Damage, DamagedImage, NewerFormat
+from blockbak.errors import BlockbakError, Damage, DamagedImage, Gap, NewerFormat
 from blockbak.flow import workers
 from blockbak.flow.backup import open_reader
 from blockbak.flow.context import Context
@@ -116,12 +116,9 @@ def _verify_image(
     with ExitStack() as stack:
         try:
             reader = open_reader(volume, image, stack)
-            reader.source.forget()
             flaws, checked = check_image(reader, context, share=share, pick=pick)
             if chain is None:
-                flaws.append(
-                    _whole_flaw(size, f"its parent {image.opening.parent} is missing or damaged", image.file)
-                )
+                flaws.append(_whole_flaw(size, f"its parent {image.opening.parent} is missing or damaged", image.file))
             else:
                 below = [open_reader(volume, lower, stack) for lower in chain[:-1]]
                 check_map(PointView([*below, reader]))
@@ -130,11 +127,11 @@ def _verify_image(
     return Verdict(volume.name, image.point, image.opening.kind, image.file, not flaws, flaws, checked)
 
 
-def _unusable(volume: Volume, error: BlockbakError) -> Verdict:
+def _unusable(volume: str, error: BlockbakError) -> Verdict:
     fields = error.fields
     file = str(fields.get("file", ""))
     return Verdict(
-        volume.name, str(fields.get("point", "")), str(fields.get("kind", "")), file, ok=False,
+        volume, str(fields.get("point", "")), str(fields.get("kind", "")), file, ok=False,
         damage=[Flaw(0, 0, str(error), file)],
     )  # fmt: skip
 
@@ -146,9 +143,26 @@ def _selected(volume: Volume, catalog: Catalog, wanted: Sequence[Point] | None) 
     files: dict[str, Image] = {}
     for point in wanted:
         if point.volume == volume.name:
-            for image in (*plan(point, catalog.images), *point.images):
+            try:
+                chain = plan(point, catalog.images)
+            except Gap:
+                chain = ()  # the verdict on the point's own images says so
+            for image in (*chain, *point.images):
                 files[image.file] = image
     return list(files.values())
+
+
+def _named(repository: Repository, names: Sequence[str], verdicts: list[Verdict]) -> list[Point]:
+    """The named points; one whose manifest is damaged becomes a verdict."""
+    from blockbak.flow.restore import find
+
+    points = []
+    for name in names:
+        try:
+            points.append(find(repository, name)[2])
+        except Damage as error:
+            verdicts.append(_unusable("", error))
+    return points
 
 
 def verify(
@@ -162,24 +176,18 @@ def verify(
     """Check the named points with all images they need, or everything. Damage is in the report, not
     raised; NoSuchPoint, AmbiguousPoint and VolumeLocked are.
     """
-    from blockbak.flow.restore import find
-
     clock = context.timer()
-    points = [find(repository, name)[2] for name in names] if names else None
     verdicts: list[Verdict] = []
+    points = _named(repository, names, verdicts) if names else None
     leftovers: list[str] = []
-    wanted_volumes = (
-        {point.volume for point in points} if points is not None else set(repository.volume_names())
-    )
+    wanted_volumes = {point.volume for point in points} if points is not None else set(repository.volume_names())
     for name in sorted(wanted_volumes):
         volume = repository.volume(name)
         with volume.locked(exclusive=False, wait=context.wait, check=context.check):
             catalog = volume.catalog()
             if points is None:
-                verdicts += [_unusable(volume, error) for error in catalog.damage]
-            leftovers += [
-                f"{name}/{file}" for file in (*catalog.partials, *catalog.orphans, *catalog.deleted)
-            ]
+                verdicts += [_unusable(name, error) for error in catalog.damage]
+            leftovers += [f"{name}/{file}" for file in (*catalog.partials, *catalog.orphans, *catalog.deleted)]
             images = _selected(volume, catalog, points)
             whole = chains(catalog.images)
             context.progress.begin(f"verifying {name}", sum(image.image_bytes for image in images))

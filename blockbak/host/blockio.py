@@ -124,9 +124,7 @@ class SourceReader(_Opened):
     def __init__(self, path: str, *, exclusive: bool, kernel: Kernel | None = None) -> None:
         try:
             is_block = stat.S_ISBLK(os.stat(path).st_mode)
-            super().__init__(
-                kernel or Kernel(), path, os.O_RDONLY | (os.O_EXCL if exclusive and is_block else 0)
-            )
+            super().__init__(kernel or Kernel(), path, os.O_RDONLY | (os.O_EXCL if exclusive and is_block else 0))
         except FileNotFoundError as error:
             raise NoSuchSource(path=path) from error
         except PermissionError as error:

@@ -29,7 +29,7 @@ class Note:
 def _read_note(path: str) -> Note:
     """The note; an empty one where it cannot be read. It is information, never a decision."""
     try:
-        with open(path, "rb") as file:  # noqa: PTH123 - the room's other calls take descriptors too
+        with open(path, "rb") as file:
             return msgspec.json.decode(file.read(4096).rstrip(b"\0 \n") or b"{}", type=Note)
     except (OSError, msgspec.DecodeError):
         return Note()
@@ -59,6 +59,22 @@ class Lock:
         os.pwrite(self._fd, text, 0)
 
 
+def _open_to_read(path: str, error: OSError, *, exclusive: bool, kernel: Kernel) -> int:
+    """Something to lock where nothing may be written: the file, or the directory it would be in.
+
+    A repository on a read-only medium, or one that belongs to somebody else, can still be restored from.
+    """
+    if not exclusive and error.errno in (errno.EROFS, errno.EACCES):
+        for place in (path, os.path.dirname(path)):
+            try:
+                return kernel.open(place, os.O_RDONLY)
+            except OSError:
+                continue
+    if error.errno == errno.EACCES:
+        raise NoPermission(action="lock", path=path) from error
+    raise StoreFailed(path=path, action="opened", reason=error.strerror) from error
+
+
 @contextmanager
 def held(
     path: str,
@@ -78,13 +94,8 @@ def held(
     """
     try:
         fd = kernel.open(path, os.O_RDWR | os.O_CREAT)
-    except PermissionError as error:
-        raise NoPermission(action="lock", path=path) from error
     except OSError as error:
-        if error.errno == errno.EROFS and not exclusive:
-            fd = kernel.open(path, os.O_RDONLY)
-        else:
-            raise StoreFailed(path=path, action="opened", reason=error.strerror) from error
+        fd = _open_to_read(path, error, exclusive=exclusive, kernel=kernel)
     try:
         deadline = clock() + wait
         while True:
@@ -94,9 +105,7 @@ def held(
             except BlockingIOError as error:
                 if clock() >= deadline:
                     note = _read_note(path)
-                    raise VolumeLocked(
-                        volume=volume, pid=note.pid, host=note.host or "another host"
-                    ) from error
+                    raise VolumeLocked(volume=volume, pid=note.pid, host=note.host or "another host") from error
             check()
             sleep(min(_PAUSE_SECONDS, max(0.0, deadline - clock())))
         lock = Lock(fd, path, kernel)

@@ -66,9 +66,7 @@ def check_tail(reader: ImageReader) -> Flaw | None:
     start = reader.region_start(len(reader.sections))
     gap = reader.closing_offset - start
     if gap and reader.source.read(start, gap) != (fmt.padding(gap) if gap >= fmt.PADDING_MIN else b""):
-        return Flaw(
-            0, reader.geometry.device_bytes, "bytes before the closing record are not padding", reader.name
-        )
+        return Flaw(0, reader.geometry.device_bytes, "bytes before the closing record are not padding", reader.name)
     return None
 
 

@@ -89,9 +89,7 @@ class Composer:
     ``unit`` is the file system's block size where blocks can be shared, else 0.
     """
 
-    def __init__(
-        self, view: PointView, writer: ImageWriter, sink: ByteSink, encoder: Encoder, unit: int
-    ) -> None:
+    def __init__(self, view: PointView, writer: ImageWriter, sink: ByteSink, encoder: Encoder, unit: int) -> None:
         self._view, self._writer, self._sink, self._encoder, self._unit = view, writer, sink, encoder, unit
         self._whole = view.complete
         self._whole_layers = [layer.whole for layer in view.layers]

@@ -154,9 +154,7 @@ def window_for(device_bytes: int, block_bytes: int) -> int:
     """
     if device_bytes > DEVICE_MAX:
         raise SourceTooLarge(path="The source", size=device_bytes, limit=DEVICE_MAX)
-    window = (
-        WINDOW_MIN if device_bytes <= 16 * TIB else 2 * WINDOW_MIN if device_bytes <= 32 * TIB else WINDOW_MAX
-    )
+    window = WINDOW_MIN if device_bytes <= 16 * TIB else 2 * WINDOW_MIN if device_bytes <= 32 * TIB else WINDOW_MAX
     return max(window, block_bytes)
 
 

@@ -6,7 +6,7 @@ own SHA-256, the closing record that of the header and of every section.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -56,9 +56,7 @@ def _frames_flaw(
     content = frames["content"].astype(np.int64)
     if len(local) and (local[0] < 0 or local[-1] >= windows or (np.diff(local) <= 0).any()):
         return "frames out of order"
-    window_content = np.minimum(
-        end - start - np.arange(windows) * geometry.window_bytes, geometry.window_bytes
-    )
+    window_content = np.minimum(end - start - np.arange(windows) * geometry.window_bytes, geometry.window_bytes)
     if whole:
         begin = local * geometry.window_bytes
         if (
@@ -110,16 +108,13 @@ class ImageReader:
         if footer["magic"] != fmt.SEEKABLE_MAGIC or footer["descriptor"] != 0:
             raise fmt.FormatError("it does not end with a seek table: cut short or never finished")
         self.seek_entries = int(footer["entries"])
-        self._seek_offset = size - fmt.seek_table_bytes(self.seek_entries)
-        if (
-            not 2 <= self.seek_entries <= fmt.SEEK_ENTRIES_MAX
-            or self._seek_offset < smallest - fmt.seek_table_bytes(2)
-        ):
+        self.seek_offset = size - fmt.seek_table_bytes(self.seek_entries)
+        if not 2 <= self.seek_entries <= fmt.SEEK_ENTRIES_MAX or self.seek_offset < smallest - fmt.seek_table_bytes(2):
             raise fmt.FormatError("its seek table has an impossible length")
         last_at = size - fmt.SEEK_FOOTER.itemsize - fmt.SEEK_ENTRY.itemsize
         last = np.frombuffer(self.source.read(last_at, fmt.SEEK_ENTRY.itemsize), fmt.SEEK_ENTRY)[0]
         self.closing_bytes = int(last["stored"])
-        self.closing_offset = self._seek_offset - self.closing_bytes
+        self.closing_offset = self.seek_offset - self.closing_bytes
         if self.closing_offset < fmt.HEADER_BYTES:
             raise fmt.FormatError("its seek table names an impossible closing record")
         self.closing_raw = self.source.read(self.closing_offset, self.closing_bytes)
@@ -218,28 +213,58 @@ class ImageReader:
         for at in range(len(self.sections)):
             yield self.section_at(at)
 
-    def check_seek_table(self, sections: Iterator[Section] | None = None) -> None:
-        """Compare the stored seek table with the one the index generates, piece by piece."""
-        pairs = (
-            (section.frames, int(self.sections["offset"][at]))
-            for at, section in enumerate(self.all_sections() if sections is None else sections)
-        )
-        head, _ = fmt.seek_table_ends(self.seek_entries)
-        if self.source.read(self._seek_offset, len(head)) != head:
-            raise self._damage("its seek table does not begin as one")
-        at, end = self._seek_offset + len(head), self.source.size - fmt.SEEK_FOOTER.itemsize
-        try:
-            for entries in seektable.generate(pairs, self.closing_offset, self.closing_bytes):
-                expected = entries.tobytes()
-                if at + len(expected) > end or self.source.read(at, len(expected)) != expected:
-                    raise self._damage("its seek table does not match its index")
-                at += len(expected)
-        except fmt.FormatError as error:
-            raise self._damage(error) from error
-        if at != end:
-            raise self._damage("its seek table does not match its index")
+    def seek_table_check(self) -> SeekTableCheck:
+        """A comparison of the stored seek table with the one the index generates; give it every section."""
+        return SeekTableCheck(self)
+
+    def check_seek_table(self) -> None:
+        """Compare the seek table in a pass of its own over the index."""
+        check = self.seek_table_check()
+        for section in self.all_sections():
+            check.add(section)
+        check.finish()
 
     def map_digests(self) -> npt.NDArray[np.uint8]:
         """The section digests of the listed sections, ``(n, 32)`` uint8."""
         column = np.ascontiguousarray(self.sections["map_digest"])
         return np.frombuffer(column.tobytes(), np.uint8).reshape(-1, 32)
+
+
+class SeekTableCheck:
+    """Takes an image's sections in order and compares piece by piece, so that no table is held whole.
+
+    Raises DamagedImage at the first entry that differs.
+    """
+
+    def __init__(self, reader: ImageReader) -> None:
+        self._reader = reader
+        self._table = seektable.Generator()
+        head, _ = fmt.seek_table_ends(reader.seek_entries)
+        self._at = reader.seek_offset
+        self._end = reader.source.size - fmt.SEEK_FOOTER.itemsize
+        self._taken = 0
+        self._expect(head)
+
+    def add(self, section: Section) -> None:
+        """The next section of the list."""
+        offset = int(self._reader.sections["offset"][self._taken])
+        self._taken += 1
+        self._expect(self._generated(self._table.section, section.frames, offset))
+
+    def finish(self) -> None:
+        """All sections were given: compare the end."""
+        reader = self._reader
+        self._expect(self._generated(self._table.closing, reader.closing_offset, reader.closing_bytes))
+        if self._at != self._end or self._taken != len(reader.sections):
+            raise DamagedImage(file=reader.name, reason="its seek table does not match its index")
+
+    def _generated(self, make: Callable[..., fmt.SeekTable], *args: object) -> bytes:
+        try:
+            return make(*args).tobytes()
+        except fmt.FormatError as error:
+            raise DamagedImage(file=self._reader.name, reason=error) from error
+
+    def _expect(self, data: bytes) -> None:
+        if self._at + len(data) > self._end or self._reader.source.read(self._at, len(data)) != data:
+            raise DamagedImage(file=self._reader.name, reason="its seek table does not match its index")
+        self._at += len(data)

@@ -8,34 +8,39 @@ the entry before it, so that an entry's stored size is the distance to the next 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
 import numpy as np
+import numpy.typing as npt
 
 from blockbak.image.format import SEEK_ENTRIES_MAX, SEEK_ENTRY, FormatError, Frames, SeekTable
 
+_Numbers = npt.NDArray[np.int64]
 
-def generate(
-    sections: Iterable[tuple[Frames, int]], closing_offset: int, closing_bytes: int
-) -> Iterator[SeekTable]:
-    """Entries in file order. ``sections`` yields each section's frame records and its record's offset.
 
-    The entry before a piece can only be known with the offset after it, so each array yielded ends one
-    entry early. Raises FormatError where offsets do not ascend.
+class Generator:
+    """Makes the entries in file order. The entry before a piece is only known with the offset after it, so
+    what each call returns begins one entry back and ends one early.
     """
-    last_offset, last_content = 0, 0
-    for frames, offset in sections:
+
+    def __init__(self) -> None:
+        self._last_offset = 0
+
+    def section(self, frames: Frames, offset: int) -> SeekTable:
+        """The entries up to a section record at ``offset``, itself left out. Raises FormatError where
+        offsets do not ascend.
+        """
         offsets = np.empty(len(frames) + 2, np.int64)
-        offsets[0], offsets[1:-1], offsets[-1] = last_offset, frames["offset"], offset
-        contents = np.empty(len(frames) + 1, np.int64)
-        contents[0], contents[1:] = last_content, frames["content"]
-        yield _entries(offsets, contents)
-        last_offset, last_content = offset, 0
-    yield _entries(np.array([last_offset, closing_offset]), np.array([last_content]))
-    yield _entries(np.array([closing_offset, closing_offset + closing_bytes]), np.array([0]))
+        offsets[0], offsets[1:-1], offsets[-1] = self._last_offset, frames["offset"], offset
+        contents = np.zeros(len(frames) + 1, np.int64)
+        contents[1:] = frames["content"]
+        self._last_offset = offset
+        return _entries(offsets, contents)
+
+    def closing(self, offset: int, length: int) -> SeekTable:
+        """The last two entries: what lies before the closing record, and that record."""
+        return _entries(np.array([self._last_offset, offset, offset + length]), np.zeros(2, np.int64))
 
 
-def _entries(offsets: np.ndarray[tuple[int], np.dtype[np.int64]], contents: object) -> SeekTable:
+def _entries(offsets: _Numbers, contents: _Numbers) -> SeekTable:
     stored = np.diff(offsets)
     if (stored <= 0).any() or (stored > 0xFFFFFFFF).any():
         raise FormatError("frames do not follow each other")

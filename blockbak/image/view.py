@@ -18,7 +18,7 @@ from blockbak.image import codec
 from blockbak.image import format as fmt
 from blockbak.image.reader import ImageReader, Section
 from blockbak.model import extent, hashmap
-from blockbak.model.extent import ABSENT, DATA, Extents, Kinds
+from blockbak.model.extent import ABSENT, BAD, DATA, Extents, Kinds
 from blockbak.model.hashmap import BLOCKS_PER_SECTION, Rows
 
 _READ_GAP = 64 * 1024
@@ -33,6 +33,14 @@ class Flaw:
     length: int
     reason: str
     file: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a walk over all sections saw: bytes of stored blocks, and the BAD extents (volume bytes)."""
+
+    stored_bytes: int
+    bad: Extents
 
 
 @dataclass(frozen=True)
@@ -115,23 +123,38 @@ class PointView:
         )
         return extent.overlay(extent.subtract(below, claimed), part.extents)
 
-    def check(self) -> None:
-        """Check everything but the frames' content: binding, every section, every seek table, the
-        lengths, the root. Raises DamagedImage, or UnreadableStore.
+    def check(self) -> Summary:
+        """Check everything but the frames' content, in one pass over the indexes: binding, every section,
+        every seek table, the lengths, the root. Raises DamagedImage, or UnreadableStore.
         """
         self.check_binding()
-        for layer in self.layers:
-            layer.check_seek_table()
-        if self.complete:
-            self._check_root()
-
-    def _check_root(self) -> None:
+        tables = [layer.seek_table_check() for layer in self.layers]
         digests = self.claimed_digests()
+        stored, bad = 0, [extent.empty()]
         for number in range(self.geometry.sections):
-            self.check_section(self.section(number), digests)
-        root = hashmap.root(self.geometry.device_bytes, self.geometry.block_bytes, digests)
-        if root != self.top.closing.root:
-            raise DamagedImage(file=self.top.name, reason="its root does not match its hash map")
+            section = self.section(number)
+            for table, part in zip(tables, section.layers, strict=True):
+                if part is not None:
+                    table.add(part)
+            if self.complete:
+                self.check_section(section, digests)
+            stored += self._stored_bytes(section)
+            bad.append(extent.of_kind(section.extents, BAD))
+        for table in tables:
+            table.finish()
+        if self.complete:
+            root = hashmap.root(self.geometry.device_bytes, self.geometry.block_bytes, digests)
+            if root != self.top.closing.root:
+                raise DamagedImage(file=self.top.name, reason="its root does not match its hash map")
+        return Summary(stored, extent.coalesce(np.concatenate(bad)))
+
+    def _stored_bytes(self, section: SectionView) -> int:
+        stored = section.stored
+        count = int(np.count_nonzero(stored)) * self.geometry.block_bytes
+        if len(stored) and stored[-1]:
+            last = section.number * BLOCKS_PER_SECTION + len(stored) - 1
+            count -= self.geometry.block_bytes - self.geometry.block_length(last)
+        return count
 
     def check_section(self, section: SectionView, digests: npt.NDArray[np.uint8]) -> None:
         """The composed rows have the digest that the newest layer states. Raises DamagedImage."""
@@ -265,9 +288,5 @@ def _read_span(layer: ImageReader, offsets: list[int], ends: list[int]) -> list[
     except Damage as error:
         if len(offsets) == 1:
             return [error]
-        return [
-            part
-            for pair in zip(offsets, ends, strict=True)
-            for part in _read_span(layer, [pair[0]], [pair[1]])
-        ]
+        return [part for pair in zip(offsets, ends, strict=True) for part in _read_span(layer, [pair[0]], [pair[1]])]
     return [data[begin - start : end - start] for begin, end in zip(offsets, ends, strict=True)]

@@ -92,8 +92,7 @@ def _gather(view: memoryview, wanted: npt.NDArray[np.bool_], first: int, block: 
     if len(begins) == 1:
         return view[(first + int(begins[0])) * block : (first + int(ends[0])) * block]
     parts = [
-        view[(first + a) * block : (first + b) * block]
-        for a, b in zip(begins.tolist(), ends.tolist(), strict=True)
+        view[(first + a) * block : (first + b) * block] for a, b in zip(begins.tolist(), ends.tolist(), strict=True)
     ]
     return memoryview(b"".join(parts))
 
@@ -145,9 +144,7 @@ class ImageWriter:
     taken over for sections in which nothing changed; None for a full.
     """
 
-    def __init__(
-        self, sink: ByteSink, opening: Opening, parent_digests: npt.NDArray[np.uint8] | None = None
-    ) -> None:
+    def __init__(self, sink: ByteSink, opening: Opening, parent_digests: npt.NDArray[np.uint8] | None = None) -> None:
         self.geometry = opening.geometry
         self.counts = Counts()
         self._sink = sink
@@ -162,9 +159,7 @@ class ImageWriter:
         self._frame_counts = np.zeros(self.geometry.sections, np.int64)
         self._listed = 0
         self.map_digests = (
-            np.zeros((self.geometry.sections, 32), np.uint8)
-            if parent_digests is None
-            else parent_digests.copy()
+            np.zeros((self.geometry.sections, 32), np.uint8) if parent_digests is None else parent_digests.copy()
         )
         sink.write(0, [self._header])
 
@@ -244,9 +239,7 @@ class ImageWriter:
     def _flush_zeros(self, section: _OpenSection, buffers: list[Buffer]) -> None:
         if not section.zero_bytes:
             return
-        records, data = zero_frames(
-            section.zero_start, section.zero_bytes, self.geometry.window_bytes, self.offset
-        )
+        records, data = zero_frames(section.zero_start, section.zero_bytes, self.geometry.window_bytes, self.offset)
         section.frames.append(records)
         buffers.append(data)
         self.offset += len(data)
@@ -258,16 +251,12 @@ class ImageWriter:
         elif not section.kinds.any():
             return
         first_byte = section.number * self.geometry.section_bytes
-        extents = extent.from_blocks(
-            section.kinds, first_byte, self.geometry.block_bytes, self.geometry.device_bytes
-        )
+        extents = extent.from_blocks(section.kinds, first_byte, self.geometry.block_bytes, self.geometry.device_bytes)
         if section.bad:
             extents = extent.overlay(extents, extent.coalesce(np.concatenate(section.bad)))
         frames = np.concatenate(section.frames) if section.frames else np.empty(0, fmt.FRAME)
         record = fmt.pack_section(section.number, section.rows[section.kinds == DATA], extents, frames)
-        self.map_digests[section.number] = np.frombuffer(
-            hashmap.section_digest(section.rows, extents), np.uint8
-        )
+        self.map_digests[section.number] = np.frombuffer(hashmap.section_digest(section.rows, extents), np.uint8)
         self.list_section(section.number, record, extents, len(frames))
         buffers.append(record)
 
@@ -302,9 +291,14 @@ class ImageWriter:
         head, tail = fmt.seek_table_ends(count)
         self._sink.write(at, [head])
         end = at + len(head)
-        for entries in seektable.generate(self._stored_frames(sections), self.offset, len(record)):
+        table = seektable.Generator()
+        for frames, offset in self._stored_frames(sections):
+            entries = table.section(frames, offset)
             self._sink.write(end, [entries.tobytes()])
             end += entries.nbytes
+        last = table.closing(self.offset, len(record))
+        self._sink.write(end, [last.tobytes()])
+        end += last.nbytes
         self._sink.write(end, [tail])
         if end + len(tail) != at + table_bytes:
             raise fmt.FormatError("the seek table does not have the size the index gives it")

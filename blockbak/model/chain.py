@@ -56,9 +56,7 @@ class Point:
 def points(images: Iterable[Image]) -> list[Point]:
     """The points of one volume, oldest first: order is the sequence, never a clock."""
     grouped: dict[str, list[Image]] = {}
-    for image in sorted(
-        images, key=lambda image: (image.opening.sequence, image.closing.finished, image.file)
-    ):
+    for image in sorted(images, key=lambda image: (image.opening.sequence, image.closing.finished, image.file)):
         grouped.setdefault(image.point, []).append(image)
     return [Point(name, tuple(group)) for name, group in grouped.items()]
 
@@ -132,9 +130,7 @@ def choose(name: str, by_volume: dict[str, list[Point]]) -> Point:
     found = [point for point in every if rest and point.id.startswith(rest)]
     moment = _moment(rest) if at and not found else None
     if moment is not None:
-        found = [
-            point for point in every if datetime.fromisoformat(point.images[0].opening.created) <= moment
-        ][-1:]
+        found = [point for point in every if datetime.fromisoformat(point.images[0].opening.created) <= moment][-1:]
     return _only(name, found, [point.id for point in found])
 
 

@@ -75,9 +75,7 @@ def digest_blocks(data: Bytes, block_bytes: int, wanted: Mask) -> Rows:
     which = np.flatnonzero(wanted)
     if len(which):
         view = memoryview(data)
-        digests = [
-            blake3(view[start : start + block_bytes]).digest() for start in (which * block_bytes).tolist()
-        ]
+        digests = [blake3(view[start : start + block_bytes]).digest() for start in (which * block_bytes).tolist()]
         rows[which] = np.frombuffer(b"".join(digests), "<u8").reshape(-1, DIGEST_WORDS)
     return rows
 

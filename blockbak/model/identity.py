@@ -2,12 +2,59 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+
+VALUE_MAX = 512
+"""Characters; a longer value is replaced by its SHA-256, so that it fits every header."""
+
+PATH = "path"
+"""The kind of a device known by nothing but its node."""
+
+_WORDS = {
+    "lv-uuid": "logical volume",
+    "wwn": "WWN",
+    "serial": "serial",
+    "partuuid": "partition",
+    "partition": "partition",
+    "dm-uuid": "device-mapper UUID",
+    "md-uuid": "array",
+    "file": "file",
+    "gpt": "GPT disk",
+    "mbr": "MBR disk",
+    PATH: "node",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
+    """``kind`` says where ``value`` is from: one of 'lv-uuid', 'wwn', 'serial', 'partuuid', 'partition',
+    'dm-uuid', 'md-uuid', 'file', 'gpt', 'mbr', 'path'.
+
+    ``diskseq`` is the kernel's number of this instance of a block device (0: not known, or a file), and
+    ``boot`` the boot in which it was seen; the number means nothing in another boot.
+    """
+
     kind: str
     value: str
     diskseq: int = 0
     boot: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.value) > VALUE_MAX:
+            digest = hashlib.sha256(self.value.encode("utf-8", "surrogateescape")).hexdigest()
+            object.__setattr__(self, "value", f"sha256:{digest}")
+
+    def same_as(self, other: Identity) -> bool:
+        """Whether both name one volume.
+
+        A node such as /dev/sdb is handed on to the next disk that is plugged in: within one boot, another
+        disk sequence number there means another disk. Across boots nothing more than the name is known.
+        """
+        if (self.kind, self.value) != (other.kind, other.value):
+            return False
+        comparable = self.kind == PATH and bool(self.diskseq and other.diskseq and self.boot)
+        return not (comparable and self.boot == other.boot and self.diskseq != other.diskseq)
+
+    def __str__(self) -> str:
+        return f"{_WORDS.get(self.kind, self.kind)} {self.value}"

@@ -129,16 +129,12 @@ class Volume:
             if (opening.point, opening.kind) != (point, kind):
                 raise DamagedManifest(file=name, reason="it is of another point or kind than its name says")
             if (opening.repository, opening.volume) != (self._repository.id, self.name):
-                raise DamagedManifest(
-                    file=name, reason=f"it belongs to volume {opening.volume} of another place"
-                )
+                raise DamagedManifest(file=name, reason=f"it belongs to volume {opening.volume} of another place")
             if not present:
                 raise MissingImage(file=image.file)
             size = os.stat(self._at(image.file)).st_size
             if size != image.image_bytes:
-                raise DamagedManifest(
-                    file=name, reason=f"its image has {size} bytes instead of {image.image_bytes}"
-                )
+                raise DamagedManifest(file=name, reason=f"its image has {size} bytes instead of {image.image_bytes}")
         except BlockbakError as error:
             error.fields.setdefault("point", point)
             error.fields.setdefault("kind", kind)
@@ -263,9 +259,7 @@ class Repository:
             else:
                 kernel.mkdir(path)
                 sync_directory(os.path.dirname(path), kernel)
-            about = msgspec.json.format(
-                msgspec.json.encode(_Repository(VERSION, repository_id, created)), indent=2
-            )
+            about = msgspec.json.format(msgspec.json.encode(_Repository(VERSION, repository_id, created)), indent=2)
             for name, data in (*shipped.items(), (FILE, about + b"\n")):
                 target = os.path.join(path, name)
                 if os.path.lexists(target):
@@ -320,7 +314,7 @@ class Repository:
 
 
 def usable_name(name: str) -> bool:
-    """May a volume be called that? No path, nothing hidden."""
+    """Whether a volume may be called that: no path, nothing hidden."""
     return bool(_VOLUME.fullmatch(name)) and not name.startswith(".") and len(name) <= 200
 
 

@@ -68,6 +68,4 @@ def decode(data: bytes, file: str) -> Image:
         raise DamagedManifest(file=file, reason=str(error)) from error
     if manifest.image_file != file.removesuffix(".json") + ".zst":
         raise DamagedManifest(file=file, reason=f"it names the image {manifest.image_file!r}")
-    return Image(
-        manifest.image_file, manifest.image_bytes, manifest.closing_sha256, manifest.opening, manifest.closing
-    )
+    return Image(manifest.image_file, manifest.image_bytes, manifest.closing_sha256, manifest.opening, manifest.closing)

@@ -1,0 +1,121 @@
+"""One point, looked at from all sides."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from blockbak.flow.context import Context
+from blockbak.flow.restore import find, open_point, partition_table, reader
+from blockbak.image.view import PointView
+from blockbak.model import extent
+from blockbak.model.chain import Image
+from blockbak.model.extent import KIND_NAMES, Extents
+from blockbak.model.filesystem import Filesystem, filesystem
+from blockbak.model.partition import PartitionTable
+from blockbak.repository.local import Repository
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What is known of a point. ``extents`` are those of the whole point (volume bytes), at most as many as
+    were asked for; ``extent_bytes`` sums all of them by kind. ``filesystems`` maps partition numbers (0: the
+    volume itself) to what lies there.
+    """
+
+    point: str
+    volume: str
+    images: list[Image]
+    chain: list[str]
+    extent_bytes: dict[str, int]
+    extent_count: int
+    extents: list[dict[str, Any]]
+    partition_table: PartitionTable | None
+    filesystems: dict[str, Filesystem]
+
+
+def show(repository: Repository, name: str, context: Context, *, extents_max: int) -> Report:
+    """Look at a point. Raises NoSuchPoint, AmbiguousPoint, Damage."""
+    volume, catalog, point = find(repository, name)
+    with ExitStack() as stack:
+        opened = open_point(volume, catalog, point, stack)
+        view = opened.view
+        sums, count, kept = _extents(view, extents_max, context)
+        table = partition_table(view)
+        return Report(
+            point=point.id, volume=point.volume, images=list(point.images),
+            chain=[image.file for image in opened.chain], extent_bytes=sums, extent_count=count,
+            extents=[
+                {"start": int(row["start"]), "length": int(row["length"]), "kind": KIND_NAMES[int(row["kind"])]}
+                for row in kept
+            ],
+            partition_table=table, filesystems=_filesystems(view, table),
+        )  # fmt: skip
+
+
+def _extents(view: PointView, most: int, context: Context) -> tuple[dict[str, int], int, Extents]:
+    """Sums by kind, the number of extents, and the first ``most`` of them; a section at a time."""
+    sums = dict.fromkeys(KIND_NAMES.values(), 0)
+    kept, count = extent.empty(), 0
+    last: Extents = extent.empty()
+    for number in range(view.geometry.sections):
+        context.check()
+        rows = view.section(number).extents
+        for kind, word in KIND_NAMES.items():
+            sums[word] += extent.total(rows, kind)
+        joined = extent.coalesce(np.concatenate((last, rows[:1]))) if len(last) else rows[:1]
+        count += len(rows) - (len(last) == 1 and len(joined) == 1)
+        last = rows[-1:]
+        if len(kept) <= most:
+            kept = extent.coalesce(np.concatenate((kept, rows)))
+    return sums, count, kept[:most]
+
+
+def _filesystems(view: PointView, table: PartitionTable | None) -> dict[str, Filesystem]:
+    read = reader(view)
+    size = view.geometry.device_bytes
+    found: dict[str, Filesystem] = {}
+    places = [(0, 0, size)] if table is None else [(one.number, one.start, one.length) for one in table.partitions]
+    for number, start, length in places:
+
+        def inside(offset: int, count: int, start: int = start, length: int = length) -> bytes:
+            return read(start + offset, min(count, length - offset)) if 0 <= offset < length else b""
+
+        known = filesystem(inside, length)
+        if known is not None:
+            found[str(number)] = known
+    return found
+
+
+def as_document(report: Report) -> dict[str, Any]:
+    """The report as it stands in ``--json`` output."""
+    first = report.images[0]
+    opening, closing = asdict(first.opening), asdict(first.closing)
+    return {
+        "point": report.point,
+        "volume": report.volume,
+        "kind": opening["kind"],
+        "synthetic": opening["synthetic"],
+        "parent": opening["parent"],
+        **{key: opening[key] for key in ("sequence", "created", "identity", "source", "host", "device_bytes")},
+        **{key: opening[key] for key in ("block_bytes", "window_bytes", "logical_sector", "physical_sector")},
+        **closing,
+        "images": [
+            {
+                "kind": image.opening.kind,
+                "synthetic": image.opening.synthetic,
+                "file": image.file,
+                "stored_bytes": image.image_bytes,
+            }
+            for image in report.images
+        ],
+        "chain": report.chain,
+        "extent_bytes": report.extent_bytes,
+        "extent_count": report.extent_count,
+        "extents": report.extents,
+        "partition_table": asdict(report.partition_table) if report.partition_table else None,
+        "filesystems": {number: asdict(known) for number, known in report.filesystems.items()},
+    }

@@ -1,0 +1,165 @@
+"""Writes the manual pages from the command line itself: docs/man/blockbak*.8.
+
+``scripts/man.py`` writes them; ``scripts/man.py --check`` says which are not what they would be.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from blockbak import __version__, errors
+from blockbak.cli.main import VERBS, cli
+
+PAGES = Path(__file__).parent.parent / "docs" / "man"
+FILES = [
+    ("REPO/VOLUME/POINT.KIND.zst", "An image. A full is a plain zstd stream of the whole volume."),
+    ("REPO/VOLUME/POINT.KIND.json", "Its manifest: the commit record, readable by people and by jq."),
+    ("REPO/RESTORE.txt, REPO/rescue.py", "How to restore without blockbak, and the script that does."),
+    ("/var/lib/blockbak", "The state directory; for other users the XDG state directory."),
+]
+ENVIRONMENT = [
+    ("BLOCKBAK_REPO", "The repository, where -r names none."),
+    ("BLOCKBAK_STATE_DIR", "The state directory, where it shall be another."),
+    ("BLOCKBAK_DEBUG", "Set to 1, lets an error nobody foresaw show where it happened."),
+]
+
+
+def escaped(text: str) -> str:
+    """``text`` as roff takes it literally."""
+    text = text.replace("\\", "\\e").replace("-", "\\-")
+    return "\n".join("\\&" + line if line.startswith((".", "'")) else line for line in text.splitlines())
+
+
+def paragraphs(text: str) -> Iterator[str]:
+    """Paragraphs of a help text; one that begins with a backspace mark keeps its lines."""
+    for part in inspect.cleandoc(text).split("\n\n"):
+        if part.startswith("\b"):
+            yield ".nf"
+            yield escaped(part.removeprefix("\b").strip("\n"))
+            yield ".fi"
+        else:
+            yield ".PP"
+            yield escaped(" ".join(part.split()))
+
+
+def options(command: click.Command) -> Iterator[str]:
+    """Each option with what it takes, its help and its default."""
+    context = click.Context(command)
+    for parameter in command.get_params(context):
+        record = parameter.get_help_record(context) if isinstance(parameter, click.Option) else None
+        if record is not None:
+            yield f".TP\n.B {escaped(record[0])}\n{escaped(record[1])}"
+
+
+def head(name: str, about: str) -> Iterator[str]:
+    """Title and name."""
+    title = name.upper().replace("-", "\\-")
+    yield f'.TH {title} 8 "" "blockbak {__version__}" "System administration"'
+    yield f".SH NAME\n{escaped(name)} \\- {escaped(about[0].lower() + about[1:].rstrip('.'))}"
+
+
+def codes() -> Iterator[str]:
+    """The exit statuses, and the error classes that carry each: taken from the classes."""
+    said = {0: "Done.", 2: "Wrong command line.", 3: "Done, with something a person must look at."}
+    lead = {1: "Failed", 4: "Damage found in a repository", 5: "Refused for safety", 130: "Interrupted"}
+    for code in sorted({*said, *lead}):
+        text = said.get(code) or f"{lead[code]}: {', '.join(names(code))}."
+        yield f".TP\n.B {code}\n{escaped(text)}"
+
+
+def names(code: int) -> list[str]:
+    """The error classes of an exit status that have a message of their own."""
+    return sorted(
+        name
+        for name, kind in vars(errors).items()
+        if isinstance(kind, type)
+        and issubclass(kind, errors.BlockbakError)
+        and kind.exit_code == code
+        and "message" in vars(kind)
+        and kind is not errors.BlockbakError
+    )
+
+
+def pairs(title: str, rows: list[tuple[str, str]]) -> Iterator[str]:
+    """A section of words and what they mean."""
+    yield f".SH {title}"
+    for word, meaning in rows:
+        yield f".TP\n.B {escaped(word)}\n{escaped(meaning)}"
+
+
+def epilogue(command: click.Command) -> Iterator[str]:
+    """The examples of a verb."""
+    if command.epilog:
+        text = inspect.cleandoc(command.epilog.replace("\b\n", ""))
+        lines = [line.strip() for line in text.removeprefix("Examples:").removeprefix("Example:").splitlines()]
+        yield ".SH EXAMPLES\n.nf"
+        yield escaped("\n".join(line for line in lines if line))
+        yield ".fi"
+
+
+def main_page() -> str:
+    """blockbak(8)."""
+    parts = [
+        *head("blockbak", "Images of disks, partitions and logical volumes"),
+        ".SH SYNOPSIS\n.B blockbak\n[\\-r REPO] VERB \\&...",
+        ".SH DESCRIPTION",
+        *paragraphs(cli.help or ""),
+        ".SH OPTIONS",
+        *options(cli),
+        *pairs("VERBS", [(f"blockbak-{verb}(8)", about) for verb, about in VERBS.items()]),
+        ".SH EXIT STATUS",
+        *codes(),
+        *pairs("ENVIRONMENT", ENVIRONMENT),
+        *pairs("FILES", FILES),
+        ".SH SEE ALSO\n" + escaped(", ".join(f"blockbak-{verb}(8)" for verb in VERBS) + ", zstd(1)"),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def verb_page(verb: str) -> str:
+    """The page of one verb."""
+    command = cli.get_command(click.Context(cli), verb)
+    if command is None:
+        raise KeyError(verb)
+    pieces = " ".join(command.collect_usage_pieces(click.Context(command)))
+    parts = [
+        *head(f"blockbak-{verb}", VERBS[verb]),
+        f".SH SYNOPSIS\n.B blockbak {escaped(verb)}\n{escaped(pieces)}",
+        ".SH DESCRIPTION",
+        *paragraphs(command.help or ""),
+        ".SH OPTIONS",
+        *options(command),
+        *epilogue(command),
+        ".SH EXIT STATUS\n.PP\nAs in\n.BR blockbak (8).",
+        ".SH SEE ALSO\n.BR blockbak (8)",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def pages() -> dict[str, str]:
+    """File name and text of each page."""
+    return {"blockbak.8": main_page()} | {f"blockbak-{verb}.8": verb_page(verb) for verb in VERBS}
+
+
+def main() -> int:
+    """Write the pages, or compare them."""
+    wrong = []
+    for name, text in pages().items():
+        path = PAGES / name
+        if "--check" in sys.argv:
+            if not path.exists() or path.read_text() != text:
+                wrong.append(name)
+        else:
+            path.write_text(text)
+    for name in wrong:
+        print(f"docs/man/{name} is not what the command line says; run scripts/man.py")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
