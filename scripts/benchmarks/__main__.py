@@ -83,8 +83,7 @@ def _check_room(options: argparse.Namespace) -> None:
         free, wanted = shutil.disk_usage(path).free, copies * options.size
         if free < wanted:
             sys.exit(
-                f"bench: {path} has {free / GIB:.1f} GiB free, {wanted / GIB:.1f} GiB are needed; "
-                "take a smaller --size"
+                f"bench: {path} has {free / GIB:.1f} GiB free, {wanted / GIB:.1f} GiB are needed; take a smaller --size"
             )
 
 

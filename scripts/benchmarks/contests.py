@@ -327,9 +327,7 @@ def _composed(bench: Bench, where: str, *inside: str) -> Sample:
 def _copied(bench: Bench, where: str) -> Sample:
     image = bench.image(os.path.join(where, "chain"), "full")
     target = os.path.join(where, "copy")
-    return _to_file(
-        bench, ("cp", "--reflink=never", "--sparse=never", image, target), name=target, pipe=False
-    )
+    return _to_file(bench, ("cp", "--reflink=never", "--sparse=never", image, target), name=target, pipe=False)
 
 
 def compose(bench: Bench) -> None:
@@ -338,9 +336,7 @@ def compose(bench: Bench) -> None:
     room = max(GIB, bench.work.size + bench.work.size // 4)
     for kind in ("xfs", "btrfs", "ext4", "here"):
         with ExitStack() as stack:
-            where = (
-                bench.to if kind == "here" else stack.enter_context(place.file_system(kind, bench.to, room))
-            )
+            where = bench.to if kind == "here" else stack.enter_context(place.file_system(kind, bench.to, room))
             if kind != "here":
                 shutil.copytree(chain, os.path.join(where, "chain"))
             label = place.kind_of(where) if kind == "here" else kind
@@ -471,9 +467,7 @@ def huge(bench: Bench) -> None:
                 series = Series("16 TiB, sparse", label)
                 series.samples[0] = run()
                 bench.series["16 TiB, sparse", label] = series
-                bench.say(
-                    f"16 TiB, sparse: {label}: {series.median():.1f} s, {series.most('rss') / MIB:.0f} MiB"
-                )
+                bench.say(f"16 TiB, sparse: {label}: {series.median():.1f} s, {series.most('rss') / MIB:.0f} MiB")
         finally:
             shutil.rmtree(repository)
 

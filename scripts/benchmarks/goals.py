@@ -69,9 +69,7 @@ def _against(
     return Row(work, show(ours.median(key)), f"{peer}: {theirs}", found.median, spread, TIMES, at_least, aim)
 
 
-def _pair(
-    work: str, ours: Series, theirs: Series, goal: tuple[float, float] | float | None, key: str = "wall"
-) -> Row:
+def _pair(work: str, ours: Series, theirs: Series, goal: tuple[float, float] | float | None, key: str = "wall") -> Row:
     show = _seconds if key != "stored" else _mib
     return _against(work, ours, theirs.name, ratio(ours, theirs, key), show(theirs.median(key)), goal, key)
 
@@ -120,9 +118,7 @@ def _changes(bench: Bench) -> Iterator[Row]:
     fast = is_fast(bench)
     speed = "memory speed" if fast else "a disk"
     yield _pair(f"nothing changed, {speed}", still, dd, (2.5, 1.6) if fast else (1.15, 1.02))
-    yield _number(
-        "nothing changed, CPU per GiB", still.median("cpu") * GIB / bench.work.size, "s", (0.35, 0.25)
-    )
+    yield _number("nothing changed, CPU per GiB", still.median("cpu") * GIB / bench.work.size, "s", (0.35, 0.25))
     yield _pair("nothing changed", still, series["borg, nothing changed"], None)
     yield _pair("nothing changed", still, series["restic, nothing changed"], None)
 
@@ -130,16 +126,12 @@ def _changes(bench: Bench) -> Iterator[Row]:
         return still.samples[number].wall + series["zstd -1 of the 1 %"].samples[number].wall
 
     both = still.median() + series["zstd -1 of the 1 %"].median()
-    yield _against(
-        "1 % changed", some, "no change, then zstd -1 of it", ratio(some, allowed), _seconds(both), 1.0
-    )
+    yield _against("1 % changed", some, "no change, then zstd -1 of it", ratio(some, allowed), _seconds(both), 1.0)
     for label, state in (("1 % changed", "C1"), ("files changed", "C5")):
         ours, change = series[label], bench.work.changes[state]
         stored = ours.median("stored") / change.changed_bytes
         found = Ratio(stored, stored, stored)
-        yield _against(
-            f"{label}, stored", ours, "changed blocks", found, _mib(change.changed_bytes), None, "stored"
-        )
+        yield _against(f"{label}, stored", ours, "changed blocks", found, _mib(change.changed_bytes), None, "stored")
         for peer in ("borg", "restic"):
             yield _pair(label, ours, series[f"{peer}, {label}"], None)
 
@@ -177,12 +169,8 @@ def _back(bench: Bench) -> Iterator[Row]:
     if bench.has("restore", "blockbak"):
         ours, dd = bench.get("restore", "blockbak"), bench.get("restore", "dd of the raw image")
         chain = bench.get("restore", "blockbak, chain")
-        yield _pair(
-            f"restore, {'memory speed' if fast else 'a disk'}", ours, dd, (1.6, 1.2) if fast else (1.15, 1.0)
-        )
-        yield _against(
-            "restore of a chain", chain, "the full alone", ratio(chain, ours), _seconds(ours.median()), 1.0
-        )
+        yield _pair(f"restore, {'memory speed' if fast else 'a disk'}", ours, dd, (1.6, 1.2) if fast else (1.15, 1.0))
+        yield _against("restore of a chain", chain, "the full alone", ratio(chain, ours), _seconds(ours.median()), 1.0)
         yield _pair("restore, read back", bench.get("restore", "blockbak, read back"), dd, None)
     if bench.has("rollback of 1 %", "blockbak"):
         ours, dd = bench.get("rollback of 1 %", "blockbak"), bench.get("rollback of 1 %", "dd of=/dev/null")
@@ -223,9 +211,7 @@ def _rest(bench: Bench) -> Iterator[Row]:
             yield _number(f"16 TiB, sparse, {what}, peak of memory", ours.most("rss") / MIB, "MiB", (128, 64))
             yield _number(f"16 TiB, sparse, {what}", ours.median(), "s", None)
     if bench.has("hash map of 16 TiB", "compare"):
-        yield _number(
-            "hash map of 16 TiB, CPU", bench.get("hash map of 16 TiB", "compare").median("cpu"), "s", 2
-        )
+        yield _number("hash map of 16 TiB, CPU", bench.get("hash map of 16 TiB", "compare").median("cpu"), "s", 2)
     runs = [series for series in bench.series.values() if is_blockbak(series)]
     if runs:
         worst = max(runs, key=lambda series: series.most("rss"))
@@ -238,11 +224,7 @@ def is_blockbak(series: Series) -> bool:
     if series.contest in ("clone calls", "hash map of 16 TiB"):
         return False
     ours = ("nothing changed", "1 % changed", "files changed")
-    return (
-        series.contest in ("start-up", "16 TiB, sparse")
-        or series.name.startswith("blockbak")
-        or series.name in ours
-    )
+    return series.contest in ("start-up", "16 TiB, sparse") or series.name.startswith("blockbak") or series.name in ours
 
 
 def rows(bench: Bench) -> list[Row]:

@@ -28,9 +28,7 @@ def clones(arguments: list[str]) -> NoReturn:
     real = Kernel.clone_range
     spent, count = 0.0, 0
 
-    def clone_range(
-        self: Kernel, source_fd: int, source_offset: int, length: int, fd: int, offset: int
-    ) -> None:
+    def clone_range(self: Kernel, source_fd: int, source_offset: int, length: int, fd: int, offset: int) -> None:
         nonlocal spent, count
         start = time.perf_counter()
         real(self, source_fd, source_offset, length, fd, offset)

@@ -30,9 +30,7 @@ class ToolFailed(Exception):
     """A program of the set-up or of a contest did not end well."""
 
     def __init__(self, argv: list[str], status: int, told: str) -> None:
-        super().__init__(
-            f"{' '.join(argv)} ended with {status}: {told.strip()[-2000:] or '(it said nothing)'}"
-        )
+        super().__init__(f"{' '.join(argv)} ended with {status}: {told.strip()[-2000:] or '(it said nothing)'}")
 
 
 def run(*argv: str, check: bool = True) -> str:
@@ -164,9 +162,7 @@ def stored_bytes(path: str) -> int:
     """Bytes of a file, or of all files below a directory."""
     if not os.path.isdir(path):
         return os.path.getsize(path)
-    return sum(
-        os.path.getsize(os.path.join(base, name)) for base, _, names in os.walk(path) for name in names
-    )
+    return sum(os.path.getsize(os.path.join(base, name)) for base, _, names in os.walk(path) for name in names)
 
 
 def kind_of(path: str) -> str:
