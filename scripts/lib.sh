@@ -31,6 +31,9 @@ package_of() {
         qemu-img) echo qemu-utils ;;
         udevadm) echo udev ;;
         zstd) echo zstd ;;
+        partclone.ext4) echo partclone ;;
+        borg) echo borgbackup ;;
+        restic) echo restic ;;
         *) die "no package is known to bring '$1'" ;;
     esac
 }
