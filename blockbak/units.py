@@ -43,17 +43,18 @@ def format_size(value: int) -> str:
     """``value`` bytes for people, binary units, three digits: ``1.30 GiB``."""
     if value < KIB:
         return f"{value} B"
-    for factor, unit in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
-        if value >= factor:
-            number = value / factor
-            digits = 2 if number < 10 else 1 if number < 100 else 0
-            return f"{number:.{digits}f} {unit}"
-    raise AssertionError(value)
+    for factor, unit in ((KIB, "KiB"), (MIB, "MiB"), (GIB, "GiB"), (TIB, "TiB")):
+        number = value / factor
+        # Chosen by what is printed: 1023.9 KiB would be rounded to 1024 of them.
+        if round(number) < KIB or factor == TIB:
+            break
+    digits = 2 if round(number, 2) < 10 else 1 if round(number, 1) < 100 else 0
+    return f"{number:.{digits}f} {unit}"
 
 
 def format_seconds(seconds: float) -> str:
     """A duration for people: ``0.8 s``, ``2 min 05 s``, ``1 h 12 min``."""
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:

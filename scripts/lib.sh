@@ -24,10 +24,16 @@ package_of() {
         mkfs.xfs) echo xfsprogs ;;
         mkfs.btrfs) echo btrfs-progs ;;
         losetup | mount | umount) echo mount ;;
+        mkfs.vfat) echo dosfstools ;;
         sfdisk) echo fdisk ;;
+        sgdisk) echo gdisk ;;
+        partx | mkswap | blkid | blkdiscard | unshare) echo util-linux ;;
         qemu-img) echo qemu-utils ;;
         udevadm) echo udev ;;
         zstd) echo zstd ;;
+        partclone.ext4) echo partclone ;;
+        borg) echo borgbackup ;;
+        restic) echo restic ;;
         *) die "no package is known to bring '$1'" ;;
     esac
 }

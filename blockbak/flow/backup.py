@@ -221,6 +221,11 @@ class _Watch:
             return usage.write_counters(self._device)
         return usage.file_stamp(self._device.path)
 
+    @property
+    def blind(self) -> bool:
+        """Whether the kernel keeps no count for this device: then a write could not be noticed."""
+        return self._before is None
+
     def written(self) -> bool:
         """Whether anything was written since it was made."""
         return self._state() != self._before
@@ -281,6 +286,7 @@ def highest_sequence(volume: Volume, catalog: Catalog, lock: Lock) -> int:
 
 def backup(repository: Repository, request: Request, context: Context, *, dry_run: bool = False) -> Report:
     """Make one point. Raises every error of the source, repository, damage and refusal trees."""
+    clock = context.timer()
     if request.block_bytes is not None:
         check_block_size(request.block_bytes)
     device = devices.look(request.source)
@@ -300,7 +306,8 @@ def backup(repository: Repository, request: Request, context: Context, *, dry_ru
         choice = choose(request.kind, catalog.points, identity, device.size, request.block_bytes, name)
         with _parent_view(volume, catalog, choice, request) as (chosen, view):
             sequence = highest_sequence(volume, catalog, lock) + 1
-            return _make(repository, volume, device, identity, mode, request, chosen, view, sequence, context)
+            made = _make(repository, volume, device, identity, mode, request, chosen, view, sequence, context)
+    return replace(made, seconds=round(context.timer() - clock, 3))
 
 
 def _planned(
@@ -372,6 +379,8 @@ def _make(
             raise SourceChangedSize(path=device.path, before=source.size, after=after)
         written = watch.written() if mode == "cold" else False
         consistency = "cold" if mode == "cold" and not written else "none"
+        if mode == "cold" and watch.blind:
+            notes.append(f"The kernel counts no writes to {device.path}: one by a process without a lock went unseen.")
         if written:
             notes.append(f"{device.path} was written while it was read: the image may be torn.")
         if writer.counts.by_kind[BAD]:

@@ -214,7 +214,10 @@ def check_target(
             raise TargetHolds(path=path, what=what)
     if system := usage.holds_running_system(target):
         raise TargetHolds(path=path, what=f"the running system ({system})")
-    users = [*usage.users(target), *usage.memberships(target)]
+    users = usage.users(target)
+    if not devices.identity(target).same_as(view.top.opening.identity):
+        # A disk of an inactive volume group may be rolled back onto itself; any other may not be lost to it.
+        users += usage.memberships(target)
     if users:
         raise TargetInUse(path=path, holders=", ".join(str(use) for use in users))
     if target.is_block:

@@ -179,7 +179,12 @@ class Volume:
     def commit(self, image: Image, sections: int) -> None:
         """Make a sealed image visible: its manifest must only name what is durable, so it comes last."""
         name = image.file.removesuffix(".zst") + ".json"
-        write_durably(self._at(name), f"{self.name}/{name}", manifest.encode(image, sections), self._kernel)
+        data = manifest.encode(image, sections)
+        try:
+            write_durably(self._at(name), f"{self.name}/{name}", data, self._kernel)
+        except BlockbakError as error:
+            error.add_note(f"The image {image.file} itself is whole: 'blockbak recover' makes it a point.")
+            raise
 
     def remove(self, file: str) -> None:
         """Delete an image so that a crash on the way can be told from loss.
