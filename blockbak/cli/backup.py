@@ -27,16 +27,6 @@ def _block_size(_: click.Context, __: click.Parameter, value: str | None) -> int
     return size
 
 
-def _compress(_: click.Context, __: click.Parameter, value: str) -> str:
-    from blockbak.image.codec import encoder
-
-    try:
-        encoder(value)
-    except ValueError as error:
-        raise click.BadParameter(f"{error}; take none, zstd or zstd:1 to zstd:19") from error
-    return value
-
-
 def summary(report: Report) -> str:
     """A sentence that a person can read aloud."""
     what = f"{report.volume}: {report.kind} {report.point}"
@@ -76,14 +66,7 @@ def summary(report: Report) -> str:
     metavar="4K…1M",
     help="Unit of change detection [64K].",
 )
-@click.option(
-    "--compress",
-    callback=_compress,
-    default="zstd",
-    show_default=True,
-    metavar="none|zstd[:LEVEL]",
-    help="How frames are stored; zstd alone is level 1.",
-)
+@common.compress_option
 @click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
 @common.repository_options
 @click.pass_context

@@ -31,6 +31,22 @@ wait_option = click.option(
 )  # fmt: skip
 
 
+def _compress(_: click.Context, __: click.Parameter, value: str) -> str:
+    from blockbak.image.codec import encoder
+
+    try:
+        encoder(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}; take none, zstd or zstd:1 to zstd:19") from error
+    return value
+
+
+compress_option = click.option(
+    "--compress", callback=_compress, default="zstd", show_default=True, metavar="none|zstd[:LEVEL]",
+    help="How new frames are stored; zstd alone is level 1.",
+)  # fmt: skip
+
+
 def repository_options(function: F) -> F:
     """The options of a verb that works on a repository."""
     return repository_option(json_option(wait_option(function)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import click
 
 from blockbak.cli import common, render
-from blockbak.cli.backup import _compress
 
 
 @click.command(
@@ -21,14 +20,7 @@ from blockbak.cli.backup import _compress
     show_default=True,
     help="differential: one delta of all that changed since the full below.",
 )
-@click.option(
-    "--compress",
-    callback=_compress,
-    default="zstd",
-    show_default=True,
-    metavar="none|zstd[:LEVEL]",
-    help="For the windows that are encoded anew.",
-)
+@common.compress_option
 @common.repository_options
 def command(
     volume: str, at: str | None, kind: str, compress: str, repository: str | None, as_json: bool, wait: float

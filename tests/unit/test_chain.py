@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,7 +30,7 @@ def shortest(wanted, images):
 def assert_whole(chain, wanted):
     assert chain[0].opening.parent is None
     assert chain[-1].point == wanted
-    for lower, upper in zip(chain, chain[1:], strict=False):
+    for lower, upper in itertools.pairwise(chain):
         assert (upper.opening.parent, upper.opening.parent_root) == lower.key
 
 
@@ -106,7 +108,10 @@ def test_needed_files_restore_every_point_by_themselves(images):
 def test_points_are_ordered_by_sequence_not_by_clock_or_name():
     images = [image(30), image(3), image(12, 3)]
     assert [point.sequence for point in points(images)] == [3, 12, 30]
-    assert [one.file for one in points([image(4, copy=2), image(4)])[0].images] == [image(4).file, image(4, copy=2).file]
+    assert [one.file for one in points([image(4, copy=2), image(4)])[0].images] == [
+        image(4).file,
+        image(4, copy=2).file,
+    ]
 
 
 # --- names ------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def test_an_error_is_a_sentence_with_its_fields(name):
 @pytest.mark.parametrize("name", sorted(CLASSES))
 def test_an_error_as_json(name):
     one = CLASSES[name]
-    given = {field: 5 for field in fields_of(one)} | {"reason": OSError("why"), "path": "/a", "flag": None}
+    given = dict.fromkeys(fields_of(one), 5) | {"reason": OSError("why"), "path": "/a", "flag": None}
     document = json.loads(json.dumps(one(**given).as_dict()))
     assert document["name"] == name
     assert document["exit"] == one.exit_code

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -85,7 +87,9 @@ def test_coalesce_undoes_any_cutting(picture, cuts, base):
     pieces = [
         (max(start, int(row["start"])), min(end, int(row["start"] + row["length"])), int(row["kind"]))
         for row in whole
-        for start, end in zip([0, *(base + cut for cut in sorted(cuts))], [*(base + c for c in sorted(cuts)), 2**62], strict=True)
+        for start, end in zip(
+            [0, *(base + cut for cut in sorted(cuts))], [*(base + c for c in sorted(cuts)), 2**62], strict=True
+        )
     ]
     kept = [piece for piece in pieces if piece[0] < piece[1]]
     starts, ends, kinds = zip(*kept, strict=True) if kept else ((), (), ())
@@ -117,9 +121,7 @@ def test_align_out_covers_every_unit_that_is_touched(ranges, unit, short):
     same(extent.align_out(given_rows, unit, limit), expected)
 
 
-@given(
-    st.lists(st.sampled_from((ABSENT, *KINDS)), max_size=40), st.sampled_from([1, 3, 8]), st.integers(0, 7), bases
-)
+@given(st.lists(st.sampled_from((ABSENT, *KINDS)), max_size=40), st.sampled_from([1, 3, 8]), st.integers(0, 7), bases)
 def test_from_blocks_paints_each_block(kinds, block, short, base):
     first = base // block * block
     limit = first + max(len(kinds) * block - min(short, block - 1), 0)
@@ -221,7 +223,7 @@ def test_runs_are_maximal_and_tile(values):
     pieces = [values[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
     assert [value for piece in pieces for value in piece] == values
     assert all(len(set(piece)) == 1 for piece in pieces)
-    assert all(a[-1] != b[0] for a, b in zip(pieces, pieces[1:], strict=False))
+    assert all(a[-1] != b[0] for a, b in itertools.pairwise(pieces))
 
 
 @given(st.lists(st.booleans(), max_size=50))

@@ -66,7 +66,9 @@ def test_changed_rows_notices_every_bit(count, flips):
     for row, bit in flips:
         if row < count:
             new[row, bit // 64] ^= np.uint64(1 << bit % 64)
-    expected = [any(a != b for a, b in zip(one, two, strict=True)) for one, two in zip(new.tolist(), old.tolist(), strict=True)]
+    expected = [
+        any(a != b for a, b in zip(one, two, strict=True)) for one, two in zip(new.tolist(), old.tolist(), strict=True)
+    ]
     assert hashmap.changed_rows(new, old).tolist() == expected
 
 
