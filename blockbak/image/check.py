@@ -84,13 +84,14 @@ def check_span(reader: ImageReader, span: Span) -> list[Flaw]:
         return _all_frames(reader, span, str(error))
     flaws = []
     at = span.start
-    for window, content, stored, offset, digest in zip(
+    for window, content, stored, offset, checksum, digest in zip(
         frames["window"].tolist(), frames["content"].tolist(), frames["stored"].tolist(),
-        frames["offset"].tolist(), frames["digest"], strict=True,
+        frames["offset"].tolist(), frames["checksum"].tolist(), frames["digest"], strict=True,
     ):  # fmt: skip
         frame = data[offset - span.start : offset - span.start + stored]
         gap = data[at - span.start : offset - span.start]
         reason = _gap_flaw(gap) or _frame_flaw(reader, span.section, frame, window, content, bytes(digest))
+        reason = reason or _checksum_flaw(frame, checksum)
         if reason:
             flaws.append(_flaw(reader, window, content, reason))
         at = offset + stored
@@ -102,6 +103,12 @@ def check_span(reader: ImageReader, span: Span) -> list[Flaw]:
 
 def _gap_flaw(gap: memoryview) -> str | None:
     return "bytes between frames are not padding" if len(gap) and gap != fmt.padding(len(gap)) else None
+
+
+def _checksum_flaw(frame: memoryview, checksum: int) -> str | None:
+    """The record must name the checksum that the frame ends with; a frame of zeros has none (bit 2)."""
+    has = int.from_bytes(frame[-fmt.CHECKSUM_BYTES :], "little") if frame[4] & 0x04 else 0
+    return None if has == checksum else "a frame does not end with the checksum of its record"
 
 
 def _flaw(reader: ImageReader, window: int, content: int, reason: str) -> Flaw:

@@ -208,6 +208,7 @@ class Composer:
         record = np.zeros(1, fmt.FRAME)
         record["window"], record["content"] = frame.window, frame.content_bytes
         record["stored"], record["offset"] = frame.stored_bytes, self._writer.offset
+        record["checksum"] = frame.checksum
         record["digest"] = np.frombuffer(frame.digest, "V16")
         self._sink.write(self._writer.offset, frame.buffers)
         self._writer.offset += frame.stored_bytes

@@ -46,6 +46,8 @@ WINDOW_MIN = 256 * KIB
 WINDOW_MAX = 1 * MIB
 ZERO_FRAME_MAX = 16 * MIB
 FRAME_DIGEST_BYTES = 16
+CHECKSUM_BYTES = 4
+"""The zstd checksum at the end of a frame of data."""
 SEEK_ENTRIES_MAX = 2**27
 DEVICE_MAX = 120 * TIB
 """Keeps the seek table of a volume without a zero block below SEEK_ENTRIES_MAX."""
@@ -85,10 +87,14 @@ FRAME = np.dtype(
         ("content", "<u4"),
         ("stored", "<u4"),
         ("offset", "<u8"),
+        ("checksum", "<u4"),
         ("digest", "V16"),
     ]
 )
-"""``window`` is counted from the volume's start; ``digest``: 16 bytes of BLAKE3 over the stored bytes."""
+"""``window`` is counted from the volume's start; ``digest``: 16 bytes of BLAKE3 over the stored bytes;
+``checksum``: the zstd checksum with which a frame of data ends, 0 for zeros. It binds the content to the
+index for readers that can compute SHA-256 and have zstd, but no BLAKE3.
+"""
 
 CLOSING = np.dtype(
     [

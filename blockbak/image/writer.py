@@ -32,6 +32,7 @@ class Frame:
     window: int
     content_bytes: int
     stored_bytes: int
+    checksum: int
     digest: bytes
     buffers: Sequence[Buffer]
 
@@ -104,7 +105,8 @@ def make_frame(window: int, content: memoryview, encoder: Encoder) -> Frame:
     for part in buffers:
         hasher.update(part)
     stored = sum(len(part) for part in buffers)
-    return Frame(window, len(content), stored, hasher.digest(fmt.FRAME_DIGEST_BYTES), buffers)
+    checksum = int.from_bytes(buffers[-1][-fmt.CHECKSUM_BYTES :], "little")
+    return Frame(window, len(content), stored, checksum, hasher.digest(fmt.FRAME_DIGEST_BYTES), buffers)
 
 
 @dataclass(slots=True)
@@ -230,6 +232,7 @@ class ImageWriter:
         records["content"] = [frame.content_bytes for frame in frames]
         records["stored"] = stored
         records["offset"] = self.offset + np.cumsum(stored) - stored
+        records["checksum"] = [frame.checksum for frame in frames]
         records["digest"] = np.frombuffer(b"".join(frame.digest for frame in frames), "V16")
         section.frames.append(records)
         self.offset += int(stored.sum())
@@ -327,6 +330,7 @@ def zero_frames(first_window: int, length: int, window_bytes: int, offset: int) 
     records["window"] = first_window + (np.cumsum(sizes) - sizes) // window_bytes
     records["content"], records["stored"] = sizes, stored
     records["offset"] = offset + np.cumsum(stored) - stored
+    records["checksum"] = 0
     digests = b"".join(blake3(frame).digest(fmt.FRAME_DIGEST_BYTES) for frame in frames)
     records["digest"] = np.frombuffer(digests, "V16")
     return records, b"".join(frames)

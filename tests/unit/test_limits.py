@@ -129,7 +129,9 @@ def test_the_seek_table_lists_what_lies_in_the_file(sections, closing):
     expected.append([at, 0])
     places = [offset for offset, _ in expected] + [at + closing]
     entries = [(b - a, content) for (_, content), a, b in zip(expected, places, places[1:], strict=False)]
-    made = [entry for part in seektable.generate(given_sections, at, closing) for entry in part.tolist()]
+    table = seektable.Generator()
+    parts = [table.section(frames, record) for frames, record in given_sections]
+    made = [entry for part in (*parts, table.closing(at, closing)) for entry in part.tolist()]
     assert made == entries
     assert len(made) == seektable.entry_count(sum(len(frames) for frames, _ in sections), len(sections))
     head, tail = fmt.seek_table_ends(len(made))
@@ -141,7 +143,9 @@ def test_frames_that_do_not_ascend_are_no_seek_table():
     table = np.zeros(2, fmt.FRAME)
     table["offset"], table["stored"] = [5000, 4990], 10
     with pytest.raises(fmt.FormatError):
-        list(seektable.generate([(table, 6000)], 7000, 100))
+        seektable.Generator().section(table, 6000)
     table["offset"] = [5000, 5000 + 2**32]
     with pytest.raises(fmt.FormatError):
-        list(seektable.generate([(table, 6000 + 2**32)], 7000 + 2**32, 100))
+        seektable.Generator().section(table, 6000 + 2**32)
+    with pytest.raises(fmt.FormatError):
+        seektable.Generator().closing(0, 100)
