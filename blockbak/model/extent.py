@@ -64,7 +64,11 @@ def total(extents: Extents, kind: int | None = None) -> int:
 
 def of_kind(extents: Extents, *kinds: int) -> Extents:
     """The rows of the given kinds."""
-    return extents[np.isin(extents["kind"], kinds)]
+    column = extents["kind"]
+    mask = column == kinds[0]
+    for kind in kinds[1:]:
+        mask |= column == kind
+    return extents[mask]
 
 
 def runs(values: npt.NDArray[Any]) -> tuple[Offsets, Offsets]:
@@ -109,9 +113,12 @@ def from_blocks(kinds: Kinds, first_byte: int, block_bytes: int, limit: int) -> 
 
 def touched(extents: Extents, first_byte: int, block_bytes: int, blocks: int) -> npt.NDArray[np.bool_]:
     """Which of ``blocks`` blocks from ``first_byte`` hold at least one byte of ``extents``."""
+    if not len(extents):
+        return np.zeros(blocks, bool)
     begin = (starts_of(extents) - first_byte) // block_bytes
     end = -(-(ends_of(extents) - first_byte) // block_bytes)
-    begin, end = np.clip(begin, 0, blocks), np.clip(end, 0, blocks)
+    begin = np.minimum(np.maximum(begin, 0), blocks)
+    end = np.minimum(np.maximum(end, 0), blocks)
     depth = np.zeros(blocks + 1, np.int64)
     np.add.at(depth, begin, 1)
     np.add.at(depth, end, -1)
@@ -127,7 +134,9 @@ def to_blocks(extents: Extents, first_byte: int, block_bytes: int, blocks: int) 
     """
     kinds = np.zeros(blocks, np.uint8)
     for kind in (ZERO, HOLE, BAD, DATA):
-        kinds[touched(of_kind(extents, kind), first_byte, block_bytes, blocks)] = kind
+        rows = of_kind(extents, kind)
+        if len(rows):
+            kinds[touched(rows, first_byte, block_bytes, blocks)] = kind
     return kinds
 
 
