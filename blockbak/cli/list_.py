@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from blockbak.model.chain import Point
 
 
-def _as_dict(point: Point) -> dict[str, object]:
+def _as_dict(point: Point, lost: set[str]) -> dict[str, object]:
     first = point.images[0]
     opening, closing = first.opening, first.closing
     return {
@@ -30,6 +30,7 @@ def _as_dict(point: Point) -> dict[str, object]:
         "changed_bytes": closing.changed_bytes,
         "bad_bytes": closing.bad_bytes,
         "root": closing.root,
+        "restorable": point.id not in lost,
         "images": [
             {
                 "kind": image.opening.kind,
@@ -67,15 +68,18 @@ def _row(point: Point) -> list[object]:
 def command(context: click.Context, volume: str | None, repository: str | None, as_json: bool) -> None:
     """The restore points, oldest first; those of VOLUME, or of all.
 
-    Exit status 4 if a manifest is damaged or an image missing; what is whole is listed all the same.
+    Exit status 4 if a manifest is damaged, an image missing, or a point without its parent; what is whole
+    is listed all the same.
     """
     opened = common.open_repository(repository)
     volumes = [opened.volume(volume)] if volume else opened.volumes()
     catalogs = [one.catalog() for one in volumes]
     points = [point for catalog in catalogs for point in catalog.points]
-    damage: list[BlockbakError] = [error for catalog in catalogs for error in catalog.damage]
+    gaps = [gap for catalog in catalogs for gap in catalog.gaps]
+    damage: list[BlockbakError] = [error for catalog in catalogs for error in catalog.damage] + list(gaps)
+    lost = {str(gap.fields["point"]) for gap in gaps}
     if as_json:
-        render.document([_as_dict(point) for point in points])
+        render.document([_as_dict(point, lost) for point in points])
     elif points:
         render.table(
             ["volume", "point", "made (UTC)", "images", "parent", "size", "stored", "consistency"],

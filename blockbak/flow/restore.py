@@ -19,6 +19,7 @@ from blockbak.errors import (
     Gap,
     Interrupted,
     NewerFormat,
+    NoSuchPoint,
     NoSuchSource,
     SourceError,
     TargetExists,
@@ -109,9 +110,7 @@ def find(repository: Repository, name: str) -> tuple[Volume, Catalog, Point]:
     catalogs = {volume.name: volume.catalog() for volume in repository.volumes()}
     try:
         point = choose(name, {volume: catalog.points for volume, catalog in catalogs.items()})
-    except SourceError:
-        raise
-    except Exception:
+    except NoSuchPoint:
         # A point whose manifest is damaged is not "no such point".
         wanted = name.rpartition("@")[2]
         for catalog in catalogs.values():
@@ -185,7 +184,8 @@ def look_at_target(path: str) -> Device | None:
         directory = os.path.dirname(os.path.abspath(path))
         if not os.path.isdir(directory):
             raise BadTarget(path=path, reason=f"there is no directory {directory}") from error
-        if directory == "/dev" or directory.startswith("/dev/"):
+        # Where device nodes live, a name that is not there is a slip of the pen, not a file to make.
+        if os.stat(directory).st_dev == os.stat("/dev").st_dev:
             raise BadTarget(path=path, reason="there is no such device") from error
         return None
     except SourceError as error:
@@ -336,11 +336,21 @@ class _Sections:
                 self.flaws.append(Flaw(begin, end - begin, str(error), self._view.top.name))
                 self.lost.append((begin, end - begin))
                 continue
+            if not self._view.complete and wanted is None:
+                self._name_missing(section, begin)
             blocks = geometry.section_blocks(number)
             for low in range(0, blocks, step):
                 start = begin + low * block
                 if wanted is None or wanted[start // PIECE_BYTES]:
                     yield _Job(section, low, min(step, blocks - low), start, min(PIECE_BYTES, end - start))
+
+    def _name_missing(self, section: SectionView, begin: int) -> None:
+        """Without the base, blocks that no newer image holds become zeros; each run of them is a flaw."""
+        block, size = self._view.geometry.block_bytes, self._view.geometry.device_bytes
+        for low, high in _pairs(section.kinds == extent.ABSENT):
+            start, end = begin + low * block, min(begin + high * block, size)
+            reason = "the image that holds it is missing or damaged"
+            self.flaws.append(Flaw(start, end - start, reason, self._view.layers[0].name))
 
 
 class _Writing:

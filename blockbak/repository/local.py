@@ -21,6 +21,7 @@ from blockbak.errors import (
     BlockbakError,
     DamagedManifest,
     DamagedRepository,
+    Gap,
     MissingImage,
     NewerFormat,
     NoPermission,
@@ -33,7 +34,7 @@ from blockbak.errors import (
 from blockbak.host import lock
 from blockbak.host.blockio import PartialFile, StoredFile, store_error, sync_directory, write_durably
 from blockbak.host.kernel import Kernel
-from blockbak.model.chain import Image, Point, points
+from blockbak.model.chain import Image, Point, chains, plan, points
 from blockbak.repository import manifest
 
 VERSION = 1
@@ -69,6 +70,19 @@ class Catalog:
     def points(self) -> list[Point]:
         """Its points, oldest first."""
         return points(self.images)
+
+    @property
+    def gaps(self) -> list[Gap]:
+        """A Gap for each point that no whole chain restores."""
+        found = []
+        whole = chains(self.images)
+        for point in self.points:
+            if not any(image.file in whole for image in point.images):
+                try:
+                    plan(point, self.images)
+                except Gap as gap:
+                    found.append(gap)
+        return found
 
     @property
     def leftovers(self) -> int:
