@@ -63,9 +63,10 @@ def histories(draw, most=10):
                 images.append(image(number, max(fulls), DIFFERENTIAL))
             case "synthesize":
                 at = draw(st.sampled_from(sorted({one.opening.sequence for one in images})))
+                copy = 1 + sum(one.opening.sequence == at for one in images)
                 if at not in fulls:
-                    images.append(image(at, synthetic=True, copy=2, image_bytes=500))
+                    images.append(image(at, synthetic=True, copy=copy, image_bytes=500))
                     fulls.append(at)
                 elif below := [full for full in fulls if full < at]:
-                    images.append(image(at, below[-1], DIFFERENTIAL, synthetic=True, copy=3))
+                    images.append(image(at, below[-1], DIFFERENTIAL, synthetic=True, copy=copy))
     return images

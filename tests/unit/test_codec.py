@@ -120,7 +120,9 @@ def test_header_flaws_are_named():
     assert "content size" in codec.frame_header_flaw(unsized, 5000)
 
 
-@pytest.mark.parametrize("name", ["", "lz4", "zstd:", "zstd:0", "zstd:20", "zstd:-1", "zstd:1.5", "zstd:x", "none:1", "ZSTD"])
+@pytest.mark.parametrize(
+    "name", ["", "lz4", "zstd:", "zstd:0", "zstd:20", "zstd:-1", "zstd:1.5", "zstd:x", "none:1", "ZSTD"]
+)
 def test_what_is_no_compression(name):
-    with pytest.raises(ValueError, match="compression|levels"):
+    with pytest.raises(ValueError, match=r"compression|levels"):
         codec.encoder(name)
