@@ -467,7 +467,7 @@ def _pairs(mask: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
 
 def _write_all(shared: _Writing, context: Context) -> _Sections:
     sections = _Sections(shared.view, keep_going=shared.keep_going)
-    workers.run(sections.pieces(), lambda: _Writer(shared), workers=context.workers + 1, check=context.check)
+    workers.run(sections.pieces(), lambda: _Writer(shared), workers=context.workers, check=context.check)
     for start, length in sections.lost:
         shared.target.zero(start, length)
     return sections
