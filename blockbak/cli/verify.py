@@ -43,8 +43,8 @@ def command(
 ) -> None:
     """Check the named points with all images they need, or everything: every stored byte.
 
-    Exit status 4 if damage was found, 1 if all that is wrong is that an image is of a newer blockbak. Partial files, orphans and half-done deletions are mentioned and
-    are no damage.
+    Exit status 4 if damage was found, 1 if all that is wrong is that an image is of a newer blockbak.
+    Partial files, orphans and half-done deletions are mentioned and are no damage.
     """
     import random
     from dataclasses import asdict
