@@ -57,8 +57,8 @@ class _Repository(msgspec.Struct):
 @dataclass(slots=True)
 class Catalog:
     """What a volume's directory holds. ``damage`` names manifests that cannot be used and images that are
-    missing, each with ``volume``, ``point``, ``kind`` and ``image`` (a file name) in its fields; ``orphans``
-    are sealed images without manifest, ``hidden`` those whose manifest cannot be used, ``partials`` files that
+    missing, each with ``volume``, ``point``, ``kind``, ``image`` (a file name) and, where the manifest tells it,
+    ``sequence`` in its fields; ``orphans`` are sealed images without manifest, ``hidden`` those whose manifest cannot be used, ``partials`` files that
     were never finished, ``deleted`` half-done deletions (file names).
     """
 
@@ -158,13 +158,17 @@ class Volume:
 
     def _catalog_manifest(self, found: Catalog, name: str, point: str, kind: str) -> None:
         file = name.removesuffix(".json") + ".zst"
+        about: dict[str, object] = {"volume": self.name, "point": point, "kind": kind, "image": file}
         try:
             data = self._read_small(name)
-            size = self._size_of(file, name)
-            if data is None or size is None:
+            if data is None:
                 return  # a deletion has taken it since the directory was read
             image = manifest.decode(data, name)
             opening = image.opening
+            about["sequence"] = opening.sequence
+            size = self._size_of(file, name)
+            if size is None:
+                return  # the same
             if (opening.point, opening.kind) != (point, kind):
                 raise DamagedManifest(file=name, reason="it is of another point or kind than its name says")
             if (opening.repository, opening.volume) != (self._repository.id, self.name):
@@ -172,8 +176,7 @@ class Volume:
             if size != image.image_bytes:
                 raise DamagedManifest(file=name, reason=f"its image has {size} bytes instead of {image.image_bytes}")
         except (Damage, NewerFormat, NoPermission) as error:
-            for key, value in (("volume", self.name), ("point", point), ("kind", kind), ("image", file)):
-                error.fields.setdefault(key, value)
+            error.fields.update({key: value for key, value in about.items() if key not in error.fields})
             found.damage.append(error)
             if not isinstance(error, MissingImage):
                 found.hidden.append(file)
