@@ -22,12 +22,12 @@ _METHODS = {
 
 def describe(plan: Plan) -> None:
     """The plan for people, before anything is written."""
-    render.say(
+    render.line(
         f"{plan.point} of {plan.volume}, {render.size(plan.device_bytes)}, to {plan.target}: {_METHODS[plan.method]}."
     )
-    render.say(f"From {', '.join(plan.images)}.")
+    render.line(f"From {', '.join(plan.images)}.")
     for note in plan.notes:
-        render.say(note)
+        render.line(note)
 
 
 def _confirmed(target: str) -> bool:
