@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -79,10 +80,34 @@ def state_dir() -> str:
 
 
 @contextlib.contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP come to ``handler``."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)  # under nohup it stays ignored
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, one in before.items():
+            signal.signal(number, one)
+
+
+def ended_at_once() -> contextlib.AbstractContextManager[None]:
+    """Where there is nothing to undo, each of them is what Ctrl-C is to Python: a KeyboardInterrupt."""
+
+    def end(_: int, __: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    return _handled(end)
+
+
+@contextlib.contextmanager
 def world(wait: float = 0) -> Iterator[Context]:
     """The clock, the dice, the screen; and SIGINT, SIGTERM and SIGHUP turned into a wish to stop.
 
-    The first signal lets the use-case stop where nothing is left half-made; a second one breaks in.
+    The first signal lets the use-case stop where nothing is left half-made; a second one breaks in, if it
+    has not got there. Once it stops, more of them change nothing: what is being undone is undone.
     """
     import secrets
     import socket
@@ -95,22 +120,23 @@ def world(wait: float = 0) -> Iterator[Context]:
     from blockbak.host.kernel import Kernel, keep_memory
 
     caught: list[int] = []
+    stopping = False
 
-    def wish(number: int, _: object) -> None:
-        if caught:
+    def wish(number: int, _: FrameType | None) -> None:
+        nonlocal stopping
+        if caught and not stopping:
+            stopping = True
             raise KeyboardInterrupt
         caught.append(number)
 
     def check() -> None:
+        nonlocal stopping
         if caught:
+            stopping = True
             raise Interrupted(state="what was begun has been undone")
 
     keep_memory()
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)  # under nohup it stays ignored
-    before = {number: signal.signal(number, wish) for number in numbers}
-    try:
+    with _handled(wish):
         yield Context(
             now=lambda: datetime.now(UTC),
             timer=time.monotonic,
@@ -125,6 +151,3 @@ def world(wait: float = 0) -> Iterator[Context]:
             kernel=Kernel(),
             wait=wait,
         )
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

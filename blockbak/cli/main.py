@@ -14,7 +14,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import click
 
 from blockbak import __version__
-from blockbak.cli import render
+from blockbak.cli import common, render
 from blockbak.errors import BlockbakError, Interrupted, OutputFailed
 
 VERBS = {
@@ -99,7 +99,8 @@ def main() -> NoReturn:
     _stand_in()
     as_json = "--json" in sys.argv
     try:
-        code = _run(as_json=as_json)
+        with common.ended_at_once():
+            code = _run(as_json=as_json)
         if error := render.lost():
             code = code or 1
             # Whoever read a pipe has enough of it, and knows.

@@ -99,6 +99,20 @@ def line(text: str = "") -> None:
     _answer(_fit(text.translate(_CONTROLS), sys.stdout))
 
 
+def ask(question: str) -> str | None:
+    """What a person types on one line, as the kernel would have it in a path; None at the end of input."""
+    typed = b""
+    try:
+        click.echo(_fit(f"{question.translate(_CONTROLS)}: ", sys.stderr), nl=False, err=True)
+        typed = sys.stdin.buffer.readline()
+    except OSError:
+        return None  # the terminal is gone
+    finally:
+        if not typed.endswith(b"\n"):
+            _message("")  # what is said next has a line of its own
+    return os.fsdecode(typed.removesuffix(b"\n")) if typed else None
+
+
 def failure(error: BlockbakError, *, as_json: bool) -> None:
     """Why nothing came of it."""
     if as_json:
