@@ -43,7 +43,7 @@ def summary(report: Report) -> str:
     "  blockbak -r /srv/backup backup --kind differential --name web /dev/sdb1\n"
     "  blockbak -r /srv/backup backup --dry-run /var/lib/images/vm.img",
 )
-@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@click.argument("sources", nargs=-1, required=True, type=common.PATH, metavar="SOURCE...")
 @click.option(
     "--kind",
     type=click.Choice(["auto", "full", "incremental", "differential"]),

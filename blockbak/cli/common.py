@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from blockbak.errors import Interrupted, NoRepositoryNamed
+from blockbak.errors import Interrupted, NoRepositoryNamed, NotARepository
 
 if TYPE_CHECKING:
     from blockbak.flow.context import Context
@@ -24,12 +25,45 @@ WORKERS_MAX = 10
 WORKERS_WAITING = 2
 """Beyond one a core: while some wait for the device or for their turn to append, the others have work."""
 
+
+class _Path(click.types.StringParamType):
+    """The name of a device, a file or a directory. An empty one (a variable that is not set) would else be
+    the current directory.
+    """
+
+    name = "path"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        path: str = super().convert(value, param, ctx)
+        if not path:
+            self.fail("an empty name names nothing", param, ctx)
+        if not _has_place(path):
+            self.fail("the current directory is gone; give the whole path", param, ctx)
+        return path
+
+
+def _has_place(path: str) -> bool:
+    """Whether ``path`` can be made absolute."""
+    try:
+        os.path.abspath(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _seconds(_: click.Context, __: click.Parameter, value: float) -> float:
+    if math.isnan(value):
+        raise click.BadParameter("take a number of seconds")
+    return value
+
+
+PATH = _Path()
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 repository_option = click.option(
-    "-r", "--repository", metavar="REPO", help="The repository's directory (or BLOCKBAK_REPO)."
+    "-r", "--repository", type=PATH, metavar="REPO", help="The repository's directory (or BLOCKBAK_REPO)."
 )
 wait_option = click.option(
-    "--wait", type=click.FloatRange(min=0), default=0, metavar="SECONDS",
+    "--wait", type=click.FloatRange(min=0), callback=_seconds, default=0, metavar="SECONDS",
     help="Wait so long for a volume that another run holds.",
 )  # fmt: skip
 
@@ -64,6 +98,8 @@ def open_repository(named: str | None) -> Repository:
     path = named or click.get_current_context().obj or os.environ.get("BLOCKBAK_REPO")
     if not path:
         raise NoRepositoryNamed
+    if not _has_place(path):
+        raise NotARepository(path=path, reason="the current directory is gone")
     return Repository(path)
 
 

@@ -64,7 +64,7 @@ class Verbs(click.Group):
     "4 damage found, 5 refused for safety, 130 interrupted.",
 )
 @click.version_option(__version__, prog_name="blockbak")
-@click.option("-r", "--repository", metavar="REPO", help="The repository's directory (or BLOCKBAK_REPO).")
+@common.repository_option
 @click.pass_context
 def cli(context: click.Context, repository: str | None) -> None:
     """Images of disks, partitions and logical volumes: full, incremental, restorable to the byte.

@@ -50,14 +50,14 @@ def _confirmed(target: str) -> bool:
     "  blockbak -r /srv/backup restore web@2026-05-01T03:00 disk.img",
 )
 @click.argument("point")
-@click.argument("target")
+@click.argument("target", type=common.PATH)
 @click.option("--yes", "overwrite", is_flag=True, help="Overwrite TARGET if it exists.")
 @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Read back what was written.")
 @click.option("--verify-first", is_flag=True, help="Read and check all images before the first byte.")
 @click.option("--keep-going", is_flag=True, help="Restore what can be; name the rest in a mapfile, exit 3.")
 @click.option(
-    "--mapfile", metavar="FILE", help="Where --keep-going writes its mapfile [TARGET.mapfile]."
+    "--mapfile", type=common.PATH, metavar="FILE", help="Where --keep-going writes its mapfile [TARGET.mapfile]."
 )
 @common.repository_options
 @click.pass_context
