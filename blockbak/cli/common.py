@@ -142,8 +142,8 @@ def ended_at_once() -> contextlib.AbstractContextManager[None]:
 def world(wait: float = 0) -> Iterator[Context]:
     """The clock, the dice, the screen; and SIGINT, SIGTERM and SIGHUP turned into a wish to stop.
 
-    The first signal lets the use-case stop where nothing is left half-made; a second one breaks in, if it
-    has not got there. Once it stops, more of them change nothing: what is being undone is undone.
+    The use-case looks for it and stops where nothing is left half-made. More signals change nothing: one
+    that broke in would meet locks half released and clean-up half done.
     """
     import secrets
     import socket
@@ -156,19 +156,12 @@ def world(wait: float = 0) -> Iterator[Context]:
     from blockbak.host.kernel import Kernel, keep_memory
 
     caught: list[int] = []
-    stopping = False
 
     def wish(number: int, _: FrameType | None) -> None:
-        nonlocal stopping
-        if caught and not stopping:
-            stopping = True
-            raise KeyboardInterrupt
         caught.append(number)
 
     def check() -> None:
-        nonlocal stopping
         if caught:
-            stopping = True
             raise Interrupted(state="what was begun has been undone")
 
     keep_memory()
