@@ -35,12 +35,17 @@ def plain(text: str) -> str:
     return data.decode("utf-8", "backslashreplace")
 
 
+def _width(text: str) -> int:
+    """Characters of ``text`` with all that is not ASCII, or not to be printed, written out."""
+    return len(ascii(text)) - len("''")
+
+
 def ending(text: str, limit: int) -> str:
     """``text``, or its last part with an ellipsis before it, of at most ``limit`` characters in ASCII."""
-    if len(ascii(text)) <= limit:
+    if _width(text) <= limit:
         return text
     kept = text[-limit:]
-    while len(ascii(kept)) > limit - len(ascii("…")):
+    while _width(kept) > limit - _width("…"):
         kept = kept[1:]
     return f"…{kept}"
 
@@ -61,7 +66,7 @@ class Identity:
 
     def __post_init__(self) -> None:
         value = plain(self.value)
-        if len(ascii(value)) > VALUE_MAX:
+        if _width(value) > VALUE_MAX:
             value = f"sha256:{hashlib.sha256(value.encode()).hexdigest()}"
         object.__setattr__(self, "value", value)
 
