@@ -316,6 +316,11 @@ class Held:
     sequence: Any
     seed: int
 
+    def data(self) -> bytes:
+        """The bytes themselves."""
+        found = np.frombuffer(stamp(0, len(self.sequence), self.sequence, self.seed), np.uint8)
+        return (found.reshape(-1, SECTOR) * (self.sequence != 0)[:, None]).astype(np.uint8).tobytes()
+
     def wrong(self, path, lost=()) -> str | None:
         """What is wrong with the first sector that is not as it was; sectors in ``lost`` (byte ranges) must be zeros."""
         expected = self.sequence.copy()
