@@ -5,21 +5,31 @@ from __future__ import annotations
 import pytest
 
 from blockbak.repository.local import Repository
-from tests.host.stage import Program
+from tests.host.stage import Forks, Program
+
+
+@pytest.fixture(scope="session")
+def forks(temporary_files):
+    folder = temporary_files / "forks"
+    folder.mkdir()
+    made = Forks(folder)
+    yield made
+    made.end()
 
 
 @pytest.fixture
-def program(tmp_path):
-    """``program("list")`` runs the command line on a repository that is there and empty."""
-    return make_program(tmp_path / "repository", tmp_path / "state")
-
-
-@pytest.fixture
-def program_at():
+def program_at(forks):
     """``program_at(directory)`` makes a repository in a new directory there, and runs on that."""
-    return lambda directory: make_program(directory / "repository", directory / "state")
+
+    def make(directory):
+        repository = directory / "repository"
+        Repository.create(str(repository), repository_id="1f" * 16, created="2026-05-01T00:00:00.000Z")
+        return Program(forks, repository, directory / "state")
+
+    return make
 
 
-def make_program(repository, state):
-    Repository.create(str(repository), repository_id="1f" * 16, created="2026-05-01T00:00:00.000Z")
-    return Program(repository, state)
+@pytest.fixture
+def program(program_at, tmp_path):
+    """``program("list")`` runs the command line on a repository that is there and empty."""
+    return program_at(tmp_path)

@@ -62,30 +62,54 @@ class Done:
         return self.document["error"]
 
 
+class Forks:
+    """Runs of the program as children of one process that has imported it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._out, self._err = folder / "out", folder / "err"
+        self._server = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("forks.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=folder,
+        )
+
+    def run(self, argv: list[str], where: Path, environment: dict[str, str]) -> tuple[int, str, str]:
+        """Exit status, standard output and standard error of one run."""
+        for file in (self._out, self._err):
+            file.write_bytes(b"")
+        request = {
+            "argv": argv, "where": str(where), "environment": environment, "out": str(self._out), "err": str(self._err),
+        }  # fmt: skip
+        print(json.dumps(request), file=self._server.stdin, flush=True)
+        status = self._server.stdout.readline()
+        assert status, "the process that runs the program ended"
+        return int(status), self._out.read_text(), self._err.read_text()
+
+    def end(self) -> None:
+        self._server.communicate()
+
+
 @dataclass(frozen=True)
 class Program:
     """The command line in a child process, with a repository and a state directory of the test's own."""
 
+    forks: Forks
     repository: Path
     state: Path
 
     def __call__(self, *argv: object, expect: int = 0, where: Path | None = None) -> Done:
-        words = [sys.executable, "-m", "blockbak", "-r", self.repository, *argv, "--json"]
-        done = subprocess.run(
-            [str(word) for word in words],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-            cwd=where or self.repository.parent,
-            env={**os.environ, "BLOCKBAK_STATE_DIR": str(self.state)},
-        )
+        words = ["-r", str(self.repository), *map(str, argv), "--json"]
+        environment = {"BLOCKBAK_STATE_DIR": str(self.state)}
+        status, out, err = self.forks.run(words, where or self.repository.parent, environment)
         told = " ".join(map(str, argv))
-        assert done.returncode == expect, (
-            f"{told} ended with {done.returncode}, not {expect}:\n{done.stdout}{done.stderr}"
-        )
-        return Done(done.returncode, json.loads(done.stdout), done.stderr)
+        assert status == expect, f"{told} ended with {status}, not {expect}:\n{out}{err}"
+        return Done(status, json.loads(out), err)
+
+    def at(self, *, repository: Path | None = None, state: Path | None = None) -> Program:
+        """The same with another repository or state directory."""
+        return Program(self.forks, repository or self.repository, state or self.state)
 
     def backup(self, source: object, *options: object, expect: int = 0) -> dict[str, Any]:
         """Back up one source; its point."""
@@ -191,11 +215,9 @@ def spare_node():
         yield f"/dev/loop{number}"
 
         def removed():
-            try:
+            with contextlib.suppress(OSError):  # not yet, or it was removed the last time
                 fcntl.ioctl(control, _LOOP_CTL_REMOVE, number)
-            except OSError:
-                return False
-            return True
+            return not Path(f"/sys/block/loop{number}").exists()
 
         assert settle(removed)
     finally:

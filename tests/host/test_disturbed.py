@@ -118,8 +118,8 @@ ACTS = {
     "a write": lambda path: put(path, 20 * MIB, b"x" * 512),
     "a write of what is there": lambda path: put(path, 0, Path(path).read_bytes()[:4096]),
     "a write behind the reader": lambda path: put(path, 0, b"x" * 512),
-    "a discard": lambda path: run("blkdiscard", "--offset", 20 * MIB, "--length", MIB, path),
-    "zeros": lambda path: run("blkdiscard", "--zeroout", "--offset", 20 * MIB, "--length", MIB, path),
+    "a discard": lambda path: run("blkdiscard", "--force", "--offset", 20 * MIB, "--length", MIB, path),
+    "zeros": lambda path: run("blkdiscard", "--force", "--zeroout", "--offset", 20 * MIB, "--length", MIB, path),
 }
 
 

@@ -212,7 +212,7 @@ def test_a_parent_with_another_root_is_no_parent(tmp_path, source, program, seed
 
 def test_a_differential_holds_what_changed_since_the_full(program, source, seed):
     full = program.backup(source)
-    oracle = Oracle(source, SIZE, seed)
+    oracle = Oracle(source, SIZE, seed + 1)
     for start in (MIB, 2 * MIB, 2 * MIB + 256 * KIB):
         oracle.write((start, start + 512))
         last = program.backup(source)
@@ -231,7 +231,7 @@ def test_a_differential_holds_what_changed_since_the_full(program, source, seed)
 
 def test_a_differential_stands_on_a_synthetic_full_too(program, source, seed):
     program.backup(source)
-    oracle = Oracle(source, SIZE, seed)
+    oracle = Oracle(source, SIZE, seed + 1)
     oracle.write((MIB, MIB + 512))
     second = program.backup(source)
     program("synthesize", second["volume"])

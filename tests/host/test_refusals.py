@@ -203,10 +203,9 @@ def layers(loop, ext4, tmp_path):
 def test_a_source_that_holds_the_repository_or_the_state_is_refused(layers, program, program_at, tmp_path, what):
     inside, below, beside = layers
     if what == "the repository":
-        program = program_at(inside)
-        program = type(program)(program.repository, tmp_path / "state")
+        program = program_at(inside).at(state=tmp_path / "state")
     else:
-        program = type(program)(program.repository, inside / "state/not/there/yet")
+        program = program.at(state=inside / "state/not/there/yet")
     before = program.contents()
     for name, source in below.items():
         for options in ([], ["--mode", "live"], ["--dry-run"]):
@@ -345,10 +344,9 @@ def test_other_sectors_are_refused_only_for_a_partition_table(loop, program, hav
 def test_a_target_that_holds_the_repository_or_the_state_is_refused(layers, program, program_at, tmp_path, what):
     inside, below, beside = layers
     if what == "the repository":
-        made = program_at(inside)
-        program = type(made)(made.repository, tmp_path / "state")
+        program = program_at(inside).at(state=tmp_path / "state")
     else:
-        program = type(program)(program.repository, inside / "state/not/there/yet")
+        program = program.at(state=inside / "state/not/there/yet")
     source = tmp_path / "small.img"
     source.write_bytes(b"x" * MIB)
     point = program.backup(source)["point"]
