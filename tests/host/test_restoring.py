@@ -43,7 +43,7 @@ class Chain:
         self.oracle = Oracle(source, SIZE, seed)
         self.points, self.held = [], []
         self._world = context(program.state)
-        self._point([(0, 36 * MIB)])
+        self._point([(0, 3 * MIB), (9 * MIB, 13 * MIB), (19 * MIB, 22 * MIB), (30 * MIB, 35 * MIB)])
         self._point([(2 * MIB, 3 * MIB), (20 * MIB, 20 * MIB + 4 * KIB)])
         self.oracle.zero((30 * MIB, 31 * MIB))
         self._point([(2 * MIB + 512 * KIB, 2 * MIB + 768 * KIB), (33 * MIB, 34 * MIB)])
@@ -341,16 +341,20 @@ SOME = ("a frame of the full", "an index section of the last", "the middle image
 @pytest.mark.parametrize(
     ("harm", "onto"),
     [(harm, "a dirty device") for harm in (*CONTENT, *STRUCTURE)]
-    + [(harm, onto) for harm in SOME for onto in ("a new file", "a dirty file", "the point before")],
+    + [
+        (harm, onto)
+        for harm in SOME
+        for onto in ("a new file", "a dirty file", "the point before", "the volume itself")
+    ],
 )
 def test_what_can_be_is_restored_and_the_rest_is_named(chain, program, loop, tmp_path, harm, onto):
     break_it, lost = {**CONTENT, **STRUCTURE}[harm]
-    target = loop(SIZE).path if "file" not in onto else tmp_path / "target.img"
+    target = tmp_path / "target.img" if "file" in onto else chain.source if "itself" in onto else loop(SIZE)
     if onto == "a dirty file":
         target.touch()
     if "dirty" in onto:
         dirty(target, SIZE)
-    if onto == "the point before":
+    if onto in ("the point before", "the volume itself"):
         # Most of it is right already; what is lost must not be left as it was, for nobody can know.
         put(target, 0, chain.held[1].data())
         for start, end in lost:
