@@ -37,7 +37,7 @@ def check_torn(program, source, point):
     """The point is there, says what it is, and the next one puts it right."""
     assert (point["mode"], point["consistency"], point["attention"]) == ("cold", "none", True)
     assert any("was written while it was read" in note for note in point["notes"])
-    assert program("list").document[-1]["consistency"] == "none"
+    assert program("list", point["volume"]).document[-1]["consistency"] == "none"
     assert program("verify").document["ok"]
     after = program.backup(source)
     assert (after["kind"], after["parent"], after["consistency"]) == ("incremental", point["point"], "cold")
