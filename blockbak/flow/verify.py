@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from blockbak.errors import BlockbakError, Damage, DamagedImage, Gap, NewerFormat
 from blockbak.flow import workers
-from blockbak.flow.backup import open_reader
 from blockbak.flow.context import Context
+from blockbak.flow.points import find, open_reader
 from blockbak.image import check
 from blockbak.image.reader import ImageReader
 from blockbak.image.view import Flaw, PointView
@@ -154,8 +154,6 @@ def _selected(volume: Volume, catalog: Catalog, wanted: Sequence[Point] | None) 
 
 def _named(repository: Repository, names: Sequence[str], verdicts: list[Verdict]) -> list[Point]:
     """The named points; one whose manifest is damaged becomes a verdict."""
-    from blockbak.flow.restore import find
-
     points = []
     for name in names:
         try:

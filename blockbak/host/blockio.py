@@ -35,7 +35,7 @@ from blockbak.model.extent import BAD, Extents
 from blockbak.model.streams import Buffer, ByteSource
 from blockbak.units import KIB, MIB, SECTOR, align_down, align_up
 
-PIECE_BYTES = 4 * MIB
+PIECE_BYTES = 2 * MIB
 """One read: large enough to keep a disk streaming, small enough to stay in a core's cache."""
 PAGE = mmap.PAGESIZE
 
