@@ -120,8 +120,8 @@ def test_another_window_size_makes_a_full(program, source):
     memory = images.Memory(name=f"{point}.full.zst")
     reader = images.build(memory, opening, state)
     (folder / memory.name).write_bytes(memory.data)
-    image = Image(memory.name, memory.size, reader.closing_sha256, reader.opening, reader.closing)
-    (folder / f"{point}.full.json").write_bytes(manifest.encode(image, len(reader.sections)))
+    image = Image(memory.name, memory.size, reader.closing_sha256, reader.opening, reader.closing, len(reader.sections))
+    (folder / f"{point}.full.json").write_bytes(manifest.encode(image))
     assert program("verify").document["ok"]
     made = must_be_full(program, source, "the window size is another one now")
     assert made["volume"] == "vol"
