@@ -81,6 +81,32 @@ def test_the_rest_of_a_larger_device_is_left_alone(chain, program, loop):
     assert done["verified_bytes"] == SIZE
 
 
+@pytest.mark.parametrize("sector_size", [512, 4096])
+def test_a_file_of_odd_length_touches_nothing_behind_its_end(program, loop, tmp_path, rng, sector_size):
+    size = 5 * MIB + 4096 + 1234
+    source, target = tmp_path / "disk.img", loop(8 * MIB, sector_size=sector_size)
+    held = []
+    for data in (rng.randbytes(size), bytes(size), rng.randbytes(size)):
+        source.write_bytes(data)
+        held.append((program.backup(source)["point"], data))
+    dirty(target, 8 * MIB)
+    tail = Path(target.path).read_bytes()[size:]
+    for point, data in (held[1], held[0], held[2], held[1], held[2]):
+        program.restore(point, target)
+        now = Path(target.path).read_bytes()
+        assert (now[:size] == data, now[size:] == tail) == (True, True)
+
+
+def test_links_are_followed_to_what_they_name(chain, program, loop, tmp_path):
+    target, file = loop(SIZE), tmp_path / "file.img"
+    file.touch()
+    for name, real in (("device-link", target.path), ("file-link", file), ("new-link", tmp_path / "new.img")):
+        (tmp_path / name).symlink_to(real)
+        program.restore(chain.last, tmp_path / name)
+        assert (tmp_path / name).readlink() == Path(real)
+        assert chain.held[2].wrong(real) is None, f"seed {chain.seed}"
+
+
 @pytest.mark.parametrize("kind", ["device", "file"])
 def test_a_point_of_zeros_wipes_a_target(program, loop, tmp_path, kind):
     source = tmp_path / "zeros.img"
