@@ -118,8 +118,9 @@ def choose(
     device_bytes: int,
     block_bytes: int | None,
     volume: str,
+    broken: str = "",
 ) -> Choice:
-    """The kind to make and the parent it needs.
+    """The kind to make and the parent it needs. ``broken`` says why there are points that cannot be used.
 
     ``auto`` becomes a full where nothing can be a parent; an explicit delta raises NoUsableParent.
     """
@@ -127,7 +128,7 @@ def choose(
         return Choice(FULL, None)
     candidates = points if kind != DIFFERENTIAL else [point for point in points if point.has_full]
     if not candidates:
-        reason = "the volume has no point yet" if not points else "the volume has no full"
+        reason = broken or ("the volume has no point yet" if not points else "the volume has no full")
     else:
         reason = unlike(candidates[-1], identity, device_bytes, block_bytes)
     if not reason:
@@ -253,7 +254,7 @@ def _parent_view(
             except (Damage, NewerFormat) as damage:
                 view, error = None, damage
             if error is not None:
-                reason = f"the last {'full' if fulls else 'point'} cannot be used: {str(error).removesuffix('.')}"
+                reason = f"the last {'full' if fulls else 'point'} cannot be used: {_clause(error)}"
                 choice = without_parent(request.kind, volume.name, reason)
         yield choice, view
 
@@ -302,7 +303,7 @@ def _locked(
     for orphan in catalog.orphans:
         context.say(f"{orphan} has no manifest; 'blockbak recover' brings it back.")
     points = catalog.points
-    choice = choose(request.kind, points, identity, device.size, request.block_bytes, volume.name)
+    choice = choose(request.kind, points, identity, device.size, request.block_bytes, volume.name, _broken(catalog))
     with _parent_view(volume, catalog, choice, request) as (chosen, view):
         sequence = highest_sequence(volume, catalog, lock) + 1
         # Durable before the image that carries it: it must not be used again, whatever becomes of the image.
@@ -311,6 +312,16 @@ def _locked(
             repository, volume, device, identity, mode, request, chosen, view, sequence,
             _block_bytes(request, view, points), context,
         )  # fmt: skip
+
+
+def _broken(catalog: Catalog) -> str:
+    """Why the newest of the points that cannot be used cannot; empty if there is none."""
+    return f"the last point cannot be used: {_clause(catalog.damage[-1])}" if catalog.damage else ""
+
+
+def _clause(error: BlockbakError) -> str:
+    """Its sentence, to stand inside another."""
+    return str(error).removesuffix(".")
 
 
 def _block_bytes(request: Request, view: PointView | None, points: Sequence[Point]) -> int:
@@ -330,7 +341,7 @@ def _planned(
         volume = repository.volume(name)
         catalog = volume.catalog()
         points = catalog.points
-    choice = choose(request.kind, points, identity, device.size, request.block_bytes, name)
+    choice = choose(request.kind, points, identity, device.size, request.block_bytes, name, _broken(catalog))
     if volume is not None:
         with _parent_view(volume, catalog, choice, request) as (checked, _):
             choice = checked

@@ -69,18 +69,23 @@ def decide(images: Sequence[Image], gone: Collection[str]) -> Removal:
     return Removal(tuple(order), tuple(keepers.values()))
 
 
-def guard(removal: Removal, images: Sequence[Image], hidden: Sequence[Image], gone: Collection[str]) -> None:
+def guard(removal: Removal, images: Sequence[Image], hidden: Sequence[Image], gone: Collection[str]) -> list[Image]:
     """Images without a usable manifest are points again once 'recover' has been there: their parents stay.
 
-    Raises PointNeeded if one that is not deleted itself would lose its chain.
+    The hidden images that lose their chain although another image goes on holding their point. Raises
+    PointNeeded if one that alone holds its point would lose it.
     """
     files = {image.file for image in removal.images}
+    left = [image for image in images if image.file not in files]
     before = chains((*images, *hidden))
-    after = chains(image for image in (*images, *hidden) if image.file not in files and image.point not in gone)
-    for image in hidden:
-        if image.point not in gone and image.file in before and image.file not in after:
+    after = chains((*left, *(image for image in hidden if image.point not in gone)))
+    served = {image.point for image in left if image.file in after}
+    lost = [one for one in hidden if one.point not in gone and one.file in before and one.file not in after]
+    for image in lost:
+        if image.point not in served:
             needed = next(one.point for one in reversed(before[image.file]) if one.file in files)
             raise PointNeeded(point=needed, needed_by=image.point)
+    return lost
 
 
 def _named(repository: Repository, name: str) -> tuple[str, str]:
@@ -97,10 +102,23 @@ def _named(repository: Repository, name: str) -> tuple[str, str]:
 def _decide(volume: Volume, catalog: Catalog, gone: Collection[str]) -> tuple[Removal, list[str]]:
     """What goes, and the files of unusable images that go after it."""
     hidden = list(hidden_images(volume, catalog, strict=True))
-    removal = decide(catalog.images, gone)
-    guard(removal, catalog.images, hidden, gone)
-    broken = [str(error.fields["image"]) for error in catalog.damage if error.fields["point"] in gone]
-    return removal, broken + [file for file in catalog.orphans if file[:POINT_CHARS] in gone]
+    errors = {str(error.fields["image"]): error for error in catalog.damage}
+    try:
+        removal = decide(catalog.images, gone)
+    except PointNeeded as refusal:
+        # It may be that another image serves, and only its manifest cannot be used.
+        for error in catalog.damage:
+            if error.fields["point"] == refusal.fields["needed_by"]:
+                raise error from refusal
+        raise
+    lost = guard(removal, catalog.images, hidden, gone)
+    for image in lost:
+        if image.file in errors:
+            raise errors[image.file]
+    broken = [image.file for image in lost]
+    broken += [file for file, error in errors.items() if error.fields["point"] in gone]
+    broken += [file for file in catalog.orphans if file[:POINT_CHARS] in gone]
+    return removal, broken
 
 
 def delete(repository: Repository, names: Sequence[str], context: Context, *, dry_run: bool = False) -> Report:

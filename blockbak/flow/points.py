@@ -87,14 +87,15 @@ def damage_since(
     volume: Volume, catalog: Catalog, point: Point, *, fulls: bool = False, until: datetime | None = None
 ) -> BlockbakError | None:
     """What makes a point unusable that is newer than ``point``, and made not later than ``until``; None if
-    there is none. ``fulls`` looks at fulls alone. Where an image of such a point still tells its sequence,
-    that decides, else the date in its name.
+    there is none. ``fulls`` looks at fulls alone. Where the manifest or the image of such a point still tells
+    its sequence, that decides, else the date in its name.
     """
     told = {image.file: image.opening.sequence for image in hidden_images(volume, catalog)} if catalog.damage else {}
     known = {one.id for one in catalog.points}
     for error in catalog.damage:
         name, kind, image = (str(error.fields[key]) for key in ("point", "kind", "image"))
-        newer = told[image] > point.sequence if image in told else name > point.id
+        sequence = error.fields.get("sequence", told.get(image))
+        newer = sequence > point.sequence if isinstance(sequence, int) else name > point.id
         late = until is not None and _made(name) > until
         if newer and not late and name not in known and (kind == FULL or not fulls):
             return error
@@ -109,7 +110,8 @@ def _made(point: str) -> datetime:
 def highest_sequence(volume: Volume, catalog: Catalog, lock: Lock) -> int:
     """The highest sequence ever used in the volume: by images, with or without manifest, or deleted ones."""
     images = (*catalog.images, *hidden_images(volume, catalog))
-    return max([lock.sequence, *(image.opening.sequence for image in images)])
+    told = [number for error in catalog.damage if isinstance(number := error.fields.get("sequence"), int)]
+    return max([lock.sequence, *told, *(image.opening.sequence for image in images)])
 
 
 # --- opening its chain ---------------------------------------------------------------------------

@@ -107,7 +107,7 @@ def look_at_target(path: str) -> Device | None:
     try:
         return devices.look(path)
     except NoSuchSource as error:
-        directory = os.path.dirname(os.path.abspath(path))
+        directory = os.path.dirname(os.path.realpath(path))
         if not os.path.isdir(directory):
             raise BadTarget(path=path, reason=f"there is no directory {directory}") from error
         # Where device nodes live, a name that is not there is a slip of the pen, not a file to make.
@@ -128,7 +128,7 @@ def check_target(
     overwrite: bool,
 ) -> None:
     """Refuse every target that must not be written. Raises a Refused, naming the reason."""
-    if _inside_repository(os.path.realpath(path)):
+    if _inside_repository(os.path.realpath(path)) or _is_stored(path, repository):
         raise TargetHolds(path=path, what="a part of a repository")
     if target is None:
         return
@@ -171,6 +171,18 @@ def _inside_repository(path: str) -> bool:
         if os.path.isfile(os.path.join(path, "repository.json")) and os.path.isfile(os.path.join(path, "rescue.py")):
             return True
     return False
+
+
+def _is_stored(path: str, repository: Repository) -> bool:
+    """Whether ``path`` is another name (a hard link) of a file in the repository."""
+    try:
+        mine = os.stat(path)
+    except OSError:
+        return False
+    if mine.st_nlink < 2:
+        return False
+    places = [repository.path, *(volume.path for volume in repository.volumes())]
+    return any(os.path.samestat(mine, entry.stat()) for place in places for entry in os.scandir(place))
 
 
 def reader(view: PointView) -> Callable[[int, int], bytes]:

@@ -97,12 +97,12 @@ def plan(point: Point, images: Iterable[Image], without: Collection[str] = ()) -
 
 
 def _missing(point: Point, images: Sequence[Image]) -> str:
-    """The nearest ancestor of which no image is there."""
-    by_point = {image.point: image for image in images}
-    at: str | None = point.id
-    while at in by_point and at is not None:
-        at = by_point[at].opening.parent
-    return at or point.id
+    """The nearest ancestor that no image holds as it was: with the root that the image above it asks for."""
+    by_key = {image.key: image for image in images}
+    image = min(point.images, key=lambda image: image.opening.kind == FULL)
+    while (below := by_key.get((image.opening.parent or "", image.opening.parent_root or ""))) is not None:
+        image = below
+    return image.opening.parent or point.id
 
 
 def needed_files(kept: Iterable[Point], images: Sequence[Image]) -> set[str]:

@@ -20,6 +20,7 @@ import msgspec
 
 from blockbak.errors import (
     BlockbakError,
+    Damage,
     DamagedManifest,
     DamagedRepository,
     Gap,
@@ -29,11 +30,10 @@ from blockbak.errors import (
     NoSuchVolume,
     NotARepository,
     RepositoryExists,
-    UnreadableStore,
     VolumeExists,
 )
 from blockbak.host import lock
-from blockbak.host.blockio import PartialFile, StoredFile, store_error, sync_directory, write_durably
+from blockbak.host.blockio import PartialFile, StoredFile, read_error, store_error, sync_directory, write_durably
 from blockbak.host.kernel import Kernel
 from blockbak.model.chain import Image, Point, chains, plan, points
 from blockbak.repository import manifest
@@ -57,8 +57,8 @@ class _Repository(msgspec.Struct):
 @dataclass(slots=True)
 class Catalog:
     """What a volume's directory holds. ``damage`` names manifests that cannot be used and images that are
-    missing, each with ``volume``, ``point``, ``kind`` and ``image`` (a file name) in its fields; ``orphans``
-    are sealed images without manifest, ``hidden`` those whose manifest cannot be used, ``partials`` files that
+    missing, each with ``volume``, ``point``, ``kind``, ``image`` (a file name) and, where the manifest tells it,
+    ``sequence`` in its fields; ``orphans`` are sealed images without manifest, ``hidden`` those whose manifest cannot be used, ``partials`` files that
     were never finished, ``deleted`` half-done deletions (file names).
     """
 
@@ -158,22 +158,25 @@ class Volume:
 
     def _catalog_manifest(self, found: Catalog, name: str, point: str, kind: str) -> None:
         file = name.removesuffix(".json") + ".zst"
+        about: dict[str, object] = {"volume": self.name, "point": point, "kind": kind, "image": file}
         try:
             data = self._read_small(name)
-            size = self._size_of(file, name)
-            if data is None or size is None:
+            if data is None:
                 return  # a deletion has taken it since the directory was read
             image = manifest.decode(data, name)
             opening = image.opening
+            about["sequence"] = opening.sequence
+            size = self._size_of(file, name)
+            if size is None:
+                return  # the same
             if (opening.point, opening.kind) != (point, kind):
                 raise DamagedManifest(file=name, reason="it is of another point or kind than its name says")
             if (opening.repository, opening.volume) != (self._repository.id, self.name):
                 raise DamagedManifest(file=name, reason=f"it belongs to volume {opening.volume} of another place")
             if size != image.image_bytes:
                 raise DamagedManifest(file=name, reason=f"its image has {size} bytes instead of {image.image_bytes}")
-        except BlockbakError as error:
-            for key, value in (("volume", self.name), ("point", point), ("kind", kind), ("image", file)):
-                error.fields.setdefault(key, value)
+        except (Damage, NewerFormat, NoPermission) as error:
+            error.fields.update({key: value for key, value in about.items() if key not in error.fields})
             found.damage.append(error)
             if not isinstance(error, MissingImage):
                 found.hidden.append(file)
@@ -189,7 +192,7 @@ class Volume:
                 return None
             raise MissingImage(file=file) from error
         except OSError as error:
-            raise _unreadable(error, self._at(file), file) from error
+            raise read_error(error, self._at(file), file) from error
 
     def _read_small(self, name: str) -> bytes | None:
         """A small file as a whole; None if it is not there. Raises NoPermission, UnreadableStore."""
@@ -199,7 +202,7 @@ class Volume:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise _unreadable(error, self._at(name), f"{self.name}/{name}") from error
+            raise read_error(error, self._at(name), f"{self.name}/{name}") from error
 
     # --- images --------------------------------------------------------------------------------
 
@@ -210,7 +213,7 @@ class Volume:
         except FileNotFoundError as error:
             raise MissingImage(file=f"{self.name}/{file}") from error
         except OSError as error:
-            raise _unreadable(error, self._at(file), f"{self.name}/{file}") from error
+            raise read_error(error, self._at(file), f"{self.name}/{file}") from error
 
     def free_name(self, point: str, kind: str) -> str:
         """An image file name that nothing has; a second image of a point and kind gets a number."""
@@ -309,7 +312,7 @@ class Repository:
         except OSError as error:
             if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR):
                 raise NotARepository(path=path, reason=error.strerror) from error
-            raise _unreadable(error, file, file) from error
+            raise read_error(error, file, file) from error
         try:
             about = msgspec.json.decode(data, type=_Repository)
         except msgspec.DecodeError as error:
@@ -394,14 +397,7 @@ def _names_in(path: str) -> set[str]:
     try:
         return set(os.listdir(path))
     except OSError as error:
-        raise _unreadable(error, path, path) from error
-
-
-def _unreadable(error: OSError, path: str, name: str) -> BlockbakError:
-    """The sentence for an OSError while a part of the repository was read."""
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return NoPermission(action="read", path=path)
-    return UnreadableStore(file=name, offset=0, reason=error.strerror or str(error))
+        raise read_error(error, path, path) from error
 
 
 def usable_name(name: str) -> bool:
