@@ -209,7 +209,8 @@ def test_a_source_that_changes_its_size_makes_no_point(runs, program, disk, tmp_
     assert str(source) in str(found.value)
     assert program.contents() == before
     made = runs.backup(source)
-    assert (made.kind, made.device_bytes, made.sequence) == ("full", size, first.sequence + 1)
+    # The number of the point that was not made may be left out, but not come twice.
+    assert (made.kind, made.device_bytes, made.sequence > first.sequence) == ("full", size, True)
 
 
 # --- what cannot be read ----------------------------------------------------------------------------------
