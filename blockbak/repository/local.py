@@ -57,9 +57,10 @@ class _Repository(msgspec.Struct):
 @dataclass(slots=True)
 class Catalog:
     """What a volume's directory holds. ``damage`` names manifests that cannot be used and images that are
-    missing, each with ``volume``, ``point``, ``kind``, ``image`` (a file name) and, where the manifest tells it,
-    ``sequence`` in its fields; ``orphans`` are sealed images without manifest, ``hidden`` those whose manifest cannot be used, ``partials`` files that
-    were never finished, ``deleted`` half-done deletions (file names).
+    missing, each with ``volume``, ``point``, ``kind``, ``image`` (a file name) and, where the manifest tells
+    it, ``sequence`` in its fields; ``orphans`` are sealed images without manifest, ``hidden`` those whose
+    manifest cannot be used, ``partials`` files that were never finished, ``deleted`` half-done deletions (file
+    names).
     """
 
     images: list[Image] = field(default_factory=list)
