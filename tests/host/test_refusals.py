@@ -19,6 +19,7 @@ from tests.host.stage import (
     locking,
     md_superblock,
     mounted,
+    other_process,
     partitioned,
     put,
     pv_label,
@@ -156,6 +157,33 @@ def test_a_partition_beside_a_mounted_one_is_free(loop, program, tmp_path):
         assert program.backup(first)["consistency"] == "cold"
         error = program("backup", second, expect=5).error
         assert str(tmp_path / "there") in error["message"]
+
+
+_HOLDER = """
+import os, sys
+file = os.open(sys.argv[1], os.O_RDWR | os.O_EXCL)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("held", ["the device", "a partition"])
+def test_what_another_process_holds_for_itself_alone_is_neither_read_nor_written(loop, program, point, held):
+    """As the restore or the cold backup of another blockbak does."""
+    disk = loop(64 * MIB)
+    with contextlib.ExitStack() as undo:
+        node = disk.path
+        if held == "a partition":
+            node = undo.enter_context(partitioned(disk, "size=16M"))[0]
+        undo.enter_context(other_process(_HOLDER, node))
+        # The first run makes the volume's directory: only the kernel knows of the holder, and only when asked to open.
+        program("backup", disk, expect=5)
+        with untouched(program, disk):
+            assert program("backup", disk, expect=5).error["name"] == "SourceInUse"
+            assert program.restore(point, disk, expect=5).error["name"] == "TargetInUse"
+        assert program.points() == [point]
+        assert program.backup(disk, "--mode", "live")["consistency"] == "none"
+    assert program.backup(disk)["consistency"] == "cold"
 
 
 def test_one_refusal_does_not_keep_the_other_sources_from_being_tried(loop, program, tmp_path):

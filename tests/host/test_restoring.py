@@ -408,6 +408,23 @@ def test_the_mapfile_lies_beside_a_file_and_where_one_stands_for_a_device(chain,
     assert lost_ranges(tmp_path / "file.img.mapfile") == lost_ranges(done["mapfile"]) != []
 
 
+def test_other_sectors_do_not_keep_what_is_left_from_being_restored(chain, program, loop, tmp_path):
+    """Whether the point has a partition table is not to be known any more: its first section is damaged."""
+    record(1, 0)(chain)
+    target = loop(SIZE, sector_size=4096)
+    program.restore(chain.last, target, "--keep-going", "--mapfile", tmp_path / "map", expect=3)
+    assert lost_ranges(tmp_path / "map") == [(0, SECTION)]
+    assert chain.held[2].wrong(target, [(0, SECTION)]) is None, f"seed {chain.seed}"
+
+
+def test_a_mapfile_that_cannot_be_written_is_told_in_a_sentence(chain, program, tmp_path):
+    CONTENT["a frame of the full"][0](chain)
+    target, mapfile = tmp_path / "target.img", tmp_path / "not/there/map"
+    error = program("restore", chain.last, target, "--keep-going", "--mapfile", mapfile, expect=1).error
+    assert error["name"] != "Unknown"
+    assert str(mapfile) in error["message"]
+
+
 def test_keeping_on_with_a_whole_chain_is_an_ordinary_restore(chain, program, tmp_path):
     target = tmp_path / "target.img"
     done = program("restore", chain.last, target, "--keep-going").document
