@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -90,5 +89,5 @@ def test_the_table_for_people_names_every_device(loop, tmp_path):
     (row,) = [line for line in done.stdout.splitlines() if line.split()[:1] == [disk.path]]
     assert "16" in row
     assert "cold" in row
-    assert os.path.basename(disk.file) in done.stdout
+    assert "file" in row
     assert done.stderr == ""

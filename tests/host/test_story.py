@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -278,9 +279,9 @@ def test_every_point_comes_back_with_the_tools_that_lie_in_the_repository(loop, 
     assert then.wrong(target) is None, f"seed {seed}"
     dirty(target, size)
     script = program.repository / "rescue.py"
-    run("python3", script, "restore", delta["point"], target, "--yes")
+    run(sys.executable, script, "restore", delta["point"], target, "--yes")
     assert now.wrong(target) is None, f"seed {seed}"
-    run("python3", script, "restore", full["point"], target, "--yes")
+    run(sys.executable, script, "restore", full["point"], target, "--yes")
     assert then.wrong(target) is None, f"seed {seed}"
 
 
