@@ -67,6 +67,7 @@ class Forks:
 
     def __init__(self, folder: Path) -> None:
         self._out, self._err = folder / "out", folder / "err"
+        self._number = 0
         self._server = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("forks.py")],
             stdin=subprocess.PIPE,
@@ -79,13 +80,17 @@ class Forks:
         """Exit status, standard output and standard error of one run."""
         for file in (self._out, self._err):
             file.write_bytes(b"")
+        self._number += 1
         request = {
-            "argv": argv, "where": str(where), "environment": environment, "out": str(self._out), "err": str(self._err),
+            "number": self._number, "argv": argv, "where": str(where), "environment": environment, "out": str(self._out), "err": str(self._err),
         }  # fmt: skip
         print(json.dumps(request), file=self._server.stdin, flush=True)
-        status = self._server.stdout.readline()
-        assert status, "the process that runs the program ended"
-        return int(status), self._out.read_text(), self._err.read_text()
+        # A run that a test did not wait for may have been answered meanwhile.
+        for line in self._server.stdout:
+            number, status = line.split()
+            if int(number) == self._number:
+                return int(status), self._out.read_text(), self._err.read_text()
+        raise AssertionError("the process that runs the program ended")
 
     def end(self) -> None:
         self._server.communicate()
