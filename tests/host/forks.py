@@ -1,7 +1,8 @@
 """A process that has imported the program, and forks a child for each run of it that it is asked for.
 
 Starting Python and importing numpy takes longer than what most of these runs do. A request is a line of JSON on
-standard input; the answer is a line with the request's number and the child's exit status. What the child says goes to the files named.
+standard input; the answer is a line with the request's number and the child's exit status. What the child says goes
+to the files named.
 """
 
 from __future__ import annotations
