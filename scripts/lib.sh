@@ -31,6 +31,7 @@ package_of() {
         qemu-img) echo qemu-utils ;;
         udevadm) echo udev ;;
         zstd) echo zstd ;;
+        ddrescuelog) echo gddrescue ;;
         partclone.ext4) echo partclone ;;
         borg) echo borgbackup ;;
         restic) echo restic ;;
