@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from blockbak.host.kernel import Kernel
+from tests.doubles import MortalKernel
 
 CALLS = (
     "open", "close", "preadv", "pwritev", "fsync", "truncate", "rename", "unlink", "mkdir", "clone_range",
@@ -22,13 +23,14 @@ class FaultyKernel(Kernel):
 
     A failed close has closed the descriptor, as Linux does. A failed pwritev has written nothing. What a
     caller may never do stands in ``wrongs`` afterwards: flush again, write to or rename what could not be
-    flushed, close twice, use what is closed.
+    flushed, close twice, use what is closed. ``log`` has every call, with the name of the file it is about.
     """
 
     def __init__(self, call: str = "", number: int = 0, at: int = 0) -> None:
         self.call, self.number, self.at = call, number, at
         self.count, self.fired, self.what = 0, False, ""
         self.wrongs: list[str] = []
+        self.log: list[tuple[str, str]] = []
         self._open: dict[int, str] = {}
         self._void: dict[int, str] = {}
         self._void_paths: set[str] = set()
@@ -37,13 +39,14 @@ class FaultyKernel(Kernel):
     def _step(self, call: str, what: object) -> bool:
         """Count a call; True if it is the one that fails."""
         with self._guard:
+            name = self._open.get(what, "?") if isinstance(what, int) else str(what)
+            self.log.append((call, os.path.basename(name)))
             if call != self.call:
                 return False
             self.count += 1
             if self.count != self.at:
                 return False
-            self.fired = True
-            self.what = self._open.get(what, str(what)) if isinstance(what, int) else str(what)
+            self.fired, self.what = True, name
             return True
 
     def _error(self) -> OSError:
@@ -197,3 +200,104 @@ class BadMedium(Kernel):
             if any(offset < end and start < offset + length for start, end in self.bad):
                 raise OSError(self.number, os.strerror(self.number))
         return super().preadv(fd, buffers, offset)
+
+
+class PowerCut(MortalKernel):
+    """A MortalKernel whose machine loses its power with it: what was not flushed may be gone.
+
+    ``lose(keep)`` takes back what no fsync made durable: changes of names of which the directory was not
+    flushed, but for the first ``keep`` in each directory, and what was written to a file since its own flush.
+    A file whose name is kept may so be empty. Only files that went through this kernel count.
+    """
+
+    def __init__(self, kill_at: int = 0) -> None:
+        super().__init__(kill_at, counts=lambda call: call != "preadv")
+        self._paths: dict[int, str] = {}
+        self._undo: dict[str, list[Callable[[], None]]] = {}
+        self._durable: dict[int, bytes] = {}
+        self._dirty: dict[int, str] = {}
+
+    def _pending(self, path: str, undo: Callable[[], None]) -> None:
+        self._undo.setdefault(os.path.dirname(os.path.abspath(path)), []).append(undo)
+
+    def open(self, path: str, flags: int, mode: int = 0o600) -> int:
+        new = bool(flags & os.O_CREAT) and not os.path.lexists(path)
+        fd = super().open(path, flags, mode)
+        self._paths[fd] = os.path.abspath(path)
+        if new:
+            self._durable[os.fstat(fd).st_ino] = b""
+            self._pending(path, lambda: os.unlink(path))
+        return fd
+
+    def _touched(self, fd: int) -> None:
+        """Bytes of the file change: from now on it is not what the disk holds."""
+        inode = os.fstat(fd).st_ino
+        if inode not in self._durable:
+            with open(self._paths[fd], "rb") as file:
+                self._durable[inode] = file.read()
+        self._dirty[inode] = self._paths[fd]
+
+    def pwritev(self, fd: int, buffers: Sequence[Any], offset: int) -> int:
+        self._touched(fd)
+        return super().pwritev(fd, buffers, offset)
+
+    def truncate(self, fd: int, size: int) -> None:
+        self._touched(fd)
+        super().truncate(fd, size)
+
+    def clone_range(self, source_fd: int, source_offset: int, length: int, fd: int, offset: int) -> None:
+        self._touched(fd)
+        super().clone_range(source_fd, source_offset, length, fd, offset)
+
+    def copy_range(self, source_fd: int, source_offset: int, length: int, fd: int, offset: int) -> int:
+        self._touched(fd)
+        return super().copy_range(source_fd, source_offset, length, fd, offset)
+
+    def punch(self, fd: int, offset: int, length: int) -> None:
+        self._touched(fd)
+        super().punch(fd, offset, length)
+
+    def fsync(self, fd: int) -> None:
+        super().fsync(fd)
+        path = self._paths[fd]
+        if os.path.isdir(path):
+            self._undo.pop(path, None)
+        else:
+            with open(path, "rb") as file:
+                self._durable[os.fstat(fd).st_ino] = file.read()
+            self._dirty.pop(os.fstat(fd).st_ino, None)
+
+    def rename(self, old: str, new: str) -> None:
+        super().rename(old, new)
+        self._dirty = {inode: new if path == os.path.abspath(old) else path for inode, path in self._dirty.items()}
+        self._pending(new, lambda: os.rename(new, old))
+
+    def unlink(self, path: str) -> None:
+        with open(path, "rb") as file:
+            content = file.read()
+        super().unlink(path)
+
+        def undo() -> None:
+            with open(path, "xb") as file:
+                file.write(content)
+
+        self._pending(path, undo)
+
+    def mkdir(self, path: str) -> None:
+        super().mkdir(path)
+        self._pending(path, lambda: os.rmdir(path))
+
+    def lose(self, keep: int = 0) -> None:
+        """The power is back, and this is what the disk holds."""
+        for inode, path in self._dirty.items():
+            for name in (
+                path,
+                *(os.path.join(os.path.dirname(path), one) for one in os.listdir(os.path.dirname(path))),
+            ):
+                if os.path.isfile(name) and os.stat(name).st_ino == inode:
+                    with open(name, "wb") as file:
+                        file.write(self._durable[inode])
+        # Deeper directories first: a new directory must be empty before it goes.
+        for directory in sorted(self._undo, key=len, reverse=True):
+            for undo in reversed(self._undo[directory][keep:]):
+                undo()

@@ -120,9 +120,9 @@ class Scene:
 
     # --- doing things ------------------------------------------------------------------------------
 
-    def world(self, kernel: Kernel | None = None) -> Context:
+    def world(self, kernel: Kernel | None = None, say: Callable[[str], None] | None = None) -> Context:
         """A context whose ids do not meet those of earlier points."""
-        return context(self.folder / "state", kernel=kernel)
+        return context(self.folder / "state", kernel=kernel, say=say)
 
     def repository(self, kernel: Kernel | None = None) -> Repository:
         return Repository(str(self.place), kernel)
