@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from blockbak.host.kernel import Kernel
-from tests.doubles import MortalKernel
+from tests.doubles import Killed, MortalKernel
 
 CALLS = (
     "open", "close", "preadv", "pwritev", "fsync", "truncate", "rename", "unlink", "mkdir", "clone_range",
@@ -18,8 +18,15 @@ CALLS = (
 """Every method of a Kernel; a test holds this list to the class."""
 
 
-class FaultyKernel(Kernel):
-    """The real kernel, but the call number ``at`` of the kind ``call`` fails with ``number``; 0 never does.
+class QuickKernel(Kernel):
+    """The real kernel, but nothing waits for the disk: all else that durability asks for is done."""
+
+    def fsync(self, fd: int) -> None:
+        os.fstat(fd)
+
+
+class FaultyKernel(QuickKernel):
+    """A QuickKernel, but the call number ``at`` of the kind ``call`` fails with ``number``; 0 never does.
 
     A failed close has closed the descriptor, as Linux does. A failed pwritev has written nothing. What a
     caller may never do stands in ``wrongs`` afterwards: flush again, write to or rename what could not be
@@ -34,6 +41,7 @@ class FaultyKernel(Kernel):
         self._open: dict[int, str] = {}
         self._void: dict[int, str] = {}
         self._void_paths: set[str] = set()
+        self._read_only: set[int] = set()
         self._guard = threading.Lock()
 
     def _step(self, call: str, what: object) -> bool:
@@ -59,12 +67,22 @@ class FaultyKernel(Kernel):
             elif fd in self._void and call in ("fsync", "pwritev", "truncate", "clone_range", "copy_range"):
                 self.wrongs.append(f"{call} of {self._void[fd]}, which could not be flushed")
 
+    def close_left(self) -> list[str]:
+        """Close what was left open; the names of it."""
+        left, self._open = self._open, {}
+        for fd in left:
+            super().close(fd)
+        return list(left.values())
+
     def open(self, path: str, flags: int, mode: int = 0o600) -> int:
         if self._step("open", path):
             raise self._error()
         fd = super().open(path, flags, mode)
         with self._guard:
             self._open[fd] = str(path)
+            self._read_only.discard(fd)
+            if not flags & os.O_ACCMODE:
+                self._read_only.add(fd)
             if flags & (os.O_CREAT | os.O_EXCL) == os.O_CREAT | os.O_EXCL:
                 self._void_paths.discard(str(path))  # a new file of that name
         return fd
@@ -75,7 +93,7 @@ class FaultyKernel(Kernel):
         with self._guard:
             path = self._open.pop(fd, "")
             self._void.pop(fd, None)
-            if fails:
+            if fails and fd not in self._read_only:
                 self._void_paths.add(path)
         super().close(fd)
         if fails:
@@ -202,8 +220,22 @@ class BadMedium(Kernel):
         return super().preadv(fd, buffers, offset)
 
 
-class PowerCut(MortalKernel):
-    """A MortalKernel whose machine loses its power with it: what was not flushed may be gone.
+class QuickMortal(MortalKernel):
+    """A MortalKernel for which nothing waits for the disk. A kill at a read is one at the call after it, so reads
+    do not count.
+    """
+
+    def __init__(self, kill_at: int = 0) -> None:
+        super().__init__(kill_at, counts=lambda call: call != "preadv")
+
+    def fsync(self, fd: int) -> None:
+        os.fstat(fd)
+        if self._step("fsync", fd):
+            raise Killed
+
+
+class PowerCut(QuickMortal):
+    """A QuickMortal whose machine loses its power with it: what was not flushed may be gone.
 
     ``lose(keep)`` takes back what no fsync made durable: changes of names of which the directory was not
     flushed, but for the first ``keep`` in each directory, and what was written to a file since its own flush.
@@ -211,7 +243,7 @@ class PowerCut(MortalKernel):
     """
 
     def __init__(self, kill_at: int = 0) -> None:
-        super().__init__(kill_at, counts=lambda call: call != "preadv")
+        super().__init__(kill_at)
         self._paths: dict[int, str] = {}
         self._undo: dict[str, list[Callable[[], None]]] = {}
         self._durable: dict[int, bytes] = {}

@@ -19,6 +19,7 @@ from blockbak.host.kernel import Kernel
 from blockbak.repository.local import Catalog, Repository, Volume
 from blockbak.units import KIB
 from tests.doubles import context
+from tests.faults import QuickKernel
 
 BLOCK = 4 * KIB
 SECTION = 4096 * BLOCK
@@ -94,7 +95,7 @@ class Scene:
 
     def create(self, kernel: Kernel | None = None) -> Repository:
         return Repository.create(
-            str(self.place), repository_id="1" * 32, created="2026-05-01T00:00:00.000Z", kernel=kernel
+            str(self.place), repository_id="1" * 32, created="2026-05-01T00:00:00.000Z", kernel=kernel or QuickKernel()
         )
 
     def change(self, number: int) -> None:
@@ -122,10 +123,10 @@ class Scene:
 
     def world(self, kernel: Kernel | None = None, say: Callable[[str], None] | None = None) -> Context:
         """A context whose ids do not meet those of earlier points."""
-        return context(self.folder / "state", kernel=kernel, say=say)
+        return context(self.folder / "state", kernel=kernel or QuickKernel(), say=say)
 
     def repository(self, kernel: Kernel | None = None) -> Repository:
-        return Repository(str(self.place), kernel)
+        return Repository(str(self.place), kernel or QuickKernel())
 
     def volume(self) -> Volume:
         return self.repository().volume(VOLUME)

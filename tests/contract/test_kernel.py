@@ -10,12 +10,14 @@ import pytest
 from blockbak.host.kernel import Kernel
 from blockbak.units import KIB, MIB
 from tests.doubles import Killed, MortalKernel
-from tests.faults import BadMedium, FaultyKernel, PowerCut, ShortKernel
+from tests.faults import BadMedium, FaultyKernel, PowerCut, QuickKernel, QuickMortal, ShortKernel
 
 KERNELS = {
     "the kernel": Kernel,
     "MortalKernel": MortalKernel,
+    "QuickMortal": QuickMortal,
     "PowerCut": PowerCut,
+    "QuickKernel": QuickKernel,
     "FaultyKernel": FaultyKernel,
     "ShortKernel": lambda: ShortKernel(random.Random(1)),
     "BadMedium": lambda: BadMedium("/nothing", []),
@@ -248,7 +250,7 @@ def test_a_device_tells_its_size_and_sectors_and_zeroes_ranges(kernel, sector, l
     kernel.close(fd)
 
 
-@pytest.mark.parametrize("make", [MortalKernel, PowerCut])
+@pytest.mark.parametrize("make", [MortalKernel, QuickMortal, PowerCut])
 def test_a_dead_kernel_does_nothing_more(make, tmp_path):
     """What stands for SIGKILL has no effect from the moment it is hit."""
     path = str(tmp_path / "file")

@@ -69,43 +69,33 @@ MKFS = {"ext4": (64, "-q", "-F"), "xfs": (300, "-q", "-f"), "btrfs": (128, "-q",
 
 @pytest.fixture(scope="module")
 def mounted(tmp_path_factory):
-    """``mounted(sort)``: one file system of each sort, for the whole module, made when it is asked for."""
+    """A file system of each sort, for the whole module; where they are mounted."""
     folder, made = tmp_path_factory.mktemp("streams"), {}
 
     def run(*argv):
         return subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip()
 
     with ExitStack() as undo:
-
-        def get(sort):
-            if sort in made:
-                return made[sort]
-            size, *options = MKFS[sort]
-            where = folder / sort
-            where.mkdir()
+        for sort, (size, *options) in MKFS.items():
+            made[sort] = folder / sort
+            made[sort].mkdir()
             if sort == "tmpfs":
-                run("mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", where)
+                run("mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", made[sort])
             else:
                 file = folder / f"{sort}.img"
-                with file.open("xb") as made_file:
-                    made_file.truncate(size * MIB)
+                with file.open("xb") as image:
+                    image.truncate(size * MIB)
                 device = run("losetup", "--find", "--show", "--direct-io=on", file)
                 undo.callback(run, "losetup", "--detach", device)
                 run(f"mkfs.{sort}", *options, device)
-                run("mount", device, where)
-            undo.callback(run, "umount", where)
-            made[sort] = where
-            return where
-
-        yield get
+                run("mount", device, made[sort])
+            undo.callback(run, "umount", made[sort])
+        yield made
 
 
 @pytest.fixture
-def place(request, sort, tmp_path):
-    if sort not in FILES:
-        yield Place(sort, tmp_path)
-        return
-    where = request.getfixturevalue("mounted")(sort) / "place"
+def place(sort, mounted, tmp_path):
+    where = mounted.get(sort, tmp_path) / "place"
     where.mkdir()
     yield Place(sort, where)
     shutil.rmtree(where)

@@ -15,8 +15,8 @@ import pytest
 from blockbak.errors import BlockbakError
 from blockbak.flow import backup, delete, recover, restore, synthesize
 from blockbak.repository.local import FILE, Repository
-from tests.doubles import Killed, MortalKernel
-from tests.faults import FaultyKernel, PowerCut
+from tests.doubles import Killed
+from tests.faults import FaultyKernel, PowerCut, QuickMortal
 from tests.scene import BLOCK, DEEDS, VOLUME, Scene, open_descriptors
 
 SMALL = 75 * BLOCK + 3
@@ -92,9 +92,7 @@ def test_a_kill_at_any_call_costs_no_more_than_the_run(name, histories, tmp_path
     template = histories[size].copy(tmp_path / "template")
     deed.ready(template)
     before = template.files()
-    for at, kernel, scene in kills(
-        deed, template, tmp_path, lambda at: MortalKernel(at, lambda call: call != "preadv")
-    ):
+    for at, kernel, scene in kills(deed, template, tmp_path, QuickMortal):
         try:
             check_after(deed, scene, before)
         except (AssertionError, BlockbakError, OSError) as error:
@@ -139,7 +137,7 @@ def test_a_crash_in_the_beginnings_leaves_what_can_be_begun_again(deed, cut, tmp
         (tmp_path / str(at)).mkdir()
         scene = Scene(tmp_path / str(at), 1)
         os.symlink(source, scene.source)
-        kernel = MortalKernel(at) if cut is None else PowerCut(at)
+        kernel = QuickMortal(at) if cut is None else PowerCut(at)
         try:
             deed(scene, kernel)
         except Killed:

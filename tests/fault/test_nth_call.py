@@ -22,7 +22,7 @@ from blockbak.units import KIB, MIB
 from tests.faults import CALLS, FaultyKernel
 from tests.scene import BLOCK, DEEDS, VOLUME, Scene, open_descriptors
 
-SMALL = 75 * BLOCK + 3
+SMALL, ROOMY = 75 * BLOCK + 3, 3 * 256 * KIB + 3
 MOST = 200
 """A loop that goes on for longer does not end."""
 
@@ -72,6 +72,12 @@ def test_every_call_of_a_kernel_can_fail():
 def history(tmp_path_factory):
     """Three points in a small volume; the seed is always the same, for here it is the calls that vary."""
     return Scene.make(tmp_path_factory.mktemp("fault") / "history", seed=1, size=SMALL)
+
+
+@pytest.fixture(scope="module")
+def roomy(tmp_path_factory):
+    """The same with a run of zeros that is long enough for a device to be asked for zeros."""
+    return Scene.make(tmp_path_factory.mktemp("fault") / "roomy", seed=1, size=ROOMY)
 
 
 def attempt(run, kernel):
@@ -157,8 +163,8 @@ def test_a_failing_call_costs_no_more_than_the_run(name, call, history, tmp_path
 
 
 @pytest.mark.parametrize("call", MET["restore-to-a-device"])
-def test_a_failing_call_costs_no_more_than_the_restore_to_a_device(call, history, tmp_path, loop):
-    history = Scene(history.folder, history.seed, history.held, history.names, {"target": loop(SMALL + 509).path})
+def test_a_failing_call_costs_no_more_than_the_restore_to_a_device(call, roomy, tmp_path, loop):
+    history = Scene(roomy.folder, roomy.seed, roomy.held, roomy.names, {"target": loop(ROOMY + 509).path})
     assert all_numbers(DEEDS["restore-to-a-device"], history, tmp_path, call) == ""
 
 
