@@ -152,8 +152,8 @@ class Scene:
         return [point.id for volume in repository.volumes() for point in volume.catalog().points]
 
     def restored(self, point: str) -> bytes:
-        """What a restore of the point gives."""
-        out = self.folder / "out.img"
+        """What a restore of the point gives; it is made beside the source, for the repository may have no room."""
+        out = Path(os.path.realpath(self.source)).parent / "out.img"
         restore.restore(self.repository(), restore.Request(point, str(out)), self.world())
         try:
             return out.read_bytes()
