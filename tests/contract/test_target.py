@@ -159,7 +159,7 @@ def test_another_error_of_zeroing_is_not_passed_over(kind, target):
                 assert kernel.fired
 
 
-@kinds
+@pytest.mark.parametrize("kind", DEVICES)
 def test_reading_back_sees_the_medium_and_not_the_page_cache(kind, target, rng):
     """Something wrote under the page cache: a disk that forgets, a second initiator."""
     data = rng.randbytes(SIZE)
@@ -176,7 +176,7 @@ def test_reading_back_sees_the_medium_and_not_the_page_cache(kind, target, rng):
 
 
 def _write_below(target, offset, data):
-    """Change the medium behind the page cache of the target: a device's file, a file's own blocks."""
+    """Change the medium behind the page cache of a device: its file."""
     with open(target.file, "r+b", buffering=0) as file:
         os.pwrite(file.fileno(), data, offset)
         os.fsync(file.fileno())

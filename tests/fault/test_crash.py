@@ -78,7 +78,7 @@ def check_after(deed, scene, before):
     assert report.left == []
     assert set(report.adopted) == {name[:21] for name in now.orphans}
     assert scene.catalog().leftovers == 0
-    after = scene.check_points(also=deed.also(scene), gone=deed.gone(scene))
+    after = scene.check_points(also=deed.also(scene), gone=deed.gone(scene), before=before)
     assert set(after) >= {*listed, *report.adopted} - set(deed.gone(scene))
     sequences = [point.sequence for point in scene.catalog().points]
     assert sequences == sorted(set(sequences))
