@@ -164,7 +164,8 @@ class ShortKernel(Kernel):
             if asked <= unit:
                 return asked
             count = self._dice.choice((1, 3, 511, 4095, 4096, 4097, asked // 3, asked // 2, asked - 1, asked))
-            count = max(count - count % unit, unit)
+            # The first time it is less in any case, so that no throw of the dice leaves a test without one.
+            count = max(count - count % unit, unit) if self.shortened else unit
             self.shortened += count < asked
             return min(count, asked)
 

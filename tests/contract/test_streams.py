@@ -245,7 +245,7 @@ def test_short_writes_and_reads_of_a_file_are_gone_on_with(sort, place, rng):
     assert bytes(source.read(0, len(data))) == data
     sink.copy(source, 11, 5, len(data) - 11)
     assert sink.read(5, len(data) - 11) == data[11:]
-    assert kernel.shortened > 5
+    assert kernel.shortened > 0
     close(sink, source)
 
 

@@ -7,14 +7,16 @@ fault, succeeds by itself.
 
 import contextlib
 import errno
+import itertools
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from blockbak import repository
-from blockbak.errors import BlockbakError, Damage, Refused
+from blockbak.errors import BlockbakError, Damage, Interrupted, Refused
 from blockbak.flow import backup, delete, restore, synthesize
 from blockbak.host.kernel import Kernel
 from blockbak.repository.local import FILE, Repository
@@ -253,20 +255,54 @@ def test_a_failing_call_costs_no_more_than_the_first_backup(call, memory):
     assert wrong == [], "\n".join(wrong)
 
 
+# --- a person asks to stop --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in MET if name != "restore-to-a-device"])
+def test_a_run_that_is_interrupted_leaves_nothing_half_made(name, history, memory):
+    """At every place where it looks whether it shall stop: exit 130, no partial, no descriptor, and it can be done again."""
+    deed = DEEDS[name]
+    template = history.copy(memory / "template")
+    deed.ready(template)
+    before = template.files()
+    for at in range(1, MOST):
+        scene, kernel, looks = template.copy(memory / str(at)), FaultyKernel(), itertools.count(1)
+        deed.fresh(scene)
+
+        def check(looks=looks, at=at):
+            if next(looks) >= at:
+                raise Interrupted(state="it was a test")
+
+        world = replace(scene.world(kernel), check=check)
+        try:
+            deed.run(scene, scene.repository(kernel), world)
+        except Interrupted as error:
+            assert error.exit_code == 130  # noqa: PT017
+        else:
+            assert at > 1, "it never looks whether it shall stop"
+            break
+        assert (kernel.wrongs, kernel.close_left()) == ([], [])
+        assert name in ("delete", "recover") or scene.catalog().partials == []
+        assert not Path(f"{scene.target}.partial").exists()
+        assert (name != "restore-to-a-new-file") or not scene.target.exists()
+        assert after(deed, scene, kernel, before) == [], f"interrupted at look {at}"
+
+
 # --- what a failure must not be taken for ----------------------------------------------------------------
 
 
 def test_running_out_of_descriptors_is_no_damage(history, memory):
     """EMFILE says nothing about the repository, and no full is made because of it."""
-    scene = history.copy(memory / "scene")
-    before = scene.files()
+    before = history.files()
     for at in range(2, MOST):
+        scene = history.copy(memory / str(at))
         kernel = FaultyKernel("open", errno.EMFILE, at)
         repository = scene.repository(kernel)
         try:
             made = backup.backup(repository, scene.request("auto"), scene.world(kernel))
         except BlockbakError as failed:
-            assert (failed.exit_code, scene.files() == before) == (1, True), f"open {at} of {kernel.what}: {failed}"  # noqa: PT017
+            assert (failed.exit_code, kernel.fired) == (1, True), f"open {at} of {kernel.what}: {failed}"  # noqa: PT017
+            scene.check_points(also=scene.source.read_bytes(), before=before)
         else:
             assert not kernel.fired, f"open {at} of {kernel.what} failed without a word"
             assert made.kind == "incremental"
