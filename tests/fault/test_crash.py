@@ -114,6 +114,23 @@ def test_a_power_cut_at_any_call_costs_no_more_than_the_run(name, keep, historie
             pytest.fail(f"power lost at call {at}, {kernel.log[-1]}: {type(error).__name__}: {error}")
 
 
+@pytest.mark.parametrize("name", ["backup-full", "backup-incremental", "synthesize", "delete", "recover"])
+def test_what_a_run_has_reported_survives_a_power_cut(name, histories, memory):
+    """It ended well, and the power failed in the next moment."""
+    deed = DEEDS[name]
+    scene = histories["small"].copy(memory / "scene")
+    deed.ready(scene)
+    kernel = PowerCut()
+    deed.run(scene, scene.repository(kernel), scene.world(kernel))
+    listed = scene.listed()
+    kernel.lose()
+    assert scene.listed() == listed
+    # Only a deletion's mark may be there again: the next run takes it away.
+    scene.repository().volume(VOLUME).tidy(scene.catalog())
+    deed.done(scene)
+    scene.check_points(also=deed.also(scene), gone=deed.gone(scene))
+
+
 # --- the beginnings ------------------------------------------------------------------------------------
 
 
@@ -159,6 +176,19 @@ def test_a_crash_in_the_beginnings_leaves_what_can_be_begun_again(deed, cut, mem
             scene.check_points(also=source.read_bytes())
         except (AssertionError, BlockbakError, OSError) as error:
             pytest.fail(f"killed at call {at}, {kernel.log[-1]}: {type(error).__name__}: {error}")
+
+
+def test_a_repository_that_was_reported_survives_a_power_cut(memory):
+    scene = Scene(memory, 1)
+    kernel = PowerCut()
+    scene.create(kernel)
+    kernel.lose()
+    assert scene.repository().volume_names() == []
+    scene.source.write_bytes(b"first" * 5000)
+    kernel = PowerCut()
+    made = backup.backup(scene.repository(kernel), scene.request(), scene.world(kernel))
+    kernel.lose()
+    assert scene.restored(made.point) == scene.source.read_bytes()
 
 
 # --- orphans and what depends on them --------------------------------------------------------------------
