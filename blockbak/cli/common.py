@@ -142,8 +142,8 @@ def ended_at_once() -> contextlib.AbstractContextManager[None]:
 def world(wait: float = 0) -> Iterator[Context]:
     """The clock, the dice, the screen; and SIGINT, SIGTERM and SIGHUP turned into a wish to stop.
 
-    The first signal lets the use-case stop where nothing is left half-made; a second one breaks in, if it
-    has not got there. Once it stops, more of them change nothing: what is being undone is undone.
+    The use-case stops at the next place where nothing is left half-made. No signal breaks in: what is in the
+    middle of a lock or of clearing away gets through it, however often Ctrl-C is pressed.
     """
     import secrets
     import socket
@@ -153,25 +153,19 @@ def world(wait: float = 0) -> Iterator[Context]:
     from blockbak import __version__
     from blockbak.cli import render
     from blockbak.flow.context import Context
-    from blockbak.host.kernel import Kernel, keep_memory
+    from blockbak.host.kernel import Kernel, allow_many_files, keep_memory
 
     caught: list[int] = []
-    stopping = False
 
     def wish(number: int, _: FrameType | None) -> None:
-        nonlocal stopping
-        if caught and not stopping:
-            stopping = True
-            raise KeyboardInterrupt
         caught.append(number)
 
     def check() -> None:
-        nonlocal stopping
         if caught:
-            stopping = True
             raise Interrupted(state="what was begun has been undone")
 
     keep_memory()
+    allow_many_files()
     with _handled(wish):
         yield Context(
             now=lambda: datetime.now(UTC),
