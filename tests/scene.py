@@ -10,9 +10,12 @@ import os
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import pytest
+
+from blockbak.errors import TargetExists
 from blockbak.flow import backup, delete, recover, restore, synthesize, verify
 from blockbak.flow.context import Context
 from blockbak.host.kernel import Kernel
@@ -70,6 +73,11 @@ class Scene:
     @property
     def target(self) -> Path:
         return self.folder / "target.img"
+
+    @property
+    def partial(self) -> Path:
+        """The target until it is whole."""
+        return self.folder / "target.img.partial"
 
     @property
     def where(self) -> Path:
@@ -298,7 +306,7 @@ def _restored(scene: Scene) -> None:
     right = scene.held[scene.names[1]]
     with open(_target(scene), "rb") as file:
         assert file.read(len(right)) == right
-    assert not Path(f"{scene.target}.partial").exists()
+    assert not scene.partial.exists()
 
 
 def _restore(name: str, fresh: Callable[[Scene], object], *, overwrite: bool = True) -> Deed:
@@ -306,11 +314,19 @@ def _restore(name: str, fresh: Callable[[Scene], object], *, overwrite: bool = T
         return restore.restore(repository, restore.Request(scene.names[1], _target(scene), overwrite), world)
 
     def again(scene: Scene, repository: Repository, world: Context) -> object:
-        # A new file that has its name is whole: only its directory may not have been flushed.
+        request = restore.Request(scene.names[1], _target(scene), overwrite)
         if not overwrite and scene.target.exists():
+            # It has its name, so it is whole: only its directory may not have been flushed.
             _restored(scene)
             scene.target.unlink()
-        return run(scene, repository, world)
+        elif not overwrite and scene.partial.exists():
+            # A killed run left it, but it might be somebody's: it was not named, so it is not overwritten unasked.
+            before = scene.partial.read_bytes()
+            with pytest.raises(TargetExists):
+                restore.restore(repository, request, world)
+            assert scene.partial.read_bytes() == before
+            request = replace(request, overwrite=True)
+        return restore.restore(repository, request, world)
 
     return Deed(f"restore-{name}", run, _restored, fresh=fresh, again=again)
 

@@ -111,6 +111,7 @@ def after(deed, scene, kernel, before):
     """What is wrong with what was left."""
     try:
         scene.check_points(also=deed.also(scene), gone=deed.gone(scene), before=before)
+        assert not scene.partial.exists()
         deed.repeat(scene)
         deed.done(scene)
         assert deed.name == "delete" or before.items() <= scene.files().items(), "an older point was changed"
@@ -283,7 +284,7 @@ def test_a_run_that_is_interrupted_leaves_nothing_half_made(name, history, memor
             break
         assert (kernel.wrongs, kernel.close_left()) == ([], [])
         assert name in ("delete", "recover") or scene.catalog().partials == []
-        assert not Path(f"{scene.target}.partial").exists()
+        assert not scene.partial.exists()
         assert (name != "restore-to-a-new-file") or not scene.target.exists()
         assert after(deed, scene, kernel, before) == [], f"interrupted at look {at}"
 
