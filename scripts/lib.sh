@@ -32,6 +32,9 @@ package_of() {
         udevadm) echo udev ;;
         zstd) echo zstd ;;
         ddrescuelog) echo gddrescue ;;
+        nbdkit) echo nbdkit ;;
+        nbdfuse) echo libnbd-bin ;;
+        fusermount3) echo fuse3 ;;
         partclone.ext4) echo partclone ;;
         borg) echo borgbackup ;;
         restic) echo restic ;;
