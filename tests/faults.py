@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import threading
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from blockbak.host.kernel import Kernel
+from blockbak.units import align_down, align_up
 from tests.doubles import Killed, MortalKernel
 
 CALLS = (
@@ -194,29 +196,34 @@ class BadMedium(Kernel):
     """The real kernel, but reads that touch one of the ``bad`` byte ranges of the file or device ``path``
     fail with EIO; those that begin before it do not end early, for few drivers do that.
 
-    As the block layer does, it refuses direct reads that are not aligned to ``logical``.
+    As the block layer does, it refuses direct reads that are not aligned to ``logical``; and as the page cache
+    does, it fails buffered ones by whole pages.
     """
 
     def __init__(self, path: str, bad: Sequence[tuple[int, int]], *, number: int = 5, logical: int = 512) -> None:
         self.path, self.bad, self.number, self.logical = str(path), list(bad), number, logical
-        self._fds: set[int] = set()
+        self._direct: dict[int, bool] = {}
         self.reads: list[tuple[int, int]] = []
         self._guard = threading.Lock()
 
     def open(self, path: str, flags: int, mode: int = 0o600) -> int:
         fd = super().open(path, flags, mode)
         with self._guard:
-            (self._fds.add if os.path.realpath(path) == os.path.realpath(self.path) else self._fds.discard)(fd)
+            self._direct.pop(fd, None)
+            if os.path.realpath(path) == os.path.realpath(self.path):
+                self._direct[fd] = bool(flags & os.O_DIRECT)
         return fd
 
     def preadv(self, fd: int, buffers: Sequence[Any], offset: int) -> int:
-        if fd in self._fds:
+        if fd in self._direct:
             length = sum(len(memoryview(part).cast("B")) for part in buffers)
-            if offset % self.logical or length % self.logical:
+            if self._direct[fd] and (offset % self.logical or length % self.logical):
                 raise OSError(22, os.strerror(22))
             with self._guard:
                 self.reads.append((offset, length))
-            if any(offset < end and start < offset + length for start, end in self.bad):
+            unit = 1 if self._direct[fd] else mmap.PAGESIZE
+            low, high = align_down(offset, unit), align_up(offset + length, unit)
+            if any(low < end and start < high for start, end in self.bad):
                 raise OSError(self.number, os.strerror(self.number))
         return super().preadv(fd, buffers, offset)
 
