@@ -84,6 +84,10 @@ class NotABlockSource(SourceError):
     advice = "Name a disk, a partition, a logical volume or a regular file."
 
 
+class SourceNotOpened(SourceError):
+    message = "{path} cannot be opened: {reason}."
+
+
 class NoPermission(SourceError):
     message = "No permission to {action} {path}."
     advice = "Run as root, or as a member of the group that owns it."

@@ -21,8 +21,8 @@ from blockbak.errors import (
     NoPermission,
     NoSpace,
     NoSuchSource,
-    NotABlockSource,
     SourceInUse,
+    SourceNotOpened,
     SourceVanished,
     StoreFailed,
     TargetFailed,
@@ -164,7 +164,7 @@ class SourceReader(_Opened):
                 raise SourceInUse(path=path, holders="the kernel does not grant exclusive use") from error
             if error.errno in (*_GONE, errno.ENOMEDIUM):
                 raise SourceVanished(path=path, reason=os.strerror(error.errno)) from error
-            raise NotABlockSource(path=path, what=f"not readable ({error.strerror})") from error
+            raise SourceNotOpened(path=path, reason=error.strerror) from error
 
     def read(self, offset: int, into: Bytes, length: int) -> Extents:
         """Read ``length`` bytes at ``offset`` into the start of ``into``; what could not be read.

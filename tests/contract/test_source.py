@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blockbak.errors import NoSuchSource, NotABlockSource, SourceInUse, SourceVanished
+from blockbak.errors import NoSuchSource, NotABlockSource, SourceInUse, SourceNotOpened, SourceVanished
 from blockbak.host.blockio import PAGE, SourceReader, aligned
 from blockbak.host.kernel import Kernel
 from blockbak.units import KIB, MIB, align_up
@@ -302,7 +302,7 @@ def test_an_opening_that_fails_halfway_leaves_nothing_open(kind, call, make):
     source, _ = make(kind, SIZES[kind][-1])
     kernel = FaultyKernel(call, errno.EIO, 1)
     try:
-        with pytest.raises((NotABlockSource, SourceVanished)):
+        with pytest.raises((NotABlockSource, SourceNotOpened, SourceVanished)):
             SourceReader(source.path, exclusive=True, kernel=kernel)
     finally:
         left = kernel.close_left()
