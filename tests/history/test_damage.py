@@ -116,6 +116,8 @@ class Patient:
     path: Path
     repository: Repository
     others: Shelf
+    dice: random.Random
+    restores: int
     tally: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -184,7 +186,7 @@ class Patient:
             assert not target.exists(), what
             return
         found, wanted = bytearray(target.read_bytes()), bytearray(self.states[point].content)
-        assert done.flaws, what
+        # Where only the seek table or a manifest is damaged, there may be none.
         for flaw in done.flaws:
             for side in (found, wanted):
                 side[flaw.start : flaw.start + flaw.length] = bytes(flaw.length)
@@ -222,17 +224,22 @@ class Patient:
         assert target.read_bytes() == wanted.content, what
         target.unlink()
 
+    @property
+    def some_points(self) -> list[str]:
+        """As many as there is time for."""
+        return self.dice.sample(POINTS, self.restores)
+
     def count(self, what: str) -> None:
         self.tally[what] = self.tally.get(what, 0) + 1
 
 
 @pytest.fixture
-def patient(rng, tmp_path, request) -> Patient:
+def patient(rng, tmp_path, request, times) -> Patient:
     path = tmp_path / "repository"
     repository = Repository.create(str(path), repository_id=REPOSITORY, created="2026-03-01T00:00:00.000Z")
     shelf, others = make(request.param, rng), make(request.param, rng)
     shelf.write(path)
-    found = Patient(shelf, path, repository, others)
+    found = Patient(shelf, path, repository, others, rng, times(2, len(POINTS)))
     assert found.verified().ok
     for point in POINTS:
         assert found.restored(point, "before anything was done")
@@ -263,7 +270,7 @@ def pick(patient: Patient, dice: random.Random) -> tuple[str, str, int]:
 @pytest.mark.slow
 @every_kind
 def test_one_flipped_bit_is_found_and_never_restored(patient, rng, times, tell):
-    for number in range(times(80, 1500)):
+    for number in range(times(40, 1500)):
         name, part, place = pick(patient, rng)
         data = bytearray(patient.files[name])
         bit = rng.randrange(8)
@@ -271,13 +278,13 @@ def test_one_flipped_bit_is_found_and_never_restored(patient, rng, times, tell):
         what = f"try {number}: bit {bit} of byte {place} ({part}) of {name}"
         with patient.with_file(name, bytes(data)):
             patient.accused([name], what)
-            lost = [point for point in POINTS if not patient.restored(point, what)]
+            lost = [point for point in patient.some_points if not patient.restored(point, what)]
             if lost:
                 patient.count("points lost")
                 patient.salvaged(rng.choice(lost), what)
-            if number % 10 == 0:
+            if number % 8 == 0:
                 patient.rescued(rng.choice(POINTS), what)
-            if number % 80 == 7:
+            if number % 20 == 7:
                 patient.commanded([name], rng.choice(POINTS), what)
         patient.count(part)
     for part, count in sorted(patient.tally.items()):
@@ -313,7 +320,7 @@ def examine(patient: Patient, name: str, data: bytes, what: str, dice: random.Ra
         return
     with patient.with_file(name, data):
         patient.accused(both(name), what)
-        for point in POINTS:
+        for point in patient.some_points:
             patient.restored(point, what)
         if rescue:
             patient.rescued(dice.choice(POINTS), what)
@@ -323,28 +330,28 @@ def examine(patient: Patient, name: str, data: bytes, what: str, dice: random.Ra
 @pytest.mark.slow
 @every_kind
 def test_a_cut_image_is_found_at_every_frame_border(patient, rng, times, tell):
-    for name in patient.images:
+    for name in rng.sample(patient.images, times(3, len(patient.images))):
         data = patient.files[name]
         ends = sorted({end for _, _, end in parts(data)} - {len(data)})
-        borders = rng.sample(ends, min(len(ends), times(12, 10_000)))
-        for cut in [0, *borders, *(rng.randrange(len(data)) for _ in range(times(4, 60)))]:
+        borders = rng.sample(ends, min(len(ends), times(5, 10_000)))
+        for cut in [0, *borders, *(rng.randrange(len(data)) for _ in range(times(2, 60)))]:
             examine(patient, name, data[:cut], f"{name} cut to {cut}", rng, rescue=rng.random() < 0.1)
     tell("cuts", patient.tally["damages"])
 
 
 @pytest.mark.slow
-@every_kind
+@pytest.mark.parametrize("patient", [kind for kind in KINDS if kind != "small"], indirect=True)
 def test_exchanged_frames_are_found(patient, rng, times, tell):
     """Each alone is good, and zstd would decode the whole."""
-    for name in patient.images:
+    for name in rng.sample(patient.images, times(4, len(patient.images))):
         data = patient.files[name]
         frames = [(start, end) for part, start, end in parts(data) if part in ("data", "zeros")]
         equal = [
             (one, two) for one in frames for two in frames if one[0] < two[0] and one[1] - one[0] == two[1] - two[0]
         ]
-        pairs = rng.sample(equal, min(len(equal), times(4, 100)))
+        pairs = rng.sample(equal, min(len(equal), times(2, 100)))
         if len(frames) > 1:
-            pairs += [tuple(sorted(rng.sample(frames, 2))) for _ in range(times(4, 40))]
+            pairs += [tuple(sorted(rng.sample(frames, 2))) for _ in range(times(2, 40))]
         for (a, b), (c, d) in pairs:
             changed = data[:a] + data[c:d] + data[b:c] + data[a:b] + data[d:]
             examine(patient, name, changed, f"{name}: {a}-{b} and {c}-{d} exchanged", rng, rescue=rng.random() < 0.2)
@@ -353,24 +360,24 @@ def test_exchanged_frames_are_found(patient, rng, times, tell):
 
 @pytest.mark.slow
 @every_kind
-def test_a_file_in_the_place_of_another_is_found(patient, rng, tell):
+def test_a_file_in_the_place_of_another_is_found(patient, rng, times, tell):
     """Of another point, of the same name out of another history, and without its other half."""
-    for name in sorted(patient.files):
+    for name in rng.sample(sorted(patient.files), times(6, len(patient.files))):
         end = name.rpartition(".")[2]
-        for other in sorted(patient.files):
-            if other.endswith(end) and other != name:
-                examine(patient, name, patient.files[other], f"{other} as {name}", rng, rescue=rng.random() < 0.1)
+        others = [other for other in sorted(patient.files) if other.endswith(end) and other != name]
+        for other in rng.sample(others, times(2, len(others))):
+            examine(patient, name, patient.files[other], f"{other} as {name}", rng, rescue=rng.random() < 0.1)
         examine(patient, name, patient.others.files[name], f"{name} of another history", rng, rescue=True)
     tell("exchanges", patient.tally["damages"])
 
 
 @pytest.mark.slow
 @every_kind
-def test_bytes_too_many_or_none_at_all_are_found(patient, rng, tell):
-    for name in sorted(patient.files):
+def test_bytes_too_many_or_none_at_all_are_found(patient, rng, times, tell):
+    for name in rng.sample(sorted(patient.files), times(4, len(patient.files))):
         data = patient.files[name]
-        examine(patient, name, b"", f"{name} is empty", rng, rescue=True)
-        examine(patient, name, data + b"\0", f"{name} with a byte more", rng, rescue=True)
+        examine(patient, name, b"", f"{name} is empty", rng, rescue=rng.random() < 0.3)
+        examine(patient, name, data + b"\0", f"{name} with a byte more", rng, rescue=rng.random() < 0.3)
         examine(patient, name, data + b"\n", f"{name} with a line more", rng, rescue=False)
         tails = [rng.randrange(len(data)) for _ in range(3)]
         if name.endswith(".zst"):
@@ -385,7 +392,7 @@ def test_bytes_too_many_or_none_at_all_are_found(patient, rng, tell):
 @every_kind
 def test_a_lost_sector_is_found(patient, rng, times, tell):
     """Zeros, or another sector's bytes, where a disk or a controller mislaid a write."""
-    for _ in range(times(30, 400)):
+    for _ in range(times(12, 400)):
         name = rng.choice(sorted(patient.files))
         data = patient.files[name]
         unit = rng.choice([512, 4096])
@@ -413,7 +420,7 @@ def test_a_missing_file_is_told_and_the_others_serve(patient, rng):
 @every_kind
 def test_a_damaged_orphan_is_not_adopted(patient, rng, times):
     """Without its manifest an image is believed only after every byte of it was checked."""
-    for _ in range(times(25, 400)):
+    for _ in range(times(12, 400)):
         name, part, place = pick(patient, rng)
         if part == "manifest":
             continue

@@ -217,7 +217,7 @@ def test_every_point_comes_back_where_images_share_their_blocks(kind, loop, requ
     for number in range(times(1, 10)):
         place = tmp_path / str(number)
         place.mkdir()
-        volume = Volume(place / "source", SECTION + 3 * MIB + 255, rng)
+        volume = Volume(place / "source", times(3 * MIB, SECTION + 3 * MIB) + 255, rng)
         volume.fill(0.3)
         history = History(place, volume, 4 * KIB, rng, store.where / str(number))
         history.run()
