@@ -154,11 +154,16 @@ class Patient:
         return context(self.path.parent / "state", kernel=Unsynced())
 
     def accused(self, names: Sequence[str], what: object) -> None:
-        """Verify finds damage and names one of the files."""
+        """Verify finds damage and names one of the files: as the image of a verdict, or as the manifest in the
+        reason that the verdict on its image gives.
+        """
         report = self.verified()
         assert not report.ok, what
-        bad = {verdict.file for verdict in report.images if not verdict.ok}
-        assert bad & set(names), (what, bad)
+        assert report.damaged, what
+        bad = [verdict for verdict in report.images if not verdict.ok]
+        told = {verdict.file for verdict in bad}
+        told |= {name for name in names for verdict in bad for flaw in verdict.damage if name in flaw.reason}
+        assert told & set(names), (what, bad)
 
     def restored(self, point: str, what: object) -> bool:
         """The point comes back right, or not at all; whether it did."""
@@ -212,7 +217,8 @@ class Patient:
         """The same through the command line: verify 4, restore 0, 3 or 4."""
         done = children.run(self.path, "verify", "--json")
         assert done.code == 4, (what, done)
-        assert any(image["file"] in names and not image["ok"] for image in done.document["images"]), what
+        bad = [image for image in done.document["images"] if not image["ok"]]
+        assert any(name in json.dumps(image) for name in names for image in bad), what
         target = self.path.parent / "commanded"
         done = children.run(self.path, "restore", point, target, "--json")
         if done.code == 4:
