@@ -39,7 +39,7 @@ def test_a_chain_of_two_hundred(tmp_path, rng, tell):
         took[len(held)] = add()
         volume.scribble(1)
         # With the descriptors that a plain shell gives a tight container: no image may hold one for long.
-        if len(held) - 1 in (25, 50, 100, LENGTH):
+        if len(held) - 1 in (50, 100, LENGTH):
             limited = ("prlimit", "--nofile=256:256")
             tell(f"backup on {len(held) - 1}: seconds", round(took[len(held) - 1], 3))
             for words in (("list",), ("verify",), ("show", "latest")):
