@@ -37,19 +37,28 @@ until = time.monotonic() + float(seconds)
 log = open(Path(folder, f"{role}.log"), "a")
 
 
+def stream():
+    return io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+
+
+def said(stream):
+    stream.flush()
+    return stream.buffer.getvalue().decode()
+
+
 def call(*words, **more):
     sys.argv = ["blockbak", "-r", repository, *words, "--json"]
-    out, err, code = io.StringIO(), io.StringIO(), None
+    out, err, code = stream(), stream(), None
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             main()
         except SystemExit as end:
             code = end.code
     try:
-        document = json.loads(out.getvalue())
+        document = json.loads(said(out))
     except ValueError:
         document = None
-    note = {"words": words, "code": code, "document": document, "err": err.getvalue(), **more}
+    note = {"words": words, "code": code, "document": document, "err": said(err), **more}
     return code, document, note
 
 
