@@ -39,6 +39,11 @@ class Section:
     stored: npt.NDArray[np.bool_]
 
     @cached_property
+    def rows_before(self) -> npt.NDArray[np.int64]:
+        """How many rows belong to blocks before each block; one more at the end: all of them."""
+        return np.concatenate(([0], np.cumsum(self.stored)))
+
+    @cached_property
     def bad(self) -> Extents:
         """What could not be read from the source."""
         return extent.of_kind(self.extents, BAD)

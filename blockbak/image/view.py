@@ -95,25 +95,45 @@ class PointView:
             digests[layer.sections["number"].astype(np.int64)] = layer.map_digests()
         return digests
 
-    def section(self, number: int) -> SectionView:
-        """One section, composed. Raises DamagedImage or UnreadableStore."""
+    def section(self, number: int, top: Section | None = None) -> SectionView:
+        """One section, composed; ``top`` is the newest layer's own, where it is at hand already.
+
+        Raises DamagedImage or UnreadableStore.
+        """
+        parts = [layer.section(number) for layer in self.layers[:-1]]
+        parts.append(top or self.top.section(number))
+        said = [index for index, part in enumerate(parts) if part is not None]
+        if len(said) == 1:
+            return self._alone(number, said[0], parts)
         blocks = self.geometry.section_blocks(number)
         kinds = np.zeros(blocks, np.uint8)
         owner = np.full(blocks, -1, np.int16)
-        rows = self.geometry.zero_rows(number)
+        zero = self.geometry.zero_rows(number)
+        rows = zero.copy()
         extents = extent.empty()
-        zero = rows if len(self.layers) == 1 else rows.copy()
-        parts = [layer.section(number) for layer in self.layers]
-        for index, part in enumerate(parts):
-            if part is None:
-                continue
-            said = part.kinds != ABSENT
-            kinds[said], owner[said] = part.kinds[said], index
-            if index:
-                rows[said & ~part.stored] = zero[said & ~part.stored]
+        for index in said:
+            part = parts[index]
+            assert part is not None  # noqa: S101 - chosen so
+            says = part.kinds != ABSENT
+            kinds[says], owner[says] = part.kinds[says], index
+            gone = says & ~part.stored
+            rows[gone] = zero[gone]
             rows[part.stored] = part.rows
-            extents = self._laid_over(extents, part, said) if index else part.extents
+            extents = self._laid_over(extents, part, says)
         return SectionView(number, kinds, owner, rows, extents, parts)
+
+    def _alone(self, number: int, index: int, parts: Sequence[Section | None]) -> SectionView:
+        """A section of which only layer ``index`` says anything."""
+        part = parts[index]
+        assert part is not None  # noqa: S101 - chosen so
+        owner = np.where(part.kinds == ABSENT, np.int16(-1), np.int16(index))
+        rows = self.geometry.zero_rows(number)
+        if len(part.rows) == len(rows):
+            rows = part.rows
+        elif len(part.rows):
+            rows = rows.copy()
+            rows[part.stored] = part.rows
+        return SectionView(number, part.kinds, owner, rows, part.extents, parts)
 
     def _laid_over(self, below: Extents, part: Section, said: npt.NDArray[np.bool_]) -> Extents:
         """A block is the unit of change: a newer block replaces all extents of the older one."""
@@ -158,7 +178,10 @@ class PointView:
 
     def check_section(self, section: SectionView, digests: npt.NDArray[np.uint8]) -> None:
         """The composed rows have the digest that the newest layer states. Raises DamagedImage."""
-        found = hashmap.section_digest(section.rows, section.extents)
+        if section.stored.any() or (section.extents["kind"] == BAD).any():
+            found = hashmap.section_digest(section.rows, section.extents)
+        else:
+            found = self.geometry.zero_section_digest(section.number)
         if found != digests[section.number].tobytes():
             newest = max((i for i, part in enumerate(section.layers) if part is not None), default=0)
             raise DamagedImage(
