@@ -87,7 +87,7 @@ def check_image(
     chosen: Iterable[check.Span] = check.spans(reader, _walk(reader, look))
     if share < 1 and pick is not None:
         chosen = (span for span in chosen if pick() < share)
-    workers.run(chosen, lambda: work, workers=context.workers, check=context.check)
+    workers.run(chosen, lambda: work, workers=min(context.workers, workers.cores()), check=context.check)
     return sorted(flaws, key=lambda flaw: flaw.start), done
 
 

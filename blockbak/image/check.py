@@ -23,7 +23,7 @@ from blockbak.model import hashmap
 from blockbak.model.hashmap import BLOCKS_PER_SECTION, DIGEST_BYTES, DIGEST_WORDS
 from blockbak.units import MIB
 
-_SPAN_BYTES = 4 * MIB
+_SPAN_BYTES = 1 * MIB
 """Stored bytes read at once."""
 
 
