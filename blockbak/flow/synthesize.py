@@ -126,7 +126,7 @@ def _compose(
             workers.run(
                 composer.pieces(),
                 lambda: composer.worker(codec.encoder(compress), context.progress.advance),
-                workers=min(context.workers, workers.cores()),
+                workers=context.workers,
                 check=context.check,
                 stop=composer.stop,
             )

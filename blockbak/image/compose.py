@@ -11,6 +11,7 @@ that the image does not depend on their number.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -154,6 +155,7 @@ class Composer:
         self._turns = Turns()
         self._records: list[fmt.Frames] = []
         self._held = _Steps()
+        self._writing = threading.Lock()
         self.tally = Tally()
 
     # --- cutting -------------------------------------------------------------------------------
@@ -228,7 +230,9 @@ class Composer:
                         self.finish()
                 else:
                     self._place(piece, frames, steps)
-            self._carry_out(steps)
+            # A file takes one write at a time: two that wait for each other in the kernel spin.
+            with self._writing:
+                self._carry_out(steps)
             if piece.last:
                 start, end = self._view.geometry.section_range(piece.view.number)
                 advance(end - start)
