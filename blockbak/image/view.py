@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -57,7 +58,7 @@ class SectionView:
     extents: Extents
     layers: Sequence[Section | None]
 
-    @property
+    @cached_property
     def stored(self) -> npt.NDArray[np.bool_]:
         """The blocks whose content lies in a frame."""
         return self.kinds == DATA
@@ -211,7 +212,7 @@ class PointView:
         for begin, end in zip(*(edge.tolist() for edge in extent.true_runs(~stored)), strict=True):
             out[begin * block : end * block] = 0
         owners = section.owner[low:high]
-        for index in np.unique(owners[stored]).tolist():
+        for index in np.flatnonzero(np.bincount(owners[stored])).tolist():
             wanted = np.flatnonzero(stored & (owners == index)) + low
             self._fill_from(section, index, wanted, low, out, flaws)
         for index in flaws:
@@ -232,33 +233,34 @@ class PointView:
         flaws: dict[int, str],
     ) -> None:
         """Decode the frames of layer ``index`` that hold the ``wanted`` blocks (of the section)."""
-        part = section.layers[index]
+        part, layer = section.layers[index], self.layers[index]
         assert part is not None  # noqa: S101 - a layer owns blocks only through its section
-        layer, block = self.layers[index], self.geometry.block_bytes
+        block = self.geometry.block_bytes
         per_window = self.geometry.window_bytes // block
-        first_window = section.number * BLOCKS_PER_SECTION // per_window
+        # Runs of blocks that follow each other in a frame's content as they do in ``out``.
         windows = wanted // per_window
-        starts, ends = extent.runs(windows)
-        at = np.searchsorted(part.frames["window"], windows[starts] + first_window)
-        frames = part.frames[at]
-        for frame, stored, begin, end in zip(
-            frames, _read_frames(layer, frames), starts.tolist(), ends.tolist(), strict=True
-        ):
-            blocks = wanted[begin:end]
-            try:
-                if isinstance(stored, Exception):
-                    raise stored
-                content = codec.decode(stored, int(frame["content"]))
-            except (fmt.FormatError, Damage) as error:
-                flaws.update(dict.fromkeys(blocks.tolist(), str(error)))
+        breaks = np.flatnonzero((wanted[1:] != wanted[:-1] + 1) | (windows[1:] != windows[:-1])) + 1
+        edges = np.concatenate(([0], breaks, [len(wanted)]))
+        firsts, counts, windows = wanted[edges[:-1]], np.diff(edges), windows[edges[:-1]]
+        begins = windows * per_window
+        places = firsts - begins if layer.whole else part.rows_before[firsts] - part.rows_before[begins]
+        first_window = section.number * BLOCKS_PER_SECTION // per_window
+        at = np.searchsorted(part.frames["window"], (windows + first_window).astype(np.uint32))
+        new = np.concatenate(([True], at[1:] != at[:-1]))
+        stored = iter(_read_frames(layer, part.frames[at[new]]))
+        content: memoryview | str = ""
+        for is_new, size, place, first, count in zip(
+            new.tolist(), part.frames["content"][at].tolist(), places.tolist(), firsts.tolist(), counts.tolist(),
+            strict=True,
+        ):  # fmt: skip
+            if is_new:
+                content = _content(next(stored), size)
+            if isinstance(content, str):
+                flaws.update(dict.fromkeys(range(first, first + count), content))
                 continue
-            first = int(blocks[0]) // per_window * per_window
-            if layer.whole:
-                places = blocks - first
-            else:
-                held = np.flatnonzero(part.stored[first : first + per_window])
-                places = np.searchsorted(held, blocks - first)
-            _scatter(np.frombuffer(content, np.uint8), places, out, blocks - low, block)
+            source, target = place * block, (first - low) * block
+            length = min(count * block, len(content) - source, len(out) - target)
+            memoryview(out)[target : target + length] = content[source : source + length]
 
     def _flaws(self, section: SectionView, flaws: dict[int, str]) -> list[Flaw]:
         """Neighbouring bad blocks of one image and one reason, as ranges."""
@@ -276,19 +278,14 @@ class PointView:
         return found
 
 
-def _scatter(
-    content: npt.NDArray[np.uint8],
-    places: npt.NDArray[np.int64],
-    out: npt.NDArray[np.uint8],
-    targets: npt.NDArray[np.int64],
-    block: int,
-) -> None:
-    """Copy blocks ``places`` of ``content`` to blocks ``targets`` of ``out``; runs are copied whole."""
-    breaks = np.flatnonzero((np.diff(places) != 1) | (np.diff(targets) != 1)) + 1
-    for begin, end in zip([0, *breaks.tolist()], [*breaks.tolist(), len(places)], strict=True):
-        source, target = int(places[begin]) * block, int(targets[begin]) * block
-        length = min((end - begin) * block, len(content) - source, len(out) - target)
-        out[target : target + length] = content[source : source + length]
+def _content(stored: memoryview | Damage, content_bytes: int) -> memoryview | str:
+    """What a frame holds, or why that cannot be had."""
+    if isinstance(stored, Damage):
+        return str(stored)
+    try:
+        return memoryview(codec.decode(stored, content_bytes))
+    except fmt.FormatError as error:
+        return str(error)
 
 
 def _read_frames(layer: ImageReader, frames: fmt.Frames) -> list[memoryview | Damage]:
