@@ -89,10 +89,10 @@ def true_runs(mask: npt.NDArray[np.bool_]) -> tuple[Offsets, Offsets]:
     where = np.flatnonzero(mask)
     if not len(where):
         return np.empty(0, np.int64), np.empty(0, np.int64)
+    if where[-1] - where[0] == len(where) - 1:
+        return where[:1], where[-1:] + 1  # one run: the usual case
     jumps = np.flatnonzero(where[1:] != where[:-1] + 1)
-    starts = where[np.concatenate(([0], jumps + 1))]
-    ends = where[np.append(jumps, len(where) - 1)] + 1
-    return starts.astype(np.int64), ends.astype(np.int64)
+    return where[np.concatenate(([0], jumps + 1))], where[np.concatenate((jumps, [len(where) - 1]))] + 1
 
 
 def from_blocks(kinds: Kinds, first_byte: int, block_bytes: int, limit: int) -> Extents:
