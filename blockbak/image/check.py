@@ -19,6 +19,7 @@ from blockbak.image import codec
 from blockbak.image import format as fmt
 from blockbak.image.reader import ImageReader, Section
 from blockbak.image.view import Flaw
+from blockbak.image.writer import zero_frames
 from blockbak.model import hashmap
 from blockbak.model.hashmap import BLOCKS_PER_SECTION, DIGEST_BYTES, DIGEST_WORDS
 from blockbak.units import MIB
@@ -84,12 +85,28 @@ def check_span(reader: ImageReader, span: Span) -> list[Flaw]:
     except Damage as error:
         every = range(span.high - span.low)
         return [_flaw(reader, span, index, str(error)) for index in every]
+    if _is_canonical(reader, span, data):
+        return []
     checked = _Checked(reader, span, data)
     flaws = [_flaw(reader, span, index, reason) for index, reason in sorted(checked.reasons.items())]
     if checked.after:
         start, end = reader.geometry.section_range(span.section.number)
         flaws.append(Flaw(start, end - start, checked.after, reader.name))
     return flaws
+
+
+def _is_canonical(reader: ImageReader, span: Span, data: memoryview) -> bool:
+    """Whether a span is a section of zeros as this program writes it: one look for all its frames.
+
+    Another cut into frames is no flaw, so False says nothing.
+    """
+    section, geometry = span.section, reader.geometry
+    if not reader.whole or len(section.rows) or span.high - span.low < len(section.frames):
+        return False
+    start, end = geometry.section_range(section.number)
+    first, window = start // geometry.window_bytes, geometry.window_bytes
+    frames, stored = zero_frames(first, end - start, window, span.start)
+    return frames.tobytes() == section.frames.tobytes() and data.tobytes() == stored
 
 
 def _flaw(reader: ImageReader, span: Span, index: int, reason: str) -> Flaw:

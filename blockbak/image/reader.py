@@ -56,12 +56,13 @@ def _frames_flaw(
     per_window = geometry.window_bytes // geometry.block_bytes
     start, end = geometry.section_range(number)
     windows = -(-(end - start) // geometry.window_bytes)
-    held = np.logical_or.reduceat(stored, np.arange(0, len(stored), per_window))
+    held = np.zeros(windows, bool)
+    if stored.any():
+        held = np.logical_or.reduceat(stored, np.arange(0, len(stored), per_window))
     local = frames["window"].astype(np.int64) - start // geometry.window_bytes
     content = frames["content"].astype(np.int64)
     if len(local) and (local[0] < 0 or local[-1] >= windows or (np.diff(local) <= 0).any()):
         return "frames out of order"
-    window_content = np.minimum(end - start - np.arange(windows) * geometry.window_bytes, geometry.window_bytes)
     if whole:
         begin = local * geometry.window_bytes
         if (
@@ -72,7 +73,8 @@ def _frames_flaw(
         ):
             return "frames do not cover their section"
         data = held[local]
-        if (content[data] != window_content[local[data]]).any():
+        room = np.minimum(end - start - begin[data], geometry.window_bytes)
+        if (content[data] != room).any():
             return "a frame does not hold its window"
         return None if int(data.sum()) == int(held.sum()) else "a frame of zeros covers stored blocks"
     if not np.array_equal(local, np.flatnonzero(held)):

@@ -247,6 +247,9 @@ class ImageWriter:
         start = piece.first_block * self.geometry.block_bytes
         end = min(start + len(piece.kinds) * self.geometry.block_bytes, self.geometry.device_bytes)
         first_window = start // window_bytes
+        if not piece.frames:
+            self._await_zeros(section, first_window, end - start)
+            return
         held = np.zeros(-(-(end - start) // window_bytes), bool)
         held[[frame.window - first_window for frame in piece.frames]] = True
         taken = 0
@@ -256,9 +259,14 @@ class ImageWriter:
                 self._place_frames(section, piece.frames[taken : taken + high - low], buffers)
                 taken += high - low
             else:
-                if not section.zero_bytes:
-                    section.zero_start = first_window + low
-                section.zero_bytes += min(start + high * window_bytes, end) - (start + low * window_bytes)
+                length = min(start + high * window_bytes, end) - (start + low * window_bytes)
+                self._await_zeros(section, first_window + low, length)
+
+    def _await_zeros(self, section: _OpenSection, window: int, length: int) -> None:
+        """Zeros from ``window`` on: they become frames once it is known how far they go."""
+        if not section.zero_bytes:
+            section.zero_start = window
+        section.zero_bytes += length
 
     def _place_frames(self, section: _OpenSection, frames: Sequence[Frame], buffers: list[Buffer]) -> None:
         records = frame_records(frames, self.offset)
@@ -286,8 +294,13 @@ class ImageWriter:
         if section.bad:
             extents = extent.overlay(extents, extent.coalesce(np.concatenate(section.bad)))
         frames = np.concatenate(section.frames) if section.frames else np.empty(0, fmt.FRAME)
-        record = fmt.pack_section(section.number, section.rows[section.kinds == DATA], extents, frames)
-        self.map_digests[section.number] = np.frombuffer(hashmap.section_digest(section.rows, extents), np.uint8)
+        rows = section.rows[section.kinds == DATA]
+        record = fmt.pack_section(section.number, rows, extents, frames)
+        if len(rows) or section.bad or not self._whole:
+            digest = hashmap.section_digest(section.rows, extents)
+        else:
+            digest = self.geometry.zero_section_digest(section.number)
+        self.map_digests[section.number] = np.frombuffer(digest, np.uint8)
         self.list_section(section.number, record, extents, len(frames))
         buffers.append(record)
 
@@ -301,8 +314,10 @@ class ImageWriter:
         self._listed += 1
         self.offset += len(record)
         self.counts.frames += frames
+        # A section's sums are exact in a float64.
+        sums = np.bincount(extents["kind"], extents["length"], BAD + 1)
         for kind in self.counts.by_kind:
-            self.counts.by_kind[kind] += extent.total(extents, kind)
+            self.counts.by_kind[kind] += int(sums[kind])
 
     # --- the end -------------------------------------------------------------------------------
 

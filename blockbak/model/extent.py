@@ -132,6 +132,10 @@ def to_blocks(extents: Extents, first_byte: int, block_bytes: int, blocks: int) 
     A block with several kinds counts as the one that asks for most care: DATA (it has stored bytes)
     over BAD over HOLE over ZERO.
     """
+    if len(extents) == 1:
+        start, length, kind = extents[0].tolist()
+        if start <= first_byte and start + length >= first_byte + blocks * block_bytes:
+            return np.full(blocks, kind, np.uint8)
     kinds = np.zeros(blocks, np.uint8)
     for kind in (ZERO, HOLE, BAD, DATA):
         rows = of_kind(extents, kind)
@@ -232,7 +236,7 @@ def flaw(extents: Extents, start: int, end: int, *, tiling: bool) -> str | None:
         return "an empty extent"
     if first[0] < start or last[-1] > end or (first[1:] < last[:-1]).any():
         return "extents out of order or outside their range"
-    if len(coalesce(extents)) != len(extents):
+    if len(extents) > 1 and len(coalesce(extents)) != len(extents):
         return "extents are not coalesced"
     if tiling and (first[0] != start or last[-1] != end or (first[1:] != last[:-1]).any()):
         return "extents do not cover the range"
