@@ -159,9 +159,13 @@ class ImageReader:
 
     def position(self, number: int) -> int | None:
         """Where section ``number`` stands in the section list; None if nothing changed in it."""
-        at = int(np.searchsorted(self.sections["number"], number))
-        found = at < len(self.sections) and int(self.sections["number"][at]) == number
-        return at if found else None
+        at = int(np.searchsorted(self._numbers, number))
+        return at if at < len(self._numbers) and int(self._numbers[at]) == number else None
+
+    @cached_property
+    def _numbers(self) -> npt.NDArray[np.uint32]:
+        """The numbers of the listed sections in memory of their own: a search in the list would copy them."""
+        return np.ascontiguousarray(self.sections["number"])
 
     def section(self, number: int) -> Section | None:
         """The section, checked by digest and for contradictions; None if the image does not have it."""

@@ -219,6 +219,21 @@ def subtract(extents: Extents, taken: Extents) -> Extents:
     return _painted(edges, np.where(gone != ABSENT, np.uint8(ABSENT), kept))
 
 
+def _lone_flaw(first: int, length: int, kind: int, start: int, end: int, *, tiling: bool) -> str | None:
+    """The same for the only row of a table."""
+    if not DATA <= kind <= BAD:
+        return "an extent of unknown kind"
+    if first >= end or length > end:
+        return "an extent outside its range"
+    if not length:
+        return "an empty extent"
+    if first < start or first + length > end:
+        return "extents out of order or outside their range"
+    if tiling and (first, first + length) != (start, end):
+        return "extents do not cover the range"
+    return None
+
+
 def flaw(extents: Extents, start: int, end: int, *, tiling: bool) -> str | None:
     """What is wrong with a table that claims to cover a part of ``[start, end)``, or None.
 
@@ -227,6 +242,8 @@ def flaw(extents: Extents, start: int, end: int, *, tiling: bool) -> str | None:
     """
     if not len(extents):
         return "extents do not cover the range" if tiling and end > start else None
+    if len(extents) == 1:
+        return _lone_flaw(*extents[0].tolist(), start, end, tiling=tiling)
     if (extents["kind"] < DATA).any() or (extents["kind"] > BAD).any():
         return "an extent of unknown kind"
     if (extents["start"] >= np.uint64(end)).any() or (extents["length"] > np.uint64(end)).any():
@@ -236,7 +253,7 @@ def flaw(extents: Extents, start: int, end: int, *, tiling: bool) -> str | None:
         return "an empty extent"
     if first[0] < start or last[-1] > end or (first[1:] < last[:-1]).any():
         return "extents out of order or outside their range"
-    if len(extents) > 1 and len(coalesce(extents)) != len(extents):
+    if len(coalesce(extents)) != len(extents):
         return "extents are not coalesced"
     if tiling and (first[0] != start or last[-1] != end or (first[1:] != last[:-1]).any()):
         return "extents do not cover the range"
