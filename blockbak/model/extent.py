@@ -243,7 +243,8 @@ def flaw(extents: Extents, start: int, end: int, *, tiling: bool) -> str | None:
     if not len(extents):
         return "extents do not cover the range" if tiling and end > start else None
     if len(extents) == 1:
-        return _lone_flaw(*extents[0].tolist(), start, end, tiling=tiling)
+        first_byte, length, kind = extents[0].tolist()
+        return _lone_flaw(first_byte, length, kind, start, end, tiling=tiling)
     if (extents["kind"] < DATA).any() or (extents["kind"] > BAD).any():
         return "an extent of unknown kind"
     if (extents["start"] >= np.uint64(end)).any() or (extents["length"] > np.uint64(end)).any():
