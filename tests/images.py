@@ -148,8 +148,11 @@ def compose(sink: Memory, about: Opening, layers: Sequence[ImageReader], compres
     """A synthetic full of the chain ``layers``, cloning its frames."""
     writer = ImageWriter(sink, about)
     view = PointView(list(layers))
-    composer = Composer(view, writer, sink, codec.encoder(compress), _CLONE_UNIT)
-    composer.run(lambda _: None, lambda: None)
+    composer = Composer(view, writer, sink, _CLONE_UNIT)
+    work = composer.worker(codec.encoder(compress), lambda _: None)
+    for piece in composer.pieces():
+        work(piece)
+    composer.finish()
     writer.finish(_closing(writer, source="images"))
     return ImageReader(sink)
 

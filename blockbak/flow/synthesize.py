@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from blockbak.errors import ComposeFailed, Damage, NoSuchPoint, NoUsableParent
+from blockbak.flow import workers
 from blockbak.flow.backup import Report as PointReport
 from blockbak.flow.backup import report
 from blockbak.flow.context import Context, iso
@@ -118,10 +119,17 @@ def _compose(
         # Tried out on the empty file, so before the header is written.
         unit = partial.clone_unit(layers.layers[0].source)
         writer = ImageWriter(partial, opening, whole.claimed_digests() if kind != FULL else None)
-        composer = Composer(layers, writer, partial, codec.encoder(compress), unit)
+        composer = Composer(layers, writer, partial, unit)
         context.progress.begin(f"composing {top.point}", top.device_bytes)
         try:
-            composer.run(context.progress.advance, context.check)
+            workers.run(
+                composer.pieces(),
+                lambda: composer.worker(codec.encoder(compress), context.progress.advance),
+                workers=context.workers,
+                check=context.check,
+                stop=composer.stop,
+            )
+            composer.finish()
         finally:
             context.progress.end()
         counts, said = writer.counts, whole.top.closing

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -12,7 +12,7 @@ from blockbak.flow import workers
 from blockbak.flow.context import Context
 from blockbak.flow.points import find, open_reader
 from blockbak.image import check
-from blockbak.image.reader import ImageReader
+from blockbak.image.reader import ImageReader, Section
 from blockbak.image.view import Flaw, PointView
 from blockbak.model import hashmap
 from blockbak.model.chain import Image, Point, chains, plan
@@ -54,15 +54,31 @@ class Report:
         return any(not verdict.ok and not verdict.newer for verdict in self.images)
 
 
+def _walk(reader: ImageReader, look: Callable[[Section], None] | None) -> Iterator[Section]:
+    """Every section of an image, its seek table compared on the way; ``look`` is shown each one."""
+    table = reader.seek_table_check()
+    for section in reader.all_sections():
+        table.add(section)
+        if look is not None:
+            look(section)
+        yield section
+    table.finish()
+
+
 def check_image(
-    reader: ImageReader, context: Context, *, share: float = 1.0, pick: Callable[[], float] | None = None
+    reader: ImageReader,
+    context: Context,
+    *,
+    share: float = 1.0,
+    pick: Callable[[], float] | None = None,
+    look: Callable[[Section], None] | None = None,
 ) -> tuple[list[Flaw], int]:
     """Check one image, or a random ``share`` of its frames; flaws and stored bytes that were read.
 
-    ``pick`` gives random numbers in [0, 1). Structure is always checked as a whole. Raises Damage where
+    ``pick`` gives random numbers in [0, 1). Structure is always checked as a whole. ``look`` is shown every
+    section, in order, so that what else must see the index needs no walk of its own. Raises Damage where
     the image cannot be walked at all.
     """
-    reader.check_seek_table()
     flaws: list[Flaw] = []
     if (tail := check.check_tail(reader)) is not None:
         flaws.append(tail)
@@ -77,10 +93,10 @@ def check_image(
             done += span.stored_bytes
         context.progress.advance(span.stored_bytes)
 
-    chosen: Iterable[check.Span] = check.spans(reader)
+    chosen: Iterable[check.Span] = check.spans(reader, _walk(reader, look))
     if share < 1 and pick is not None:
         chosen = (span for span in chosen if pick() < share)
-    workers.run(chosen, lambda: work, workers=context.workers, check=context.check)
+    workers.run(chosen, lambda: work, workers=min(context.workers, workers.cores()), check=context.check)
     return sorted(flaws, key=lambda flaw: flaw.start), done
 
 
@@ -101,14 +117,38 @@ def _whole_flaw(size: int, reason: object, file: str) -> Flaw:
     return Flaw(0, size, str(reason), file)
 
 
-def check_map(view: PointView) -> None:
-    """The top image's own sections have the map digests it states, and its root. Raises DamagedImage."""
-    view.check_binding()
-    digests = view.claimed_digests()
-    for number in view.top.sections["number"].tolist():
-        view.check_section(view.section(number), digests)
-    if hashmap.root(view.geometry.device_bytes, view.geometry.block_bytes, digests) != view.top.closing.root:
-        raise DamagedImage(file=view.top.name, reason="its root does not match its hash map")
+class _MapCheck:
+    """Given the top image's sections in order, checks that they have the map digests it states, and its root.
+
+    Damage is kept for ``finish``: the frames of an image are looked at even where its map, or an image that
+    it stands on, is not good.
+    """
+
+    def __init__(self, open_view: Callable[[], PointView]) -> None:
+        self._error: BlockbakError | None = None
+        try:
+            self._view = open_view()
+            self._view.check_binding()
+            self._digests = self._view.claimed_digests()
+        except (Damage, NewerFormat) as error:
+            self._error = error
+
+    def look(self, section: Section) -> None:
+        """The next section of the top image."""
+        if self._error is not None:
+            return
+        try:
+            self._view.check_section(self._view.section(section.number, section), self._digests)
+        except Damage as error:
+            self._error = error
+
+    def finish(self) -> None:
+        """All sections were given. Raises Damage or NewerFormat."""
+        if self._error is not None:
+            raise self._error
+        geometry, top = self._view.geometry, self._view.top
+        if hashmap.root(geometry.device_bytes, geometry.block_bytes, self._digests) != top.closing.root:
+            raise DamagedImage(file=top.name, reason="its root does not match its hash map")
 
 
 def _verify_image(
@@ -123,14 +163,19 @@ def _verify_image(
     flaws: list[Flaw] = []
     checked, newer = 0, False
     with ExitStack() as stack:
+
+        def layers() -> PointView:
+            return PointView([*(open_reader(volume, lower, stack) for lower in (chain or [])[:-1]), reader])
+
         try:
             reader = open_reader(volume, image, stack)
-            flaws, checked = check_image(reader, context, share=share, pick=pick)
             if chain is None:
+                flaws, checked = check_image(reader, context, share=share, pick=pick)
                 flaws.append(_whole_flaw(size, f"its parent {image.opening.parent} is missing or damaged", image.file))
             else:
-                below = [open_reader(volume, lower, stack) for lower in chain[:-1]]
-                check_map(PointView([*below, reader]))
+                point_map = _MapCheck(layers)
+                flaws, checked = check_image(reader, context, share=share, pick=pick, look=point_map.look)
+                point_map.finish()
         except (Damage, NewerFormat) as error:
             newer = isinstance(error, NewerFormat) and not flaws
             flaws.append(_whole_flaw(size, error, image.file))

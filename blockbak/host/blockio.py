@@ -368,8 +368,8 @@ class StoredFile:
     def read(self, offset: int, length: int) -> bytes:
         if offset < 0 or offset + length > self._size:
             raise DamagedImage(file=self._name, reason="it is shorter than its index says")
-        data = bytearray(length)
-        view = memoryview(data)
+        # Not a bytearray: that would be filled with zeros first.
+        view = memoryview(np.empty(length, np.uint8))
         done = 0
         while done < length:
             try:
@@ -379,7 +379,7 @@ class StoredFile:
             if count == 0:
                 raise DamagedImage(file=self._name, reason="it was cut short while it was read")
             done += count
-        return data  # type: ignore[return-value]  # a bytearray serves as well and saves a copy
+        return view  # type: ignore[return-value]  # it serves as well as bytes and saves a copy
 
     def forget(self) -> None:
         """Let the page cache drop the file, so that it is read from its disk."""

@@ -7,12 +7,11 @@ and block by block; frames of zeros and padding by being the one form the format
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 from blake3 import blake3
 
 from blockbak.errors import Damage
@@ -20,11 +19,12 @@ from blockbak.image import codec
 from blockbak.image import format as fmt
 from blockbak.image.reader import ImageReader, Section
 from blockbak.image.view import Flaw
+from blockbak.image.writer import zero_frames
 from blockbak.model import hashmap
-from blockbak.model.hashmap import BLOCKS_PER_SECTION
+from blockbak.model.hashmap import BLOCKS_PER_SECTION, DIGEST_BYTES, DIGEST_WORDS
 from blockbak.units import MIB
 
-_SPAN_BYTES = 4 * MIB
+_SPAN_BYTES = 1 * MIB
 """Stored bytes read at once."""
 
 
@@ -46,9 +46,12 @@ class Span:
         return self.end - self.start
 
 
-def spans(reader: ImageReader) -> Iterator[Span]:
-    """The file from the header's end to the last section record, in pieces; section records left out."""
-    for at, section in enumerate(reader.all_sections()):
+def spans(reader: ImageReader, sections: Iterable[Section] | None = None) -> Iterator[Span]:
+    """The file from the header's end to the last section record, in pieces; section records left out.
+
+    ``sections`` are all of the image's, for a caller that walks the index for reasons of its own.
+    """
+    for at, section in enumerate(reader.all_sections() if sections is None else sections):
         start, end = reader.region_start(at), int(reader.sections["offset"][at])
         ends = section.frames["offset"].astype(np.int64) + section.frames["stored"]
         low = 0
@@ -77,101 +80,143 @@ def _canonical(length: int) -> bytes:
 
 def check_span(reader: ImageReader, span: Span) -> list[Flaw]:
     """What is wrong in a span, as ranges of the volume. Safe from several threads."""
-    frames = span.section.frames[span.low : span.high]
     try:
         data = memoryview(reader.source.read(span.start, span.end - span.start))
     except Damage as error:
-        return _all_frames(reader, span, str(error))
-    flaws = []
-    at = span.start
-    for window, content, stored, offset, checksum, digest in zip(
-        frames["window"].tolist(), frames["content"].tolist(), frames["stored"].tolist(),
-        frames["offset"].tolist(), frames["checksum"].tolist(), frames["digest"], strict=True,
-    ):  # fmt: skip
-        frame = data[offset - span.start : offset - span.start + stored]
-        gap = data[at - span.start : offset - span.start]
-        reason = _gap_flaw(gap) or _frame_flaw(reader, span.section, frame, window, content, bytes(digest))
-        reason = reason or _checksum_flaw(frame, checksum)
-        if reason:
-            flaws.append(_flaw(reader, window, content, reason))
-        at = offset + stored
-    if reason := _gap_flaw(data[at - span.start :]):
+        every = range(span.high - span.low)
+        return [_flaw(reader, span, index, str(error)) for index in every]
+    if _is_canonical(reader, span, data):
+        return []
+    checked = _Checked(reader, span, data)
+    flaws = [_flaw(reader, span, index, reason) for index, reason in sorted(checked.reasons.items())]
+    if checked.after:
         start, end = reader.geometry.section_range(span.section.number)
-        flaws.append(Flaw(start, end - start, reason, reader.name))
+        flaws.append(Flaw(start, end - start, checked.after, reader.name))
     return flaws
+
+
+def _is_canonical(reader: ImageReader, span: Span, data: memoryview) -> bool:
+    """Whether a span is a section of zeros as this program writes it: one look for all its frames.
+
+    Another cut into frames is no flaw, so False says nothing.
+    """
+    section, geometry = span.section, reader.geometry
+    if not reader.whole or len(section.rows) or span.high - span.low < len(section.frames):
+        return False
+    start, end = geometry.section_range(section.number)
+    first, window = start // geometry.window_bytes, geometry.window_bytes
+    frames, stored = zero_frames(first, end - start, window, span.start)
+    return frames.tobytes() == section.frames.tobytes() and data.tobytes() == stored
+
+
+def _flaw(reader: ImageReader, span: Span, index: int, reason: str) -> Flaw:
+    """The windows of a span's frame as a range of the volume."""
+    frame = span.section.frames[span.low + index]
+    start = int(frame["window"]) * reader.geometry.window_bytes
+    length = max(int(frame["content"]), reader.geometry.window_bytes)
+    return Flaw(start, min(length, reader.geometry.device_bytes - start), reason, reader.name)
 
 
 def _gap_flaw(gap: memoryview) -> str | None:
     return "bytes between frames are not padding" if len(gap) and gap != fmt.padding(len(gap)) else None
 
 
-def _checksum_flaw(frame: memoryview, checksum: int) -> str | None:
-    """The record must name the checksum that the frame ends with; a frame of zeros has none (bit 2)."""
-    has = int.from_bytes(frame[-fmt.CHECKSUM_BYTES :], "little") if frame[4] & 0x04 else 0
-    return None if has == checksum else "a frame does not end with the checksum of its record"
+class _Checked:
+    """What is wrong with the frames of a span: the first reason of each, by its place in the span.
 
+    What can be asked of all frames at once is; only the digests and the decoding go frame by frame.
+    ``after`` is what is wrong with the bytes behind the last frame.
+    """
 
-def _flaw(reader: ImageReader, window: int, content: int, reason: str) -> Flaw:
-    """The frame's windows as a range of the volume."""
-    start = window * reader.geometry.window_bytes
-    length = max(content, reader.geometry.window_bytes)
-    return Flaw(start, min(length, reader.geometry.device_bytes - start), reason, reader.name)
+    def __init__(self, reader: ImageReader, span: Span, data: memoryview) -> None:
+        self.reasons: dict[int, str] = {}
+        self.after: str | None = None
+        self._reader, self._span, self._data = reader, span, data
+        self._frames = span.section.frames[span.low : span.high]
+        offsets = self._frames["offset"].astype(np.int64) - span.start
+        self._begins, self._ends = offsets, offsets + self._frames["stored"]
+        self._gaps()
+        self._contents()
+        self._checksums()
 
+    def _gaps(self) -> None:
+        """Between frames lies nothing, or padding."""
+        begins = np.append(self._begins, len(self._data))
+        ends = np.concatenate(([0], self._ends))
+        for index in np.flatnonzero(begins != ends).tolist():
+            if reason := _gap_flaw(self._data[ends[index] : begins[index]]):
+                if index < len(self._frames):
+                    self.reasons[index] = reason
+                else:
+                    self.after = reason
 
-def _all_frames(reader: ImageReader, span: Span, reason: str) -> list[Flaw]:
-    frames = span.section.frames[span.low : span.high]
-    return [
-        _flaw(reader, window, content, reason)
-        for window, content in zip(frames["window"].tolist(), frames["content"].tolist(), strict=True)
-    ]
+    def _contents(self) -> None:
+        """Each frame is what its record and the rows of its blocks say."""
+        if not len(self._frames):
+            return
+        section, geometry = self._span.section, self._reader.geometry
+        per_window = geometry.window_bytes // geometry.block_bytes
+        first = self._frames["window"].astype(np.int64) * per_window - section.number * BLOCKS_PER_SECTION
+        count = np.maximum(per_window, -(-self._frames["content"].astype(np.int64) // geometry.block_bytes))
+        # Rows lie in the order of their blocks, so those of a frame follow those of the frame before it.
+        low, high = section.rows_before[first], section.rows_before[np.minimum(first + count, len(section.stored))]
+        digests: list[bytes] = []
+        for index, (begin, end, content, digest, block, held) in enumerate(
+            zip(
+                self._begins.tolist(), self._ends.tolist(), self._frames["content"].tolist(),
+                self._frames["digest"].tolist(), first.tolist(), (high - low).tolist(), strict=True,
+            )
+        ):  # fmt: skip
+            frame = self._data[begin:end]
+            found = self.reasons.get(index) or self._frame(frame, content, digest, block, held)
+            if isinstance(found, str):
+                self.reasons[index] = found
+                found = [bytes(DIGEST_BYTES)] * held
+            digests += found
+        rows = np.frombuffer(b"".join(digests), "<u8").reshape(-1, DIGEST_WORDS)
+        unequal = np.flatnonzero(hashmap.changed_rows(rows, section.rows[low[0] : high[-1]])) + low[0]
+        for index in np.searchsorted(high, unequal, side="right").tolist():
+            self.reasons.setdefault(index, "a block does not have its digest")
 
-
-def _held(reader: ImageReader, section: Section, window: int, content: int) -> npt.NDArray[np.int64]:
-    """The stored blocks (of the section) in a frame's range."""
-    per_window = reader.geometry.window_bytes // reader.geometry.block_bytes
-    first = window * per_window - section.number * BLOCKS_PER_SECTION
-    count = max(per_window, -(-content // reader.geometry.block_bytes))
-    return np.flatnonzero(section.stored[first : first + count]) + first
-
-
-def _frame_flaw(
-    reader: ImageReader, section: Section, frame: memoryview, window: int, content_bytes: int, digest: bytes
-) -> str | None:
-    if blake3(frame).digest(fmt.FRAME_DIGEST_BYTES) != digest:
-        return "the stored bytes of a frame do not have their digest"
-    held = _held(reader, section, window, content_bytes)
-    if not len(held):
-        return None if frame == _canonical(content_bytes) else "a frame of zeros is not in its one form"
-    if reason := codec.frame_header_flaw(frame, content_bytes):
-        return reason
-    try:
-        content = np.frombuffer(codec.decode(frame, content_bytes), np.uint8)
-    except fmt.FormatError as error:
-        return str(error)
-    return _content_flaw(reader, section, content, window, held)
-
-
-def _content_flaw(
-    reader: ImageReader,
-    section: Section,
-    content: npt.NDArray[np.uint8],
-    window: int,
-    held: npt.NDArray[np.int64],
-) -> str | None:
-    """Every stored block has its row; in a full, every other block of the window is zeros."""
-    block = reader.geometry.block_bytes
-    known = section.rows[np.searchsorted(np.flatnonzero(section.stored), held)]
-    wanted = np.ones(-(-len(content) // block), bool)
-    places = np.arange(len(wanted))
-    if reader.whole:
-        first = window * (reader.geometry.window_bytes // block) - section.number * BLOCKS_PER_SECTION
-        places = held - first
-        wanted[:] = False
-        wanted[places] = True
-        for index in np.flatnonzero(~wanted).tolist():
-            if content[index * block : (index + 1) * block].any():
+    def _frame(self, frame: memoryview, content_bytes: int, digest: bytes, first: int, held: int) -> list[bytes] | str:
+        """The digests of the ``held`` stored blocks in a frame (its first block is ``first`` of the section),
+        or what is wrong with it.
+        """
+        if blake3(frame).digest(fmt.FRAME_DIGEST_BYTES) != digest:
+            return "the stored bytes of a frame do not have their digest"
+        if not held:
+            return [] if frame == _canonical(content_bytes) else "a frame of zeros is not in its one form"
+        if reason := codec.frame_header_flaw(frame, content_bytes):
+            return reason
+        try:
+            content = memoryview(codec.decode(frame, content_bytes))
+        except fmt.FormatError as error:
+            return str(error)
+        block = self._reader.geometry.block_bytes
+        starts = range(0, content_bytes, block)
+        if self._reader.whole and held < len(starts):
+            stored = self._span.section.stored[first : first + len(starts)].tolist()
+            if any(
+                np.frombuffer(content[at : at + block], np.uint8).any()
+                for at, is_stored in zip(starts, stored, strict=True)
+                if not is_stored
+            ):
                 return "a block that should be zeros is not"
-    rows = hashmap.digest_blocks(content, block, wanted)
-    if hashmap.changed_rows(np.ascontiguousarray(rows[places]), np.ascontiguousarray(known)).any():
-        return "a block does not have its digest"
-    return None
+            return [
+                blake3(content[at : at + block]).digest()
+                for at, is_stored in zip(starts, stored, strict=True)
+                if is_stored
+            ]
+        return [blake3(content[at : at + block]).digest() for at in starts]
+
+    def _checksums(self) -> None:
+        """A record must name the checksum that its frame ends with; a frame of zeros has none (bit 2)."""
+        sound = np.setdiff1d(np.arange(len(self._frames)), list(self.reasons))
+        if not len(sound):
+            return
+        data = np.frombuffer(self._data, np.uint8)
+        last = self._ends[sound, np.newaxis] - np.arange(fmt.CHECKSUM_BYTES, 0, -1)
+        ending = np.ascontiguousarray(data[last]).view("<u4")[:, 0]
+        has = np.where(data[self._begins[sound] + 4] & 0x04, ending, 0)
+        for index in sound[has != self._frames["checksum"][sound]].tolist():
+            self.reasons[index] = "a frame does not end with the checksum of its record"

@@ -39,6 +39,11 @@ class Section:
     stored: npt.NDArray[np.bool_]
 
     @cached_property
+    def rows_before(self) -> npt.NDArray[np.int64]:
+        """How many rows belong to blocks before each block; one more at the end: all of them."""
+        return np.concatenate(([0], np.cumsum(self.stored)))
+
+    @cached_property
     def bad(self) -> Extents:
         """What could not be read from the source."""
         return extent.of_kind(self.extents, BAD)
@@ -51,12 +56,13 @@ def _frames_flaw(
     per_window = geometry.window_bytes // geometry.block_bytes
     start, end = geometry.section_range(number)
     windows = -(-(end - start) // geometry.window_bytes)
-    held = np.logical_or.reduceat(stored, np.arange(0, len(stored), per_window))
+    held = np.zeros(windows, bool)
+    if stored.any():
+        held = np.logical_or.reduceat(stored, np.arange(0, len(stored), per_window))
     local = frames["window"].astype(np.int64) - start // geometry.window_bytes
     content = frames["content"].astype(np.int64)
     if len(local) and (local[0] < 0 or local[-1] >= windows or (np.diff(local) <= 0).any()):
         return "frames out of order"
-    window_content = np.minimum(end - start - np.arange(windows) * geometry.window_bytes, geometry.window_bytes)
     if whole:
         begin = local * geometry.window_bytes
         if (
@@ -67,7 +73,8 @@ def _frames_flaw(
         ):
             return "frames do not cover their section"
         data = held[local]
-        if (content[data] != window_content[local[data]]).any():
+        room = np.minimum(end - start - begin[data], geometry.window_bytes)
+        if (content[data] != room).any():
             return "a frame does not hold its window"
         return None if int(data.sum()) == int(held.sum()) else "a frame of zeros covers stored blocks"
     if not np.array_equal(local, np.flatnonzero(held)):
@@ -152,9 +159,13 @@ class ImageReader:
 
     def position(self, number: int) -> int | None:
         """Where section ``number`` stands in the section list; None if nothing changed in it."""
-        at = int(np.searchsorted(self.sections["number"], number))
-        found = at < len(self.sections) and int(self.sections["number"][at]) == number
-        return at if found else None
+        at = int(np.searchsorted(self._numbers, number))
+        return at if at < len(self._numbers) and int(self._numbers[at]) == number else None
+
+    @cached_property
+    def _numbers(self) -> npt.NDArray[np.uint32]:
+        """The numbers of the listed sections in memory of their own: a search in the list would copy them."""
+        return np.ascontiguousarray(self.sections["number"])
 
     def section(self, number: int) -> Section | None:
         """The section, checked by digest and for contradictions; None if the image does not have it."""

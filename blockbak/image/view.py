@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -57,7 +58,7 @@ class SectionView:
     extents: Extents
     layers: Sequence[Section | None]
 
-    @property
+    @cached_property
     def stored(self) -> npt.NDArray[np.bool_]:
         """The blocks whose content lies in a frame."""
         return self.kinds == DATA
@@ -95,25 +96,45 @@ class PointView:
             digests[layer.sections["number"].astype(np.int64)] = layer.map_digests()
         return digests
 
-    def section(self, number: int) -> SectionView:
-        """One section, composed. Raises DamagedImage or UnreadableStore."""
+    def section(self, number: int, top: Section | None = None) -> SectionView:
+        """One section, composed; ``top`` is the newest layer's own, where it is at hand already.
+
+        Raises DamagedImage or UnreadableStore.
+        """
+        parts = [layer.section(number) for layer in self.layers[:-1]]
+        parts.append(top or self.top.section(number))
+        said = [index for index, part in enumerate(parts) if part is not None]
+        if len(said) == 1:
+            return self._alone(number, said[0], parts)
         blocks = self.geometry.section_blocks(number)
         kinds = np.zeros(blocks, np.uint8)
         owner = np.full(blocks, -1, np.int16)
-        rows = self.geometry.zero_rows(number)
+        zero = self.geometry.zero_rows(number)
+        rows = zero.copy()
         extents = extent.empty()
-        zero = rows if len(self.layers) == 1 else rows.copy()
-        parts = [layer.section(number) for layer in self.layers]
-        for index, part in enumerate(parts):
-            if part is None:
-                continue
-            said = part.kinds != ABSENT
-            kinds[said], owner[said] = part.kinds[said], index
-            if index:
-                rows[said & ~part.stored] = zero[said & ~part.stored]
+        for index in said:
+            part = parts[index]
+            assert part is not None  # noqa: S101 - chosen so
+            says = part.kinds != ABSENT
+            kinds[says], owner[says] = part.kinds[says], index
+            gone = says & ~part.stored
+            rows[gone] = zero[gone]
             rows[part.stored] = part.rows
-            extents = self._laid_over(extents, part, said) if index else part.extents
+            extents = self._laid_over(extents, part, says)
         return SectionView(number, kinds, owner, rows, extents, parts)
+
+    def _alone(self, number: int, index: int, parts: Sequence[Section | None]) -> SectionView:
+        """A section of which only layer ``index`` says anything."""
+        part = parts[index]
+        assert part is not None  # noqa: S101 - chosen so
+        owner = np.where(part.kinds == ABSENT, np.int16(-1), np.int16(index))
+        rows = self.geometry.zero_rows(number)
+        if len(part.rows) == len(rows):
+            rows = part.rows
+        elif len(part.rows):
+            rows = rows.copy()
+            rows[part.stored] = part.rows
+        return SectionView(number, part.kinds, owner, rows, part.extents, parts)
 
     def _laid_over(self, below: Extents, part: Section, said: npt.NDArray[np.bool_]) -> Extents:
         """A block is the unit of change: a newer block replaces all extents of the older one."""
@@ -158,7 +179,10 @@ class PointView:
 
     def check_section(self, section: SectionView, digests: npt.NDArray[np.uint8]) -> None:
         """The composed rows have the digest that the newest layer states. Raises DamagedImage."""
-        found = hashmap.section_digest(section.rows, section.extents)
+        if section.stored.any() or (section.extents["kind"] == BAD).any():
+            found = hashmap.section_digest(section.rows, section.extents)
+        else:
+            found = self.geometry.zero_section_digest(section.number)
         if found != digests[section.number].tobytes():
             newest = max((i for i, part in enumerate(section.layers) if part is not None), default=0)
             raise DamagedImage(
@@ -188,7 +212,7 @@ class PointView:
         for begin, end in zip(*(edge.tolist() for edge in extent.true_runs(~stored)), strict=True):
             out[begin * block : end * block] = 0
         owners = section.owner[low:high]
-        for index in np.unique(owners[stored]).tolist():
+        for index in np.flatnonzero(np.bincount(owners[stored])).tolist():
             wanted = np.flatnonzero(stored & (owners == index)) + low
             self._fill_from(section, index, wanted, low, out, flaws)
         for index in flaws:
@@ -209,33 +233,34 @@ class PointView:
         flaws: dict[int, str],
     ) -> None:
         """Decode the frames of layer ``index`` that hold the ``wanted`` blocks (of the section)."""
-        part = section.layers[index]
+        part, layer = section.layers[index], self.layers[index]
         assert part is not None  # noqa: S101 - a layer owns blocks only through its section
-        layer, block = self.layers[index], self.geometry.block_bytes
+        block = self.geometry.block_bytes
         per_window = self.geometry.window_bytes // block
-        first_window = section.number * BLOCKS_PER_SECTION // per_window
+        # Runs of blocks that follow each other in a frame's content as they do in ``out``.
         windows = wanted // per_window
-        starts, ends = extent.runs(windows)
-        at = np.searchsorted(part.frames["window"], windows[starts] + first_window)
-        frames = part.frames[at]
-        for frame, stored, begin, end in zip(
-            frames, _read_frames(layer, frames), starts.tolist(), ends.tolist(), strict=True
-        ):
-            blocks = wanted[begin:end]
-            try:
-                if isinstance(stored, Exception):
-                    raise stored
-                content = codec.decode(stored, int(frame["content"]))
-            except (fmt.FormatError, Damage) as error:
-                flaws.update(dict.fromkeys(blocks.tolist(), str(error)))
+        breaks = np.flatnonzero((wanted[1:] != wanted[:-1] + 1) | (windows[1:] != windows[:-1])) + 1
+        edges = np.concatenate(([0], breaks, [len(wanted)]))
+        firsts, counts, windows = wanted[edges[:-1]], np.diff(edges), windows[edges[:-1]]
+        begins = windows * per_window
+        places = firsts - begins if layer.whole else part.rows_before[firsts] - part.rows_before[begins]
+        first_window = section.number * BLOCKS_PER_SECTION // per_window
+        at = np.searchsorted(part.frames["window"], (windows + first_window).astype(np.uint32))
+        new = np.concatenate(([True], at[1:] != at[:-1]))
+        stored = iter(_read_frames(layer, part.frames[at[new]]))
+        content: memoryview | str = ""
+        for is_new, size, place, first, count in zip(
+            new.tolist(), part.frames["content"][at].tolist(), places.tolist(), firsts.tolist(), counts.tolist(),
+            strict=True,
+        ):  # fmt: skip
+            if is_new:
+                content = _content(next(stored), size)
+            if isinstance(content, str):
+                flaws.update(dict.fromkeys(range(first, first + count), content))
                 continue
-            first = int(blocks[0]) // per_window * per_window
-            if layer.whole:
-                places = blocks - first
-            else:
-                held = np.flatnonzero(part.stored[first : first + per_window])
-                places = np.searchsorted(held, blocks - first)
-            _scatter(np.frombuffer(content, np.uint8), places, out, blocks - low, block)
+            source, target = place * block, (first - low) * block
+            length = min(count * block, len(content) - source, len(out) - target)
+            memoryview(out)[target : target + length] = content[source : source + length]
 
     def _flaws(self, section: SectionView, flaws: dict[int, str]) -> list[Flaw]:
         """Neighbouring bad blocks of one image and one reason, as ranges."""
@@ -253,19 +278,14 @@ class PointView:
         return found
 
 
-def _scatter(
-    content: npt.NDArray[np.uint8],
-    places: npt.NDArray[np.int64],
-    out: npt.NDArray[np.uint8],
-    targets: npt.NDArray[np.int64],
-    block: int,
-) -> None:
-    """Copy blocks ``places`` of ``content`` to blocks ``targets`` of ``out``; runs are copied whole."""
-    breaks = np.flatnonzero((np.diff(places) != 1) | (np.diff(targets) != 1)) + 1
-    for begin, end in zip([0, *breaks.tolist()], [*breaks.tolist(), len(places)], strict=True):
-        source, target = int(places[begin]) * block, int(targets[begin]) * block
-        length = min((end - begin) * block, len(content) - source, len(out) - target)
-        out[target : target + length] = content[source : source + length]
+def _content(stored: memoryview | Damage, content_bytes: int) -> memoryview | str:
+    """What a frame holds, or why that cannot be had."""
+    if isinstance(stored, Damage):
+        return str(stored)
+    try:
+        return memoryview(codec.decode(stored, content_bytes))
+    except fmt.FormatError as error:
+        return str(error)
 
 
 def _read_frames(layer: ImageReader, frames: fmt.Frames) -> list[memoryview | Damage]:

@@ -7,9 +7,11 @@ made them, while they are still in its cache.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -109,6 +111,48 @@ def make_frame(window: int, content: memoryview, encoder: Encoder) -> Frame:
     return Frame(window, len(content), stored, checksum, hasher.digest(fmt.FRAME_DIGEST_BYTES), buffers)
 
 
+def frame_records(frames: Sequence[Frame], offset: int) -> fmt.Frames:
+    """The records of frames that are to lie one after the other from ``offset`` on."""
+    records = np.empty(len(frames), fmt.FRAME)
+    stored = np.array([frame.stored_bytes for frame in frames], np.int64)
+    records["window"] = [frame.window for frame in frames]
+    records["content"] = [frame.content_bytes for frame in frames]
+    records["stored"] = stored
+    records["offset"] = offset + np.cumsum(stored) - stored
+    records["checksum"] = [frame.checksum for frame in frames]
+    records["digest"] = np.frombuffer(b"".join(frame.digest for frame in frames), "V16")
+    return records
+
+
+class Turns:
+    """Lets workers that finish numbered jobs in any order pass one point in the order of the numbers."""
+
+    def __init__(self) -> None:
+        self._next = 0
+        self._stopped = False
+        self._condition = threading.Condition()
+
+    @contextlib.contextmanager
+    def turn(self, number: int) -> Iterator[None]:
+        """Waits for the jobs before this one; those after it wait until the ``with`` ends without an error.
+
+        Raises Stopped after ``stop``.
+        """
+        with self._condition:
+            self._condition.wait_for(lambda: self._stopped or self._next == number)
+            if self._stopped:
+                raise Stopped
+            yield
+            self._next += 1
+            self._condition.notify_all()
+
+    def stop(self) -> None:
+        """Release all who wait: there is nothing to wait for any more."""
+        with self._condition:
+            self._stopped = True
+            self._condition.notify_all()
+
+
 @dataclass(slots=True)
 class Counts:
     """Bytes by kind and frames, summed while writing."""
@@ -153,9 +197,7 @@ class ImageWriter:
         self._whole = opening.kind == FULL
         self._header = fmt.pack_header(opening)
         self.offset = len(self._header)
-        self._turn = 0
-        self._stopped = False
-        self._condition = threading.Condition()
+        self._turns = Turns()
         self._section: _OpenSection | None = None
         self._list = np.zeros(self.geometry.sections, fmt.SECTION_ENTRY)
         self._frame_counts = np.zeros(self.geometry.sections, np.int64)
@@ -169,21 +211,14 @@ class ImageWriter:
 
     def add(self, piece: Piece) -> None:
         """Place and write a piece; waits for the pieces before it. Raises Stopped after ``stop``."""
-        with self._condition:
-            self._condition.wait_for(lambda: self._stopped or self._turn == piece.number)
-            if self._stopped:
-                raise Stopped
+        with self._turns.turn(piece.number):
             offset, buffers = self._place(piece)
-            self._turn += 1
-            self._condition.notify_all()
         if buffers:
             self._sink.write(offset, buffers)
 
     def stop(self) -> None:
         """Release all waiting workers: the image will not be finished."""
-        with self._condition:
-            self._stopped = True
-            self._condition.notify_all()
+        self._turns.stop()
 
     def _place(self, piece: Piece) -> tuple[int, list[Buffer]]:
         """Offsets for the piece's frames, and for its section if it is the last; what to write where."""
@@ -212,6 +247,9 @@ class ImageWriter:
         start = piece.first_block * self.geometry.block_bytes
         end = min(start + len(piece.kinds) * self.geometry.block_bytes, self.geometry.device_bytes)
         first_window = start // window_bytes
+        if not piece.frames:
+            self._await_zeros(section, first_window, end - start)
+            return
         held = np.zeros(-(-(end - start) // window_bytes), bool)
         held[[frame.window - first_window for frame in piece.frames]] = True
         taken = 0
@@ -221,21 +259,19 @@ class ImageWriter:
                 self._place_frames(section, piece.frames[taken : taken + high - low], buffers)
                 taken += high - low
             else:
-                if not section.zero_bytes:
-                    section.zero_start = first_window + low
-                section.zero_bytes += min(start + high * window_bytes, end) - (start + low * window_bytes)
+                length = min(start + high * window_bytes, end) - (start + low * window_bytes)
+                self._await_zeros(section, first_window + low, length)
+
+    def _await_zeros(self, section: _OpenSection, window: int, length: int) -> None:
+        """Zeros from ``window`` on: they become frames once it is known how far they go."""
+        if not section.zero_bytes:
+            section.zero_start = window
+        section.zero_bytes += length
 
     def _place_frames(self, section: _OpenSection, frames: Sequence[Frame], buffers: list[Buffer]) -> None:
-        records = np.empty(len(frames), fmt.FRAME)
-        stored = np.array([frame.stored_bytes for frame in frames], np.int64)
-        records["window"] = [frame.window for frame in frames]
-        records["content"] = [frame.content_bytes for frame in frames]
-        records["stored"] = stored
-        records["offset"] = self.offset + np.cumsum(stored) - stored
-        records["checksum"] = [frame.checksum for frame in frames]
-        records["digest"] = np.frombuffer(b"".join(frame.digest for frame in frames), "V16")
+        records = frame_records(frames, self.offset)
         section.frames.append(records)
-        self.offset += int(stored.sum())
+        self.offset += int(records["stored"].sum(dtype=np.int64))
         for frame in frames:
             buffers.extend(frame.buffers)
 
@@ -258,8 +294,13 @@ class ImageWriter:
         if section.bad:
             extents = extent.overlay(extents, extent.coalesce(np.concatenate(section.bad)))
         frames = np.concatenate(section.frames) if section.frames else np.empty(0, fmt.FRAME)
-        record = fmt.pack_section(section.number, section.rows[section.kinds == DATA], extents, frames)
-        self.map_digests[section.number] = np.frombuffer(hashmap.section_digest(section.rows, extents), np.uint8)
+        rows = section.rows[section.kinds == DATA]
+        record = fmt.pack_section(section.number, rows, extents, frames)
+        if len(rows) or section.bad or not self._whole:
+            digest = hashmap.section_digest(section.rows, extents)
+        else:
+            digest = self.geometry.zero_section_digest(section.number)
+        self.map_digests[section.number] = np.frombuffer(digest, np.uint8)
         self.list_section(section.number, record, extents, len(frames))
         buffers.append(record)
 
@@ -273,8 +314,10 @@ class ImageWriter:
         self._listed += 1
         self.offset += len(record)
         self.counts.frames += frames
+        # A section's sums are exact in a float64.
+        sums = np.bincount(extents["kind"], extents["length"], BAD + 1)
         for kind in self.counts.by_kind:
-            self.counts.by_kind[kind] += extent.total(extents, kind)
+            self.counts.by_kind[kind] += int(sums[kind])
 
     # --- the end -------------------------------------------------------------------------------
 
@@ -321,16 +364,26 @@ class ImageWriter:
             yield np.frombuffer(data, fmt.FRAME), offset
 
 
-def zero_frames(first_window: int, length: int, window_bytes: int, offset: int) -> tuple[fmt.Frames, bytes]:
-    """Records and bytes of the frames for a run of ``length`` zero bytes, to lie at ``offset``."""
+@lru_cache(maxsize=64)
+def _zero_run(length: int, window_bytes: int) -> tuple[fmt.Frames, bytes]:
+    """Records and bytes of a run of zeros, as if it were the volume's first window and lay at offset 0."""
     sizes = np.array(fmt.zero_frame_sizes(length, window_bytes), np.int64)
     frames = [fmt.zero_frame(size) for size in sizes.tolist()]
     stored = np.array([len(frame) for frame in frames], np.int64)
     records = np.empty(len(sizes), fmt.FRAME)
-    records["window"] = first_window + (np.cumsum(sizes) - sizes) // window_bytes
+    records["window"] = (np.cumsum(sizes) - sizes) // window_bytes
     records["content"], records["stored"] = sizes, stored
-    records["offset"] = offset + np.cumsum(stored) - stored
+    records["offset"] = np.cumsum(stored) - stored
     records["checksum"] = 0
     digests = b"".join(blake3(frame).digest(fmt.FRAME_DIGEST_BYTES) for frame in frames)
     records["digest"] = np.frombuffer(digests, "V16")
     return records, b"".join(frames)
+
+
+def zero_frames(first_window: int, length: int, window_bytes: int, offset: int) -> tuple[fmt.Frames, bytes]:
+    """Records and bytes of the frames for a run of ``length`` zero bytes, to lie at ``offset``."""
+    known, data = _zero_run(length, window_bytes)
+    records = known.copy()
+    records["window"] += first_window
+    records["offset"] += offset
+    return records, data

@@ -89,10 +89,10 @@ def true_runs(mask: npt.NDArray[np.bool_]) -> tuple[Offsets, Offsets]:
     where = np.flatnonzero(mask)
     if not len(where):
         return np.empty(0, np.int64), np.empty(0, np.int64)
+    if where[-1] - where[0] == len(where) - 1:
+        return where[:1], where[-1:] + 1  # one run: the usual case
     jumps = np.flatnonzero(where[1:] != where[:-1] + 1)
-    starts = where[np.concatenate(([0], jumps + 1))]
-    ends = where[np.append(jumps, len(where) - 1)] + 1
-    return starts.astype(np.int64), ends.astype(np.int64)
+    return where[np.concatenate(([0], jumps + 1))], where[np.concatenate((jumps, [len(where) - 1]))] + 1
 
 
 def from_blocks(kinds: Kinds, first_byte: int, block_bytes: int, limit: int) -> Extents:
@@ -132,6 +132,10 @@ def to_blocks(extents: Extents, first_byte: int, block_bytes: int, blocks: int) 
     A block with several kinds counts as the one that asks for most care: DATA (it has stored bytes)
     over BAD over HOLE over ZERO.
     """
+    if len(extents) == 1:
+        start, length, kind = extents[0].tolist()
+        if start <= first_byte and start + length >= first_byte + blocks * block_bytes:
+            return np.full(blocks, kind, np.uint8)
     kinds = np.zeros(blocks, np.uint8)
     for kind in (ZERO, HOLE, BAD, DATA):
         rows = of_kind(extents, kind)
@@ -215,6 +219,21 @@ def subtract(extents: Extents, taken: Extents) -> Extents:
     return _painted(edges, np.where(gone != ABSENT, np.uint8(ABSENT), kept))
 
 
+def _lone_flaw(first: int, length: int, kind: int, start: int, end: int, *, tiling: bool) -> str | None:
+    """The same for the only row of a table."""
+    if not DATA <= kind <= BAD:
+        return "an extent of unknown kind"
+    if first >= end or length > end:
+        return "an extent outside its range"
+    if not length:
+        return "an empty extent"
+    if first < start or first + length > end:
+        return "extents out of order or outside their range"
+    if tiling and (first, first + length) != (start, end):
+        return "extents do not cover the range"
+    return None
+
+
 def flaw(extents: Extents, start: int, end: int, *, tiling: bool) -> str | None:
     """What is wrong with a table that claims to cover a part of ``[start, end)``, or None.
 
@@ -223,6 +242,9 @@ def flaw(extents: Extents, start: int, end: int, *, tiling: bool) -> str | None:
     """
     if not len(extents):
         return "extents do not cover the range" if tiling and end > start else None
+    if len(extents) == 1:
+        first_byte, length, kind = extents[0].tolist()
+        return _lone_flaw(first_byte, length, kind, start, end, tiling=tiling)
     if (extents["kind"] < DATA).any() or (extents["kind"] > BAD).any():
         return "an extent of unknown kind"
     if (extents["start"] >= np.uint64(end)).any() or (extents["length"] > np.uint64(end)).any():

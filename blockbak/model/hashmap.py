@@ -105,12 +105,19 @@ def section_digest(rows: Rows, extents: Extents) -> bytes:
 
 
 @lru_cache(maxsize=8)
-def zero_section_digest(blocks: int, block_bytes: int, last_bytes: int) -> bytes:
-    """The section digest of ``blocks`` zero blocks, the last of ``last_bytes``."""
+def zero_section_rows(blocks: int, block_bytes: int, last_bytes: int) -> Rows:
+    """The rows of ``blocks`` zero blocks, the last of ``last_bytes``; read-only, because it is shared."""
     rows = np.empty((blocks, DIGEST_WORDS), "<u8")
     rows[:] = zero_row(block_bytes)
     rows[-1] = zero_row(last_bytes)
-    return blake3(memoryview(rows).cast("B")).digest()
+    rows.flags.writeable = False
+    return rows
+
+
+@lru_cache(maxsize=8)
+def zero_section_digest(blocks: int, block_bytes: int, last_bytes: int) -> bytes:
+    """The section digest of ``blocks`` zero blocks, the last of ``last_bytes``."""
+    return blake3(memoryview(zero_section_rows(blocks, block_bytes, last_bytes)).cast("B")).digest()
 
 
 def root(device_bytes: int, block_bytes: int, section_digests: npt.NDArray[np.uint8]) -> str:
@@ -155,17 +162,13 @@ class Geometry:
         return min(self.block_bytes, self.device_bytes - block * self.block_bytes)
 
     def zero_rows(self, number: int) -> Rows:
-        """The rows of a section whose blocks are all zero."""
-        blocks = self.section_blocks(number)
-        rows = np.empty((blocks, DIGEST_WORDS), "<u8")
-        rows[:] = zero_row(self.block_bytes)
-        last = self.block_length(number * BLOCKS_PER_SECTION + blocks - 1)
-        if last != self.block_bytes:
-            rows[-1] = zero_row(last)
-        return rows
+        """The rows of a section whose blocks are all zero; read-only."""
+        return zero_section_rows(*self._zeros(number))
 
     def zero_section_digest(self, number: int) -> bytes:
         """The digest of a section whose blocks are all zero."""
+        return zero_section_digest(*self._zeros(number))
+
+    def _zeros(self, number: int) -> tuple[int, int, int]:
         blocks = self.section_blocks(number)
-        last = self.block_length(number * BLOCKS_PER_SECTION + blocks - 1)
-        return zero_section_digest(blocks, self.block_bytes, last)
+        return blocks, self.block_bytes, self.block_length(number * BLOCKS_PER_SECTION + blocks - 1)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blockbak.flow import workers
 from blockbak.image import codec
 from blockbak.image.compose import REENCODE, ZEROS, Composer, plan_windows
 from blockbak.image.reader import ImageReader, Section
@@ -128,14 +129,21 @@ def content_of(view):
     return out.tobytes()
 
 
-def composed(layers, whole, number, *, full, unit, compress="zstd"):
+def composed(layers, whole, number, *, full, unit, compress="zstd", threads=1):
     """What synthesize does, in memory."""
     parent = None if full else 1
     opening = opened(number, parent, whole.geometry.device_bytes, None if full else whole.layers[0].closing.root)
     sink = MemorySink("composed", unit)
     writer = ImageWriter(sink, opening, None if full else whole.claimed_digests())
-    composer = Composer(layers, writer, sink, codec.encoder(compress), sink.clone_unit(layers.layers[0].source))
-    composer.run(lambda _: None, lambda: None)
+    composer = Composer(layers, writer, sink, sink.clone_unit(layers.layers[0].source))
+    workers.run(
+        composer.pieces(),
+        lambda: composer.worker(codec.encoder(compress), lambda _: None),
+        workers=threads,
+        check=lambda: None,
+        stop=composer.stop,
+    )
+    composer.finish()
     writer.finish(closing_of(writer, number))
     reader = ImageReader(sink.sealed())
     reader.check_seek_table()
@@ -188,7 +196,7 @@ def test_every_point_reads_as_it_was_and_composes_to_itself(story, compress, pie
         assert extent.flaw(found[0], 0, len(content), tiling=True) is None
         assert extent.of_kind(found[0], BAD).tolist() == bad.tolist()
     assert view is not None
-    full = composed(view, view, len(story), full=True, unit=unit)
+    full = composed(view, view, len(story), full=True, unit=unit, threads=pieces)
     assert full.closing.root == view.top.closing.root
     alone = PointView([full])
     alone.check()
@@ -219,6 +227,29 @@ def test_a_full_is_composed_by_cloning_where_blocks_can_be_shared():
     assert content_of(PointView([shared])) == content_of(PointView([sink_free])) == bytes(content)
     # Two runs, before and after the window: a padding frame and two blocks each.
     assert shared.source.size <= sink_free.source.size + 2 * (4096 + 8)
+
+
+@pytest.mark.parametrize("unit", [0, 4096])
+@pytest.mark.parametrize("full", [True, False])
+def test_what_is_composed_does_not_depend_on_the_number_of_workers(unit, full):
+    """Windows to be taken over, to be encoded again and of zeros take turns, in several pieces."""
+    dice = np.random.default_rng(7)
+    blocks = 1200
+    content = np.zeros(blocks * BLOCK - 100, np.uint8)
+    layers: list[ImageReader] = []
+    for number in range(1, 4):
+        chosen = np.repeat(dice.random(blocks // 20), 20) < 0.7 if number == 1 else dice.random(blocks) < 0.05
+        kinds = np.where(chosen, dice.choice([DATA, DATA, ZERO], blocks), ABSENT if layers else ZERO).astype(np.uint8)
+        for block in np.flatnonzero(chosen).tolist():
+            part = content[block * BLOCK : (block + 1) * BLOCK]
+            part[:] = np.resize(dice.integers(1, 255, 3000), len(part)) if kinds[block] == DATA else 0
+        parent = PointView(list(layers)) if layers else None
+        layers.append(ImageReader(stored(number, content.tobytes(), kinds, extent.empty(), parent, "zstd", 8)))
+    view = PointView(layers)
+    below = view if full else PointView(layers[1:])
+    one, four = (composed(below, view, 3, full=full, unit=unit, threads=threads) for threads in (1, 4))
+    assert one.source.data == four.source.data
+    PointView([one] if full else [layers[0], one]).check()
 
 
 @pytest.mark.parametrize("blocks", [BLOCKS_PER_SECTION - 1, BLOCKS_PER_SECTION, BLOCKS_PER_SECTION + 1])
