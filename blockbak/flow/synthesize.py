@@ -132,6 +132,7 @@ def _compose(
             composer.finish()
         finally:
             context.progress.end()
+        context.check()
         counts, said = writer.counts, whole.top.closing
         closing = Closing(
             root=writer.root, mode=said.mode, consistency=said.consistency, change_source="images", read_bytes=0,

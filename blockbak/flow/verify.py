@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Self
 
 from blockbak.errors import BlockbakError, Damage, DamagedImage, Gap, NewerFormat
 from blockbak.flow import workers
@@ -151,8 +152,36 @@ class _MapCheck:
             raise DamagedImage(file=top.name, reason="its root does not match its hash map")
 
 
+class _Readers:
+    """The open images of a volume: those of the chain that was asked for last. The next one is mostly the
+    same and one more, and opening all of it for each point would take the square of its length.
+    """
+
+    def __init__(self, volume: Volume) -> None:
+        self._volume = volume
+        self._open: dict[str, tuple[ImageReader, ExitStack]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.keep(())
+
+    def keep(self, files: Collection[str]) -> None:
+        """Close all but these."""
+        for file in self._open.keys() - set(files):
+            self._open.pop(file)[1].close()
+
+    def reader(self, image: Image) -> ImageReader:
+        """One image, open until ``keep`` leaves it out. Raises Damage or NewerFormat."""
+        if image.file not in self._open:
+            with ExitStack() as stack:
+                self._open[image.file] = open_reader(self._volume, image, stack), stack.pop_all()
+        return self._open[image.file][0]
+
+
 def _verify_image(
-    volume: Volume,
+    readers: _Readers,
     image: Image,
     chain: Sequence[Image] | None,
     context: Context,
@@ -162,24 +191,25 @@ def _verify_image(
     size = image.opening.device_bytes
     flaws: list[Flaw] = []
     checked, newer = 0, False
-    with ExitStack() as stack:
 
-        def layers() -> PointView:
-            return PointView([*(open_reader(volume, lower, stack) for lower in (chain or [])[:-1]), reader])
+    def layers() -> PointView:
+        return PointView([readers.reader(one) for one in chain or [image]])
 
-        try:
-            reader = open_reader(volume, image, stack)
-            if chain is None:
-                flaws, checked = check_image(reader, context, share=share, pick=pick)
-                flaws.append(_whole_flaw(size, f"its parent {image.opening.parent} is missing or damaged", image.file))
-            else:
-                point_map = _MapCheck(layers)
-                flaws, checked = check_image(reader, context, share=share, pick=pick, look=point_map.look)
-                point_map.finish()
-        except (Damage, NewerFormat) as error:
-            newer = isinstance(error, NewerFormat) and not flaws
-            flaws.append(_whole_flaw(size, error, image.file))
-    return Verdict(volume.name, image.point, image.opening.kind, image.file, not flaws, flaws, checked, newer)
+    readers.keep([one.file for one in chain or [image]])
+    try:
+        reader = readers.reader(image)
+        if chain is None:
+            flaws, checked = check_image(reader, context, share=share, pick=pick)
+            flaws.append(_whole_flaw(size, f"its parent {image.opening.parent} is missing or damaged", image.file))
+        else:
+            point_map = _MapCheck(layers)
+            flaws, checked = check_image(reader, context, share=share, pick=pick, look=point_map.look)
+            point_map.finish()
+    except (Damage, NewerFormat) as error:
+        newer = isinstance(error, NewerFormat) and not flaws
+        flaws.append(_whole_flaw(size, error, image.file))
+    kind, volume = image.opening.kind, image.opening.volume
+    return Verdict(volume, image.point, kind, image.file, not flaws, flaws, checked, newer)
 
 
 def _unusable(error: BlockbakError) -> Verdict:
@@ -243,8 +273,9 @@ def verify(
             whole = chains(catalog.images)
             context.progress.begin(f"verifying {name}", sum(image.image_bytes for image in images))
             try:
-                for image in images:
-                    verdicts.append(_verify_image(volume, image, whole.get(image.file), context, share, pick))
+                with _Readers(volume) as readers:
+                    for image in images:
+                        verdicts.append(_verify_image(readers, image, whole.get(image.file), context, share, pick))
             finally:
                 context.progress.end()
     return Report(verdicts, leftovers, round(context.timer() - clock, 3))
