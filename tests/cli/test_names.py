@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cli.program import NOBODY, both, document, fails, ok, run
+from tests.cli.program import both, document, fails, ok, run
 from tests.cli.stock import Stock
 
 # --- points --------------------------------------------------------------------------------------------------
@@ -157,19 +156,6 @@ def test_the_state_directory_is_where_the_environment_says(loop, ext4, tmp_path:
     for where in (files.where / "state", files.where):
         found = fails(5, "SourceHoldsRepository", *words, env={"BLOCKBAK_STATE_DIR": str(where)})
         assert "state directory" in found.error["message"]
-
-
-def test_the_state_directory_of_others_is_xdgs(loop, ext4, public: Path) -> None:
-    image = public / "v.img"
-    ok("init", public / "repo")
-    for path in (public / "repo", *(public / "repo").rglob("*")):
-        shutil.chown(path, 65534, 65534)
-    image.write_bytes(b"v" * 5000)
-    image.chmod(0o644)
-    files = ext4(loop(16 << 20))
-    env = {"BLOCKBAK_STATE_DIR": "", "XDG_STATE_HOME": str(files.where), "HOME": "/nonexistent"}
-    ok("-r", public / "repo", "backup", image, "--name", "v", program=NOBODY, env=env)
-    assert not (public / "blockbak").exists()
 
 
 # --- volumes -----------------------------------------------------------------------------------------------------
