@@ -317,7 +317,8 @@ def opened(run: Running, path: Path) -> Callable[[], bool]:
 
     def look() -> bool:
         with contextlib.suppress(FileNotFoundError):
-            return any(os.readlink(entry) == str(path) for entry in os.scandir(f"/proc/{run.pid}/fd"))
+            folder = f"/proc/{run.pid}/fd"
+            return any(os.readlink(f"{folder}/{entry}") == str(path) for entry in os.listdir(folder))
         return False
 
     return look

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ class Stock:
     source: Path
     web: tuple[str, ...]
     db: str
-    held: dict[str, bytes]
+    held: dict[str, bytes] = field(repr=False)
 
     @property
     def oldest(self) -> str:

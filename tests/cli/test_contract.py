@@ -477,7 +477,7 @@ def test_no_such_point(verb: Verb, stock: Stock, tmp_path: Path) -> None:
 def test_what_names_no_point(name: str, stock: Stock) -> None:
     ended = run("-r", stock.path, "show", name, "--json")
     assert ended.status == 1, str(ended)
-    assert ended.error["name"] == ("NoSuchVolume" if name == "latest@x" else "NoSuchPoint"), str(ended)
+    assert ended.error["name"] == ("NoSuchVolume" if name in ("@", "latest@x") else "NoSuchPoint"), str(ended)
 
 
 @with_a_point
