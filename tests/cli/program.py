@@ -23,7 +23,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = (sys.executable, "-P", "-m", "blockbak")
-LIMIT_SECONDS = 60
+LIMIT_SECONDS = 45
 """No run of these tests takes a tenth of it; it ends one that hangs."""
 
 Word = str | bytes | os.PathLike[str]
