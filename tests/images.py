@@ -192,9 +192,11 @@ class Shelf:
 
     def _keep(self, reader: ImageReader, stem: str) -> None:
         data = bytes(reader.source.data)
-        image = Image(f"{stem}.zst", len(data), reader.closing_sha256, reader.opening, reader.closing)
+        image = Image(
+            f"{stem}.zst", len(data), reader.closing_sha256, reader.opening, reader.closing, len(reader.sections)
+        )
         self.files[f"{stem}.zst"] = data
-        self.files[f"{stem}.json"] = manifest.encode(image, len(reader.sections))
+        self.files[f"{stem}.json"] = manifest.encode(image)
 
     def write(self, repository: Path) -> Path:
         """Put everything into ``repository``; the volume's directory."""

@@ -42,7 +42,7 @@ def image(
         started="", finished=f"{copy:03d}", seconds=0.0, program="test",
     )  # fmt: skip
     file = f"{opening.point}.{kind}{f'.{copy}' if copy > 1 else ''}.zst"
-    return Image(file, image_bytes, "0" * 64, opening, closing)
+    return Image(file, image_bytes, "0" * 64, opening, closing, 1)
 
 
 @st.composite

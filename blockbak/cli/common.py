@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-WORKERS_MAX = 8
+WORKERS_MAX = 10
 """More would take more memory than the promise allows, for devices faster than any seen so far."""
+WORKERS_WAITING = 2
+"""Beyond one a core: while some wait for the device or for their turn to append, the others have work."""
 
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 repository_option = click.option(
@@ -116,7 +118,7 @@ def world(wait: float = 0) -> Iterator[Context]:
             say=render.say,
             progress=render.Bar(),
             check=check,
-            workers=max(2, min(WORKERS_MAX, len(os.sched_getaffinity(0)))),
+            workers=min(WORKERS_MAX, len(os.sched_getaffinity(0)) + WORKERS_WAITING),
             host=socket.gethostname(),
             program=f"blockbak {__version__}",
             state_dir=state_dir(),

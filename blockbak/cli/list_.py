@@ -90,7 +90,12 @@ def command(context: click.Context, volume: str | None, repository: str | None, 
         render.line("No points yet.")
     for error in damage:
         render.failure(error, as_json=False)
-    leftovers = sum(catalog.leftovers for catalog in catalogs)
+    # What a run that goes on right now has begun is not left over.
+    leftovers = sum(
+        catalog.leftovers
+        for one, catalog in zip(volumes, catalogs, strict=True)
+        if catalog.leftovers and not one.holder()
+    )
     if leftovers:
         render.say(f"{leftovers} files are left over from runs that did not end; 'blockbak recover' treats them.")
     context.exit(damage[0].exit_code if damage else 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from blockbak.cli import common, render
+from blockbak.errors import Damage, NewerFormat
 
 
 def _share(_: click.Context, __: click.Parameter, value: str) -> float:
@@ -42,8 +43,8 @@ def command(
 ) -> None:
     """Check the named points with all images they need, or everything: every stored byte.
 
-    Exit status 4 if damage was found. Partial files, orphans and half-done deletions are mentioned and
-    are no damage.
+    Exit status 4 if damage was found, 1 if all that is wrong is that an image is of a newer blockbak.
+    Partial files, orphans and half-done deletions are mentioned and are no damage.
     """
     import random
     from dataclasses import asdict
@@ -65,11 +66,14 @@ def command(
             where = f"bytes {flaw.start} to {flaw.start + flaw.length}: " if flaw.length else ""
             render.say(f"{verdict.volume}/{verdict.file}: {where}{flaw.reason}")
     if not as_json:
-        bad = sum(not verdict.ok for verdict in report.images)
+        bad = sum(not verdict.ok and not verdict.newer for verdict in report.images)
+        newer = sum(verdict.newer for verdict in report.images)
         read = sum(verdict.checked_bytes for verdict in report.images)
-        result = "all whole" if report.ok else f"{bad} damaged"
+        told = [f"{bad} damaged"] if bad else []
+        told += [f"{newer} of a newer blockbak"] if newer else []
+        result = ", ".join(told) or "all whole"
         render.line(
             f"{len(report.images)} images checked in {render.seconds(report.seconds)}, "
             f"{render.size(read)} read: {result}."
         )
-    context.exit(0 if report.ok else 4)
+    context.exit(Damage.exit_code if report.damaged else 0 if report.ok else NewerFormat.exit_code)

@@ -12,7 +12,6 @@ from blockbak.errors import (
     BadBlockSize,
     BlockbakError,
     Damage,
-    DamagedManifest,
     DuplicateIdentity,
     NewerFormat,
     NoUsableParent,
@@ -23,6 +22,7 @@ from blockbak.errors import (
     VolumeExists,
 )
 from blockbak.flow.context import Context, iso
+from blockbak.flow.points import damage_since, hidden_images, highest_sequence, open_chain
 from blockbak.flow.scan import scan
 from blockbak.host import device as devices
 from blockbak.host import usage
@@ -30,10 +30,9 @@ from blockbak.host.blockio import SourceReader
 from blockbak.host.device import Device
 from blockbak.host.lock import Lock
 from blockbak.image.format import BLOCK_DEFAULT, BLOCK_MAX, BLOCK_MIN, window_for
-from blockbak.image.reader import ImageReader
 from blockbak.image.view import PointView
 from blockbak.image.writer import ImageWriter
-from blockbak.model.chain import Image, Point, plan
+from blockbak.model.chain import POINT_CHARS, Image, Point, plan
 from blockbak.model.extent import BAD
 from blockbak.model.facts import DIFFERENTIAL, FULL, INCREMENTAL, Closing, Kind, Opening
 from blockbak.model.identity import Identity
@@ -119,8 +118,9 @@ def choose(
     device_bytes: int,
     block_bytes: int | None,
     volume: str,
+    broken: str = "",
 ) -> Choice:
-    """The kind to make and the parent it needs.
+    """The kind to make and the parent it needs. ``broken`` says why there are points that cannot be used.
 
     ``auto`` becomes a full where nothing can be a parent; an explicit delta raises NoUsableParent.
     """
@@ -128,7 +128,7 @@ def choose(
         return Choice(FULL, None)
     candidates = points if kind != DIFFERENTIAL else [point for point in points if point.has_full]
     if not candidates:
-        reason = "the volume has no point yet" if not points else "the volume has no full"
+        reason = broken or ("the volume has no point yet" if not points else "the volume has no full")
     else:
         reason = unlike(candidates[-1], identity, device_bytes, block_bytes)
     if not reason:
@@ -189,7 +189,8 @@ def volume_name(device: Device, identity: Identity, repository: Repository, host
         return asked
     taken: dict[str, Identity | None] = {}
     for volume in repository.volumes():
-        images = volume.catalog().images
+        catalog = volume.catalog()
+        images = (*catalog.images, *hidden_images(volume, catalog))
         newest = max(images, key=lambda image: image.opening.sequence, default=None)
         taken[volume.name] = newest.opening.identity if newest else None
     for name, known in taken.items():
@@ -234,54 +235,28 @@ class _Watch:
 # --- the use-case ----------------------------------------------------------------------------------
 
 
-def open_chain(volume: Volume, chain: Sequence[Image], stack: ExitStack) -> PointView:
-    """The view of a chain's top, its files open as long as ``stack`` lives.
-
-    Raises Damage where an image is not the one its manifest names.
-    """
-    return PointView([open_reader(volume, image, stack) for image in chain])
-
-
-def open_reader(volume: Volume, image: Image, stack: ExitStack) -> ImageReader:
-    """One image, open, and the one its manifest names."""
-    reader = ImageReader(stack.enter_context(volume.open_image(image.file)))
-    if (reader.opening, reader.closing) != (
-        image.opening,
-        image.closing,
-    ) or reader.source.size != image.image_bytes:
-        raise DamagedManifest(file=image.file, reason="it and its image do not say the same")
-    if reader.closing_sha256 != image.closing_sha256:
-        raise DamagedManifest(file=image.file, reason="it names another closing record")
-    return reader
-
-
 @contextmanager
 def _parent_view(
     volume: Volume, catalog: Catalog, choice: Choice, request: Request
 ) -> Iterator[tuple[Choice, PointView | None]]:
-    """The parent's chain, checked from end to end; a damaged one makes ``auto`` a full."""
+    """The parent's chain, checked from end to end; a damaged one makes ``auto`` a full, and so does a newer
+    point that cannot be used: what was changed since then is to be found, whatever happened to its manifest.
+    """
     with ExitStack() as stack:
         view = None
         if choice.parent is not None:
+            fulls = choice.kind == DIFFERENTIAL
+            error: BlockbakError | None = damage_since(volume, catalog, choice.parent, fulls=fulls)
             try:
-                view = open_chain(volume, plan(choice.parent, catalog.images), stack)
-                view.check()
-            except (Damage, NewerFormat) as error:
-                view = None
-                choice = without_parent(request.kind, volume.name, f"the last point cannot be used: {error}")
+                if error is None:
+                    view = open_chain(volume, plan(choice.parent, catalog.images), stack)
+                    view.check()
+            except (Damage, NewerFormat) as damage:
+                view, error = None, damage
+            if error is not None:
+                reason = f"the last {'full' if fulls else 'point'} cannot be used: {_clause(error)}"
+                choice = without_parent(request.kind, volume.name, reason)
         yield choice, view
-
-
-def highest_sequence(volume: Volume, catalog: Catalog, lock: Lock) -> int:
-    """The highest sequence ever used in the volume: by images, by orphans, by what is deleted."""
-    used = [lock.sequence, *(image.opening.sequence for image in catalog.images)]
-    for file in catalog.orphans:
-        try:
-            with volume.open_image(file) as source:
-                used.append(ImageReader(source).opening.sequence)
-        except BlockbakError:
-            continue  # not even a header: it has no sequence to collide with
-    return max(used)
 
 
 def backup(repository: Repository, request: Request, context: Context, *, dry_run: bool = False) -> Report:
@@ -296,18 +271,64 @@ def backup(repository: Repository, request: Request, context: Context, *, dry_ru
     name = volume_name(device, identity, repository, context.host, request.name)
     if dry_run:
         return _planned(repository, name, device, identity, mode, request)
-    volume = repository.make_volume(name)
-    with volume.locked(exclusive=True, wait=context.wait, check=context.check) as lock:
-        catalog = volume.catalog()
-        for line in volume.tidy(catalog):
-            context.say(line)
-        for orphan in catalog.orphans:
-            context.say(f"{orphan} has no manifest; 'blockbak recover' brings it back.")
-        choice = choose(request.kind, catalog.points, identity, device.size, request.block_bytes, name)
-        with _parent_view(volume, catalog, choice, request) as (chosen, view):
-            sequence = highest_sequence(volume, catalog, lock) + 1
-            made = _make(repository, volume, device, identity, mode, request, chosen, view, sequence, context)
+    with ExitStack() as stack:
+        while True:
+            volume = repository.make_volume(name)
+            with ExitStack() as holding:
+                lock = holding.enter_context(volume.locked(exclusive=True, wait=context.wait, check=context.check))
+                # Another identity may have taken a name that was free a moment ago.
+                again = volume_name(device, identity, repository, context.host, request.name)
+                if again == name:
+                    stack.push(holding.pop_all())
+                    break
+            name = again
+        made = _locked(repository, volume, lock, device, identity, mode, request, context)
     return replace(made, seconds=round(context.timer() - clock, 3))
+
+
+def _locked(
+    repository: Repository,
+    volume: Volume,
+    lock: Lock,
+    device: Device,
+    identity: Identity,
+    mode: str,
+    request: Request,
+    context: Context,
+) -> Report:
+    """Make one point in a volume that is held."""
+    catalog = volume.catalog()
+    for line in volume.tidy(catalog):
+        context.say(line)
+    for orphan in catalog.orphans:
+        context.say(f"{orphan} has no manifest; 'blockbak recover' brings it back.")
+    points = catalog.points
+    choice = choose(request.kind, points, identity, device.size, request.block_bytes, volume.name, _broken(catalog))
+    with _parent_view(volume, catalog, choice, request) as (chosen, view):
+        sequence = highest_sequence(volume, catalog, lock) + 1
+        # Durable before the image that carries it: it must not be used again, whatever becomes of the image.
+        lock.remember(sequence)
+        return _make(
+            repository, volume, device, identity, mode, request, chosen, view, sequence,
+            _block_bytes(request, view, points), context,
+        )  # fmt: skip
+
+
+def _broken(catalog: Catalog) -> str:
+    """Why the newest of the points that cannot be used cannot; empty if there is none."""
+    return f"the last point cannot be used: {_clause(catalog.damage[-1])}" if catalog.damage else ""
+
+
+def _clause(error: BlockbakError) -> str:
+    """Its sentence, to stand inside another."""
+    return str(error).removesuffix(".")
+
+
+def _block_bytes(request: Request, view: PointView | None, points: Sequence[Point]) -> int:
+    """The parent's; else what was asked for, what the volume has, or the default."""
+    if view is not None:
+        return view.geometry.block_bytes
+    return request.block_bytes or (points[-1].images[0].opening.block_bytes if points else BLOCK_DEFAULT)
 
 
 def _planned(
@@ -320,7 +341,7 @@ def _planned(
         volume = repository.volume(name)
         catalog = volume.catalog()
         points = catalog.points
-    choice = choose(request.kind, points, identity, device.size, request.block_bytes, name)
+    choice = choose(request.kind, points, identity, device.size, request.block_bytes, name, _broken(catalog))
     if volume is not None:
         with _parent_view(volume, catalog, choice, request) as (checked, _):
             choice = checked
@@ -345,13 +366,13 @@ def _make(
     choice: Choice,
     view: PointView | None,
     sequence: int,
+    block: int,
     context: Context,
 ) -> Report:
     notes = [f"A full is made: {choice.reason}."] if choice.reason else []
     for line in notes:
         context.say(line)
     started, clock = context.now(), context.timer()
-    block = view.geometry.block_bytes if view else request.block_bytes or BLOCK_DEFAULT
     with ExitStack() as stack:
         source = stack.enter_context(SourceReader(device.path, exclusive=mode == "cold", kernel=context.kernel))
         watch = _Watch(device)
@@ -396,13 +417,13 @@ def _make(
         size, digest = writer.finish(closing)
         # The image must be durable under its own name before a manifest names it.
         partial.seal()
-        image = Image(file, size, digest, opening, closing)
-        volume.commit(image, writer.listed)
+        image = Image(file, size, digest, opening, closing, writer.listed)
+        volume.commit(image)
     return replace(report(image), seconds=round(context.timer() - clock, 3), attention=written or closing.bad_bytes > 0)
 
 
 def _taken(repository: Repository) -> Callable[[str], bool]:
-    names = {file[:21] for volume in repository.volumes() for file in os.listdir(volume.path)}
+    names = {file[:POINT_CHARS] for volume in repository.volumes() for file in volume.names()}
     return names.__contains__
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from blockbak.errors import BlockbakError, DamagedImage
+from blockbak.errors import Damage, DamagedImage, DamagedManifest, NewerFormat, VolumeLocked
 from blockbak.flow.context import Context
+from blockbak.flow.points import open_reader
 from blockbak.flow.verify import check_image
 from blockbak.image.reader import ImageReader
 from blockbak.model.chain import Image, chains
-from blockbak.repository.local import Repository, Volume
+from blockbak.repository.local import Catalog, Repository, Volume
 
 
 @dataclass(slots=True)
@@ -23,27 +24,51 @@ class Report:
 
 
 def recover(repository: Repository, context: Context) -> Report:
-    """Sweep partials, finish deletions, give orphans their manifests. Raises VolumeLocked, NoSpace,
-    StoreFailed, Interrupted; a damaged orphan is reported and left as it is.
+    """Sweep partials, finish deletions, give orphans their manifests and write damaged ones anew. Raises
+    VolumeLocked, NoSpace, StoreFailed, Interrupted; a damaged image is reported and left as it is.
     """
     report = Report()
     for volume in repository.volumes():
-        with volume.locked(exclusive=True, wait=context.wait, check=context.check):
-            catalog = volume.catalog()
-            report.done += [f"{volume.name}: {line}" for line in volume.tidy(catalog)]
-            for file in catalog.orphans:
-                context.check()
-                _adopt(volume, file, repository.id, context, report)
-            if catalog.orphans:
-                catalog = volume.catalog()
-            whole = chains(catalog.images)
-            report.left += [f"{volume.name}: {error}" for error in catalog.damage]
-            report.left += [
-                f"{volume.name}: {image.file} has no parent here ({image.opening.parent})."
-                for image in catalog.images
-                if image.file not in whole
-            ]
+        try:
+            with volume.locked(exclusive=True, wait=context.wait, check=context.check):
+                _recover(volume, repository.id, context, report)
+        except VolumeLocked as error:
+            report.left.append(f"{error} It was left alone.")
     return report
+
+
+def _recover(volume: Volume, repository_id: str, context: Context, report: Report) -> None:
+    catalog = volume.catalog()
+    report.done += [f"{volume.name}: {line}" for line in volume.tidy(catalog)]
+    without = (*catalog.orphans, *_damaged(volume, catalog))
+    for file in without:
+        context.check()
+        _adopt(volume, file, repository_id, context, report)
+    if without:
+        catalog = volume.catalog()
+    whole = chains(catalog.images)
+    report.left += [f"{volume.name}: {error}" for error in catalog.damage]
+    report.left += [
+        f"{volume.name}: {image.file} has no parent here ({image.opening.parent})."
+        for image in catalog.images
+        if image.file not in whole
+    ]
+
+
+def _damaged(volume: Volume, catalog: Catalog) -> list[str]:
+    """The images that are there while their manifest is damaged, or does not say what they do. The manifest
+    of a newer program, or one that may not be read, is not damaged.
+    """
+    files = [str(error.fields["image"]) for error in catalog.damage if isinstance(error, DamagedManifest)]
+    for image in catalog.images:
+        with ExitStack() as stack:
+            try:
+                open_reader(volume, image, stack)
+            except DamagedManifest:
+                files.append(image.file)
+            except (Damage, NewerFormat):
+                continue  # not the manifest's fault; what verify is for
+    return files
 
 
 def _adopt(volume: Volume, file: str, repository_id: str, context: Context, report: Report) -> None:
@@ -63,12 +88,12 @@ def _adopt(volume: Volume, file: str, repository_id: str, context: Context, repo
                 context.progress.end()
             if flaws:
                 raise DamagedImage(file=file, reason=flaws[0].reason)
-            image = Image(file, reader.source.size, reader.closing_sha256, opening, reader.closing)
-            volume.commit(image, len(reader.sections))
-    except BlockbakError as error:
-        if error.exit_code != DamagedImage.exit_code:
-            raise
-        report.left.append(f"{volume.name}: the orphan {file} was left alone: {error}")
+            image = Image(
+                file, reader.source.size, reader.closing_sha256, opening, reader.closing, len(reader.sections)
+            )
+            volume.renew(image)
+    except (Damage, NewerFormat) as error:
+        report.left.append(f"{volume.name}: {file} has no usable manifest and was left alone: {error}")
     else:
         report.adopted.append(opening.point)
         report.done.append(f"{volume.name}: {file} was checked and has its manifest again.")

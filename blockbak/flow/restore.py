@@ -16,10 +16,7 @@ from blockbak.errors import (
     BadTarget,
     Damage,
     DamagedImage,
-    Gap,
     Interrupted,
-    NewerFormat,
-    NoSuchPoint,
     NoSuchSource,
     SourceError,
     TargetExists,
@@ -30,8 +27,8 @@ from blockbak.errors import (
     VerificationFailed,
 )
 from blockbak.flow import workers
-from blockbak.flow.backup import open_chain, open_reader
 from blockbak.flow.context import Context
+from blockbak.flow.points import Opened, find, open_point, open_reader
 from blockbak.host import device as devices
 from blockbak.host import usage
 from blockbak.host.blockio import PIECE_BYTES, TargetWriter, aligned, sync_directory
@@ -39,7 +36,7 @@ from blockbak.host.device import Device
 from blockbak.image.reader import ImageReader
 from blockbak.image.view import Flaw, PointView, SectionView, Summary
 from blockbak.model import extent, hashmap, partition
-from blockbak.model.chain import Image, Point, choose, plan
+from blockbak.model.chain import Image, Point
 from blockbak.model.extent import BAD, Extents
 from blockbak.repository.local import Catalog, Repository, Volume
 from blockbak.units import KIB, MIB
@@ -100,88 +97,17 @@ class Report:
         return bool(self.flaws or self.unreadable)
 
 
-# --- finding the point ---------------------------------------------------------------------------
-
-
-def find(repository: Repository, name: str) -> tuple[Volume, Catalog, Point]:
-    """The point a person named, with its volume. Raises NoSuchPoint, AmbiguousPoint, NoSuchVolume, and
-    what makes the point's own manifest unusable.
-    """
-    catalogs = {volume.name: volume.catalog() for volume in repository.volumes()}
-    try:
-        point = choose(name, {volume: catalog.points for volume, catalog in catalogs.items()})
-    except NoSuchPoint:
-        # A point whose manifest is damaged is not "no such point".
-        wanted = name.rpartition("@")[2]
-        for catalog in catalogs.values():
-            for error in catalog.damage:
-                if wanted and str(error.fields.get("point", "")).startswith(wanted):
-                    raise error from None
-        raise
-    return repository.volume(point.volume), catalogs[point.volume], point
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """A point ready to be read: its view, the images it is made of, what a walk over its index saw."""
-
-    view: PointView
-    chain: list[Image]
-    summary: Summary
-
-
-def open_point(volume: Volume, catalog: Catalog, point: Point, stack: ExitStack) -> Opened:
-    """The point's view, checked but for the frames' content.
-
-    Where an image is damaged and others hold the point too, those serve. Raises the first Damage where
-    no whole chain is left.
-    """
-    without: set[str] = set()
-    first: Exception | None = None
-    while True:
-        try:
-            chain = plan(point, catalog.images, without)
-        except Gap as gap:
-            raise (first or _why_gap(catalog, point) or gap) from None
-        attempt = ExitStack()
-        try:
-            view = open_chain(volume, chain, attempt)
-            summary = view.check()
-        except (Damage, NewerFormat) as error:
-            attempt.close()
-            first = first or error
-            without.add(_culprit(volume, chain))
-        else:
-            stack.push(attempt)
-            return Opened(view, list(chain), summary)
-
-
-def _why_gap(catalog: Catalog, point: Point) -> Exception | None:
-    """The damage that hides the missing parent, if it is known."""
-    parents = {image.opening.parent for image in catalog.images} | {point.id}
-    return next((error for error in catalog.damage if error.fields.get("point") in parents), None)
-
-
-def _culprit(volume: Volume, chain: Sequence[Image]) -> str:
-    """The first image of a chain that fails its own checks; the top where only the sum is wrong."""
-    for length in range(1, len(chain) + 1):
-        with ExitStack() as stack:
-            try:
-                open_chain(volume, chain[:length], stack).check()
-            except (Damage, NewerFormat):
-                return chain[length - 1].file
-    return chain[-1].file
-
-
 # --- the target ------------------------------------------------------------------------------------
 
 
 def look_at_target(path: str) -> Device | None:
     """The target as it is now; None for a file that does not exist. Raises BadTarget."""
+    if not path:
+        raise BadTarget(path="''", reason="an empty name names nothing")
     try:
         return devices.look(path)
     except NoSuchSource as error:
-        directory = os.path.dirname(os.path.abspath(path))
+        directory = os.path.dirname(os.path.realpath(path))
         if not os.path.isdir(directory):
             raise BadTarget(path=path, reason=f"there is no directory {directory}") from error
         # Where device nodes live, a name that is not there is a slip of the pen, not a file to make.
@@ -202,7 +128,7 @@ def check_target(
     overwrite: bool,
 ) -> None:
     """Refuse every target that must not be written. Raises a Refused, naming the reason."""
-    if _inside_repository(os.path.realpath(path)):
+    if _inside_repository(os.path.realpath(path)) or _is_stored(path, repository):
         raise TargetHolds(path=path, what="a part of a repository")
     if target is None:
         return
@@ -247,6 +173,18 @@ def _inside_repository(path: str) -> bool:
     return False
 
 
+def _is_stored(path: str, repository: Repository) -> bool:
+    """Whether ``path`` is another name (a hard link) of a file in the repository."""
+    try:
+        mine = os.stat(path)
+    except OSError:
+        return False
+    if mine.st_nlink < 2:
+        return False
+    places = [repository.path, *(volume.path for volume in repository.volumes())]
+    return any(os.path.samestat(mine, entry.stat()) for place in places for entry in os.scandir(place))
+
+
 def reader(view: PointView) -> Callable[[int, int], bytes]:
     """``read(offset, length)`` of the point's content, for the parsers of partition tables; what is
     damaged reads as zeros.
@@ -261,8 +199,9 @@ def reader(view: PointView) -> Callable[[int, int], bytes]:
             start, end = geometry.section_range(number)
             low = (offset - start) // geometry.window_bytes * geometry.window_bytes
             size = min(geometry.window_bytes, end - start - low)
-            data = np.empty(size, np.uint8)
-            view.read(view.section(number), low // geometry.block_bytes, data)
+            data = np.zeros(size, np.uint8)
+            with contextlib.suppress(Damage):
+                view.read(view.section(number), low // geometry.block_bytes, data)
             part = data[offset - start - low :][:length].tobytes()
             out += part
             offset, length = offset + len(part), length - len(part)
@@ -281,7 +220,10 @@ def _mostly_equal(view: PointView, target: TargetWriter) -> bool:
     geometry, equal, seen = view.geometry, 0, 0
     buffer = aligned(geometry.block_bytes)
     for number in np.unique(np.linspace(0, geometry.sections - 1, _SAMPLED_SECTIONS).astype(int)).tolist():
-        section = view.section(number)
+        try:
+            section = view.section(number)
+        except Damage:
+            continue  # only where the restore goes on without it
         stored = np.flatnonzero(section.stored)
         if not len(stored):
             continue
@@ -467,7 +409,7 @@ def _pairs(mask: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
 
 def _write_all(shared: _Writing, context: Context) -> _Sections:
     sections = _Sections(shared.view, keep_going=shared.keep_going)
-    workers.run(sections.pieces(), lambda: _Writer(shared), workers=context.workers + 1, check=context.check)
+    workers.run(sections.pieces(), lambda: _Writer(shared), workers=context.workers, check=context.check)
     for start, length in sections.lost:
         shared.target.zero(start, length)
     return sections
@@ -606,30 +548,35 @@ def _carry_out(opened: Opened, planned: Plan, request: Request, context: Context
     path = os.path.realpath(request.target)
     view, bad, method = opened.view, opened.summary.bad, planned.method
     size = view.geometry.device_bytes
-    with _target(path, size, method, context, overwrite=request.overwrite) as target:
+    with ExitStack() as stack:
+        mapfile = stack.enter_context(_mapfile(request, planned, path)) if request.keep_going else None
+        target = stack.enter_context(_target(path, size, method, context, overwrite=request.overwrite))
         shared = _Writing(view, target, method, context, keep_going=request.keep_going)
-        context.progress.begin("restoring", size)
         try:
-            sections = _write_all(shared, context)
+            verified = _fill(shared, request, size, context)
         except Interrupted as error:
             if method == "create":
                 raise
-            raise Interrupted(state=f"{path} is incomplete (written: {shared.written_ranges()})") from error
-        finally:
-            context.progress.end()
-        shared.flaws += sections.flaws
-        target.flush()
-        verified = _read_back(shared, context) if request.verify else 0
-    flaws = sorted(shared.flaws, key=lambda flaw: flaw.start)
-    mapfile = ""
-    if request.keep_going and (flaws or len(bad)):
-        mapfile = request.mapfile or _mapfile_path(path, target.is_block, planned.point)
-        _write_mapfile(mapfile, flaws, bad, size)
+            raise Interrupted(state=f"{path} is not to be used (written: {shared.written_ranges()})") from error
+        flaws = sorted(shared.flaws, key=lambda flaw: flaw.start)
+        if mapfile is not None and (flaws or len(bad)):
+            mapfile.write(flaws, bad, size)
     return Report(
         planned, shared.written_bytes, verified, flaws,
         [{"start": int(row["start"]), "length": int(row["length"])} for row in bad],
-        mapfile, round(context.timer() - clock, 3),
+        mapfile.path if mapfile is not None and mapfile.written else "", round(context.timer() - clock, 3),
     )  # fmt: skip
+
+
+def _fill(shared: _Writing, request: Request, size: int, context: Context) -> int:
+    """Write everything, flush it, read it back; bytes compared."""
+    context.progress.begin("restoring", size)
+    try:
+        shared.flaws += _write_all(shared, context).flaws
+    finally:
+        context.progress.end()
+    shared.target.flush()
+    return _read_back(shared, context) if request.verify else 0
 
 
 @contextlib.contextmanager
@@ -660,8 +607,50 @@ def _target(path: str, size: int, method: str, context: Context, *, overwrite: b
             context.kernel.unlink(partial)
 
 
-def _mapfile_path(path: str, is_block: bool, point: str) -> str:
-    return os.path.abspath(f"{point}.mapfile") if is_block else f"{path}.mapfile"
+class _Mapfile:
+    """A file for what could not be restored, open before the first byte is."""
+
+    def __init__(self, path: str, fd: int) -> None:
+        self.path, self._fd = path, fd
+        self.written = False
+
+    def write(self, flaws: Sequence[Flaw], bad: Extents, size: int) -> None:
+        """Put everything that was lost into it. Raises BadTarget."""
+        lost = extent.empty()
+        for flaw in flaws:
+            lost = extent.overlay(lost, extent.table([flaw.start], [flaw.start + flaw.length], BAD))
+        self.written = True
+        try:
+            os.ftruncate(self._fd, 0)
+            with os.fdopen(os.dup(self._fd), "w", encoding="ascii") as file:
+                file.write(mapfile_text(extent.overlay(lost, bad), size))
+        except OSError as error:
+            raise BadTarget(path=self.path, reason=error.strerror) from error
+
+
+@contextlib.contextmanager
+def _mapfile(request: Request, planned: Plan, path: str) -> Iterator[_Mapfile]:
+    """The mapfile that was named; else one beside the target, under a name that nothing has. It goes again
+    if nothing was lost. Raises BadTarget.
+    """
+    named, number = request.mapfile, 1
+    base = f"{path}.mapfile" if planned.target_bytes == 0 or os.path.isfile(path) else f"{planned.point}.mapfile"
+    place = os.path.abspath(named or base)
+    while not named and os.path.lexists(place):
+        number += 1
+        place = os.path.abspath(f"{base}.{number}")
+    known = os.path.lexists(place)
+    try:
+        fd = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (0 if named else os.O_EXCL), 0o600)
+    except OSError as error:
+        raise BadTarget(path=place, reason=error.strerror) from error
+    mapfile = _Mapfile(place, fd)
+    try:
+        yield mapfile
+    finally:
+        os.close(fd)
+        if not known and not mapfile.written:
+            os.unlink(place)
 
 
 def mapfile_text(lost: Extents, size: int) -> str:
@@ -673,15 +662,6 @@ def mapfile_text(lost: Extents, size: int) -> str:
         status = "-" if row["kind"] == BAD else "+"
         lines.append(f"0x{int(row['start']):08X}  0x{int(row['length']):08X}  {status}")
     return "\n".join(lines) + "\n"
-
-
-def _write_mapfile(path: str, flaws: Sequence[Flaw], bad: Extents, size: int) -> None:
-    lost = extent.empty()
-    for flaw in flaws:
-        lost = extent.overlay(lost, extent.table([flaw.start], [flaw.start + flaw.length], BAD))
-    text = mapfile_text(extent.overlay(lost, bad), size)
-    with open(path, "w", encoding="ascii") as file:
-        file.write(text)
 
 
 assert PIECE_BYTES % MIB == 0  # noqa: S101 - a piece is whole windows, a section whole pieces

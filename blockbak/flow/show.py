@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from blockbak.flow.context import Context
-from blockbak.flow.restore import find, open_point, partition_table, reader
+from blockbak.flow.points import find_and_open
+from blockbak.flow.restore import partition_table, reader
 from blockbak.image.view import PointView
 from blockbak.model import extent
 from blockbak.model.chain import Image
@@ -39,9 +40,8 @@ class Report:
 
 def show(repository: Repository, name: str, context: Context, *, extents_max: int) -> Report:
     """Look at a point. Raises NoSuchPoint, AmbiguousPoint, Damage."""
-    volume, catalog, point = find(repository, name)
     with ExitStack() as stack:
-        opened = open_point(volume, catalog, point, stack)
+        _, point, opened = find_and_open(repository, name, stack)
         view = opened.view
         sums, count, kept = _extents(view, extents_max, context)
         table = partition_table(view)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from blockbak.errors import ComposeFailed, Damage, NoSuchPoint, NoUsableParent
 from blockbak.flow.backup import Report as PointReport
-from blockbak.flow.backup import open_chain, report
+from blockbak.flow.backup import report
 from blockbak.flow.context import Context, iso
-from blockbak.flow.restore import find, open_point
+from blockbak.flow.points import find, open_chain, open_point
 from blockbak.host.blockio import PartialFile
 from blockbak.image import codec
 from blockbak.image.compose import Composer, Tally
@@ -18,7 +18,7 @@ from blockbak.image.view import PointView
 from blockbak.image.writer import ImageWriter
 from blockbak.model.chain import Image, Point
 from blockbak.model.facts import DIFFERENTIAL, FULL, Closing, Kind, Opening
-from blockbak.repository.local import Catalog, Repository, Volume
+from blockbak.repository.local import Repository, Volume
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def synthesize(
         catalog = volume.catalog()
         for line in volume.tidy(catalog):
             context.say(line)
-        point = _point(repository, volume, catalog, at)
+        point = _point(repository, name, at)
         opened = open_point(volume, catalog, point, stack)
         view = opened.view
         known = next((image for image in point.images if image.opening.kind == kind), None)
@@ -70,13 +70,12 @@ def synthesize(
         )
 
 
-def _point(repository: Repository, volume: Volume, catalog: Catalog, at: str | None) -> Point:
-    if at is not None:
-        return find(repository, at if "@" in at else f"{volume.name}@{at}")[2]
-    points = catalog.points
-    if not points:
-        raise NoSuchPoint(point=f"{volume.name}@latest")
-    return points[-1]
+def _point(repository: Repository, name: str, at: str | None) -> Point:
+    """The newest point of a volume, or the one named; of this volume in any case."""
+    point = find(repository, at if at and "@" in at else f"{name}@{at or 'latest'}")[2]
+    if point.volume != name:
+        raise NoSuchPoint(point=f"{at} in {name}")
+    return point
 
 
 def _usable(volume: Volume, image: Image, chain: list[Image]) -> bool:
@@ -135,8 +134,10 @@ def _compose(
         size, digest = writer.finish(closing)
         _check_composed(partial, layers, whole)
         partial.seal()
-        image = Image(file, size, digest, opening, closing)
-        volume.commit(image, writer.listed)
+        image = Image(file, size, digest, opening, closing, writer.listed)
+        volume.commit(image)
+        # The header, the closing record and the seek table are written beside the composer.
+        composer.tally.copied_bytes = size - composer.tally.cloned_bytes - composer.tally.encoded_bytes
     return image, composer.tally
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from blockbak.errors import BlockbakError, Damage, DamagedImage, Gap, NewerFormat
 from blockbak.flow import workers
-from blockbak.flow.backup import open_reader
 from blockbak.flow.context import Context
+from blockbak.flow.points import find, open_reader
 from blockbak.image import check
 from blockbak.image.reader import ImageReader
 from blockbak.image.view import Flaw, PointView
@@ -21,7 +21,9 @@ from blockbak.repository.local import Catalog, Repository, Volume
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One image, or one manifest without a usable image. ``damage`` are ranges of the volume."""
+    """One image, or one manifest without a usable image. ``damage`` are ranges of the volume; ``newer`` says
+    that it is whole as far as it can be told, but of a version that this program does not know.
+    """
 
     volume: str
     point: str
@@ -30,6 +32,7 @@ class Verdict:
     ok: bool
     damage: list[Flaw] = field(default_factory=list)
     checked_bytes: int = 0
+    newer: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,13 @@ class Report:
 
     @property
     def ok(self) -> bool:
+        """Whether everything that was looked at is whole."""
         return all(verdict.ok for verdict in self.images)
+
+    @property
+    def damaged(self) -> bool:
+        """Whether anything is not, for another reason than that this program is too old for it."""
+        return any(not verdict.ok and not verdict.newer for verdict in self.images)
 
 
 def check_image(
@@ -112,7 +121,7 @@ def _verify_image(
 ) -> Verdict:
     size = image.opening.device_bytes
     flaws: list[Flaw] = []
-    checked = 0
+    checked, newer = 0, False
     with ExitStack() as stack:
         try:
             reader = open_reader(volume, image, stack)
@@ -123,17 +132,16 @@ def _verify_image(
                 below = [open_reader(volume, lower, stack) for lower in chain[:-1]]
                 check_map(PointView([*below, reader]))
         except (Damage, NewerFormat) as error:
+            newer = isinstance(error, NewerFormat) and not flaws
             flaws.append(_whole_flaw(size, error, image.file))
-    return Verdict(volume.name, image.point, image.opening.kind, image.file, not flaws, flaws, checked)
+    return Verdict(volume.name, image.point, image.opening.kind, image.file, not flaws, flaws, checked, newer)
 
 
-def _unusable(volume: str, error: BlockbakError) -> Verdict:
-    fields = error.fields
-    file = str(fields.get("file", ""))
-    return Verdict(
-        volume, str(fields.get("point", "")), str(fields.get("kind", "")), file, ok=False,
-        damage=[Flaw(0, 0, str(error), file)],
-    )  # fmt: skip
+def _unusable(error: BlockbakError) -> Verdict:
+    """The verdict on an image whose manifest cannot be used."""
+    volume, point, kind, file = (str(error.fields.get(key, "")) for key in ("volume", "point", "kind", "image"))
+    flaw = Flaw(0, 0, str(error), file)
+    return Verdict(volume, point, kind, file, ok=False, damage=[flaw], newer=isinstance(error, NewerFormat))
 
 
 def _selected(volume: Volume, catalog: Catalog, wanted: Sequence[Point] | None) -> list[Image]:
@@ -154,14 +162,12 @@ def _selected(volume: Volume, catalog: Catalog, wanted: Sequence[Point] | None) 
 
 def _named(repository: Repository, names: Sequence[str], verdicts: list[Verdict]) -> list[Point]:
     """The named points; one whose manifest is damaged becomes a verdict."""
-    from blockbak.flow.restore import find
-
     points = []
     for name in names:
         try:
             points.append(find(repository, name)[2])
-        except Damage as error:
-            verdicts.append(_unusable("", error))
+        except (Damage, NewerFormat) as error:
+            verdicts.append(_unusable(error))
     return points
 
 
@@ -186,7 +192,7 @@ def verify(
         with volume.locked(exclusive=False, wait=context.wait, check=context.check):
             catalog = volume.catalog()
             if points is None:
-                verdicts += [_unusable(name, error) for error in catalog.damage]
+                verdicts += [_unusable(error) for error in catalog.damage]
             leftovers += [f"{name}/{file}" for file in (*catalog.partials, *catalog.orphans, *catalog.deleted)]
             images = _selected(volume, catalog, points)
             whole = chains(catalog.images)

@@ -35,7 +35,7 @@ from blockbak.model.extent import BAD, Extents
 from blockbak.model.streams import Buffer, ByteSource
 from blockbak.units import KIB, MIB, SECTOR, align_down, align_up
 
-PIECE_BYTES = 4 * MIB
+PIECE_BYTES = 2 * MIB
 """One read: large enough to keep a disk streaming, small enough to stay in a core's cache."""
 PAGE = mmap.PAGESIZE
 
@@ -65,31 +65,57 @@ def aligned(size: int) -> Bytes:
 
 
 class _Opened:
-    """A descriptor of a device or file, with O_DIRECT where it is granted."""
+    """A descriptor of a device or file, with O_DIRECT where it is granted. ``size`` is that of the opening.
+
+    Raises OSError, with nothing left open.
+    """
 
     def __init__(self, kernel: Kernel, path: str, flags: int) -> None:
         self.kernel = kernel
         self.path = path
         self.direct = True
+        self._plain = -1
+        self._access = flags & os.O_ACCMODE
         try:
             self.fd = kernel.open(path, flags | os.O_DIRECT)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
             self.direct = False
+            if flags & os.O_CREAT:
+                # The refused call may have made the file (Linux up to 6.5, tmpfs): it is ours all the same.
+                flags = flags & ~os.O_EXCL | os.O_NOFOLLOW
             self.fd = kernel.open(path, flags)
-        self.is_block = stat.S_ISBLK(os.fstat(self.fd).st_mode)
-        self.logical, self.physical = kernel.sector_sizes(self.fd) if self.is_block else (SECTOR, 4 * KIB)
+        try:
+            self.is_block = stat.S_ISBLK(os.fstat(self.fd).st_mode)
+            self.logical, self.physical = kernel.sector_sizes(self.fd) if self.is_block else (SECTOR, 4 * KIB)
+            self.size = self.current_size()
+        except BaseException:
+            with contextlib.suppress(OSError):
+                kernel.close(self.fd)
+            raise
 
     def current_size(self) -> int:
         """Bytes now."""
         return self.kernel.device_size(self.fd) if self.is_block else os.fstat(self.fd).st_size
 
+    def _buffered(self) -> int:
+        """A second descriptor without O_DIRECT, for what is not a whole sector."""
+        if self._plain < 0:
+            self._plain = self.kernel.open(self.path, self._access)
+        return self._plain
+
     def close(self) -> None:
-        """Release the descriptor; closing twice is harmless."""
-        if self.fd >= 0:
-            fd, self.fd = self.fd, -1
-            self.kernel.close(fd)
+        """Release the descriptors, all of them; closing twice is harmless. Raises the first OSError."""
+        fds, self.fd, self._plain = [fd for fd in (self._plain, self.fd) if fd >= 0], -1, -1
+        first: OSError | None = None
+        for fd in fds:
+            try:
+                self.kernel.close(fd)
+            except OSError as error:
+                first = first or error
+        if first is not None:
+            raise first
 
     def __enter__(self) -> Self:
         return self
@@ -97,18 +123,22 @@ class _Opened:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
+        # What was only read does not suffer from it.
+        with contextlib.suppress(OSError):
             self.close()
-        except OSError:
-            if error is None:
-                raise
 
     def read_some(self, offset: int, into: Bytes) -> int:
         """Fill ``into`` as far as one request goes; bytes that now are good.
 
         ``into`` may be longer than what is left: O_DIRECT wants whole sectors, the kernel stops at the end.
         """
-        count = self.kernel.preadv(self.fd, [memoryview(into)], offset)
+        try:
+            count = self.kernel.preadv(self.fd, [memoryview(into)], offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not self.direct or self.is_block:
+                raise
+            # A piece around a bad sector, of a file that lies on sectors larger than 512 bytes.
+            return self.kernel.preadv(self._buffered(), [memoryview(into)], offset)
         if not self.direct:
             os.posix_fadvise(self.fd, offset, len(into), os.POSIX_FADV_DONTNEED)
         return count
@@ -135,7 +165,6 @@ class SourceReader(_Opened):
             if error.errno in (*_GONE, errno.ENOMEDIUM):
                 raise SourceVanished(path=path, reason=os.strerror(error.errno)) from error
             raise NotABlockSource(path=path, what=f"not readable ({error.strerror})") from error
-        self.size = self.current_size()
 
     def read(self, offset: int, into: Bytes, length: int) -> Extents:
         """Read ``length`` bytes at ``offset`` into the start of ``into``; what could not be read.
@@ -160,8 +189,10 @@ class SourceReader(_Opened):
                 self._check_present(error)
                 self._read_around(offset + done, into[done:], length - done, bad)
                 return
-            if count == 0 or (count < length - done and count % self.logical):
-                raise SourceVanished(path=self.path, reason=f"reading ended at byte {offset + done + count}")
+            if self.direct and count < length - done:
+                count = align_down(count, self.logical)  # the next request must begin at a sector
+            if count == 0:
+                raise SourceVanished(path=self.path, reason=f"reading ended at byte {offset + done}")
             done += count
 
     def _read_around(self, offset: int, into: Bytes, length: int, bad: list[tuple[int, int]]) -> None:
@@ -233,20 +264,15 @@ class TargetWriter(_Opened):
             if error.errno == errno.EBUSY:
                 raise TargetInUse(path=path, holders="the kernel does not grant exclusive use") from error
             raise BadTarget(path=path, reason=error.strerror) from error
-        self._plain = -1
-        self.size = self.current_size()
 
-    def _buffered(self) -> int:
-        """A second descriptor without O_DIRECT, for a tail that is not a whole sector."""
-        if self._plain < 0:
-            self._plain = self.kernel.open(self.path, os.O_RDWR)
-        return self._plain
-
-    def close(self) -> None:
-        if self._plain >= 0:
-            fd, self._plain = self._plain, -1
-            self.kernel.close(fd)
-        super().close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except OSError as failed:
+            if error is None:
+                raise TargetFailed(path=self.path, offset=0, reason=f"closing it: {failed.strerror}") from failed
 
     @contextlib.contextmanager
     def _failing_at(self, offset: int) -> Iterator[None]:
@@ -369,7 +395,9 @@ class StoredFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        # It was only read.
+        with contextlib.suppress(OSError):
+            self.close()
 
 
 class PartialFile:
@@ -492,6 +520,18 @@ class PartialFile:
         if self.path:
             with contextlib.suppress(OSError):
                 self._kernel.unlink(self.path)
+
+
+def read_error(error: OSError, path: str, name: str) -> BlockbakError:
+    """The sentence for an OSError while a file or directory of the repository was opened or read: damage
+    only where the medium below cannot deliver it.
+    """
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return NoPermission(action="read", path=path)
+    reason = error.strerror or str(error)
+    if error.errno in (*_READ_ERRORS, *_GONE, errno.ESTALE, errno.EUCLEAN):
+        return UnreadableStore(file=name, offset=0, reason=reason)
+    return StoreFailed(path=path, action="opened", reason=reason)
 
 
 def store_error(error: OSError, name: str, action: str) -> BlockbakError:

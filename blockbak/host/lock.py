@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -12,7 +13,9 @@ from dataclasses import asdict, dataclass
 import msgspec
 
 from blockbak.errors import NoPermission, StoreFailed, VolumeLocked
+from blockbak.host.blockio import store_error
 from blockbak.host.kernel import Kernel
+from blockbak.host.system import System
 
 _PAUSE_SECONDS = 0.2
 
@@ -35,6 +38,35 @@ def _read_note(path: str) -> Note:
         return Note()
 
 
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds a lock; ``pid`` is 0 where it cannot be told."""
+
+    pid: int
+    host: str
+
+
+def holder(path: str) -> Holder | None:
+    """Who holds the lock file at ``path`` on this machine, by the kernel's own word; None if nobody does.
+
+    What another machine holds on a shared file system is not seen.
+    """
+    try:
+        info = os.stat(path)
+    except OSError:
+        return None
+    system = System()
+    numbers = {(os.major(info.st_dev), os.minor(info.st_dev))}
+    line = system.mount_of(path)
+    if line is not None:
+        # The kernel names the file system's own number, which for btrfs is not the one stat gives.
+        numbers.add((line.major, line.minor))
+    for lock in system.locks:
+        if lock.inode == info.st_ino and (lock.major, lock.minor) in numbers:
+            return Holder(lock.pid, socket.gethostname())
+    return None
+
+
 class Lock:
     """A held lock. ``remember`` stores the highest sequence in the file, durably."""
 
@@ -43,20 +75,32 @@ class Lock:
         self.sequence = _read_note(path).sequence
 
     def remember(self, sequence: int) -> None:
-        """Never use a sequence up to this one again, even if its images are deleted."""
+        """Never use a sequence up to this one again, even if its images are deleted.
+
+        Raises NoSpace or StoreFailed.
+        """
         self.sequence = max(self.sequence, sequence)
-        self._note()
-        self._kernel.fsync(self._fd)
+        try:
+            self._note()
+            self._kernel.fsync(self._fd)
+        except OSError as error:
+            raise store_error(error, self._path, "written") from error
 
     def sign(self) -> None:
-        """Say who holds it, for the message others get."""
-        self._note()
+        """Say who holds it, for the message others get; where that cannot be written, they do not learn it."""
+        with contextlib.suppress(OSError):
+            self._note()
 
     def _note(self) -> None:
         note = Note(os.getpid(), socket.gethostname(), self.sequence)
         # Padded to a fixed length: an overwrite never leaves the end of an older note behind.
-        text = msgspec.json.encode(asdict(note)).ljust(256) + b"\n"
-        os.pwrite(self._fd, text, 0)
+        text = memoryview(msgspec.json.encode(asdict(note)).ljust(256) + b"\n")
+        done = 0
+        while done < len(text):
+            count = self._kernel.pwritev(self._fd, [text[done:]], done)
+            if count == 0:
+                raise OSError(errno.EIO, "nothing was written")
+            done += count
 
 
 def _open_to_read(path: str, error: OSError, *, exclusive: bool, kernel: Kernel) -> int:
@@ -72,7 +116,7 @@ def _open_to_read(path: str, error: OSError, *, exclusive: bool, kernel: Kernel)
                 continue
     if error.errno == errno.EACCES:
         raise NoPermission(action="lock", path=path) from error
-    raise StoreFailed(path=path, action="opened", reason=error.strerror) from error
+    raise store_error(error, path, "opened") from error
 
 
 @contextmanager
@@ -105,7 +149,10 @@ def held(
             except BlockingIOError as error:
                 if clock() >= deadline:
                     note = _read_note(path)
-                    raise VolumeLocked(volume=volume, pid=note.pid, host=note.host or "another host") from error
+                    who = holder(path) or Holder(note.pid, note.host or "another host")
+                    raise VolumeLocked(volume=volume, pid=who.pid or note.pid, host=who.host) from error
+            except OSError as error:
+                raise StoreFailed(path=path, action="locked", reason=error.strerror) from error
             check()
             sleep(min(_PAUSE_SECONDS, max(0.0, deadline - clock())))
         lock = Lock(fd, path, kernel)
@@ -113,4 +160,6 @@ def held(
             lock.sign()
         yield lock
     finally:
-        kernel.close(fd)
+        # Nothing in it needs the close to be good: what must last was flushed.
+        with contextlib.suppress(OSError):
+            kernel.close(fd)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -10,18 +9,20 @@ from datetime import UTC, datetime
 from blockbak.errors import AmbiguousPoint, Gap, NoSuchPoint, NoSuchVolume
 from blockbak.model.facts import FULL, Closing, Opening
 
-POINT_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{4}")
+POINT_CHARS = 21
+"""Of a point's id, with which the names of its files begin."""
 
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """One committed image: its file's name in the volume's directory, its size, and what it says."""
+    """One image: its file's name in the volume's directory, its size, what it says, how many sections it has."""
 
     file: str
     image_bytes: int
     closing_sha256: str
     opening: Opening
     closing: Closing
+    sections: int
 
     @property
     def point(self) -> str:
@@ -96,12 +97,12 @@ def plan(point: Point, images: Iterable[Image], without: Collection[str] = ()) -
 
 
 def _missing(point: Point, images: Sequence[Image]) -> str:
-    """The nearest ancestor of which no image is there."""
-    by_point = {image.point: image for image in images}
-    at: str | None = point.id
-    while at in by_point and at is not None:
-        at = by_point[at].opening.parent
-    return at or point.id
+    """The nearest ancestor that no image holds as it was: with the root that the image above it asks for."""
+    by_key = {image.key: image for image in images}
+    image = min(point.images, key=lambda image: image.opening.kind == FULL)
+    while (below := by_key.get((image.opening.parent or "", image.opening.parent_root or ""))) is not None:
+        image = below
+    return image.opening.parent or point.id
 
 
 def needed_files(kept: Iterable[Point], images: Sequence[Image]) -> set[str]:
@@ -128,9 +129,9 @@ def choose(name: str, by_volume: dict[str, list[Point]]) -> Point:
         return _only(name, newest, [f"{point.volume}@latest" for point in newest])
     every = [point for group in by_volume.values() for point in group]
     found = [point for point in every if rest and point.id.startswith(rest)]
-    moment = _moment(rest) if at and not found else None
-    if moment is not None:
-        found = [point for point in every if datetime.fromisoformat(point.images[0].opening.created) <= moment][-1:]
+    then = moment(rest) if at and not found else None
+    if then is not None:
+        found = [point for point in every if datetime.fromisoformat(point.images[0].opening.created) <= then][-1:]
     return _only(name, found, [point.id for point in found])
 
 
@@ -143,10 +144,9 @@ def _only(name: str, found: Sequence[Point], names: Sequence[str]) -> Point:
     return exact[0] if exact else found[0]
 
 
-def _moment(text: str) -> datetime | None:
-    """A time as people write it; local where no zone is given."""
+def moment(text: str) -> datetime | None:
+    """A time as people write it; local where no zone is given. None for what is none, or too far away."""
     try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
+        return datetime.fromisoformat(text).astimezone(UTC)
+    except (ValueError, OverflowError):
         return None
-    return moment.astimezone(UTC)

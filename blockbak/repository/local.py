@@ -5,6 +5,7 @@ What must be durable before what is written down in docs/format.md; each step he
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -19,6 +20,7 @@ import msgspec
 
 from blockbak.errors import (
     BlockbakError,
+    Damage,
     DamagedManifest,
     DamagedRepository,
     Gap,
@@ -28,11 +30,10 @@ from blockbak.errors import (
     NoSuchVolume,
     NotARepository,
     RepositoryExists,
-    UnreadableStore,
     VolumeExists,
 )
 from blockbak.host import lock
-from blockbak.host.blockio import PartialFile, StoredFile, store_error, sync_directory, write_durably
+from blockbak.host.blockio import PartialFile, StoredFile, read_error, store_error, sync_directory, write_durably
 from blockbak.host.kernel import Kernel
 from blockbak.model.chain import Image, Point, chains, plan, points
 from blockbak.repository import manifest
@@ -55,14 +56,17 @@ class _Repository(msgspec.Struct):
 
 @dataclass(slots=True)
 class Catalog:
-    """What a volume's directory holds. ``damage`` names manifests that are not whole and images that are
-    missing; ``orphans`` are sealed images without manifest, ``partials`` files that were never finished,
-    ``deleted`` half-done deletions (file names).
+    """What a volume's directory holds. ``damage`` names manifests that cannot be used and images that are
+    missing, each with ``volume``, ``point``, ``kind``, ``image`` (a file name) and, where the manifest tells
+    it, ``sequence`` in its fields; ``orphans`` are sealed images without manifest, ``hidden`` those whose
+    manifest cannot be used, ``partials`` files that were never finished, ``deleted`` half-done deletions (file
+    names).
     """
 
     images: list[Image] = field(default_factory=list)
     damage: list[BlockbakError] = field(default_factory=list)
     orphans: list[str] = field(default_factory=list)
+    hidden: list[str] = field(default_factory=list)
     partials: list[str] = field(default_factory=list)
     deleted: list[str] = field(default_factory=list)
 
@@ -117,11 +121,22 @@ class Volume:
             kernel=self._kernel,
         )
 
+    def names(self) -> set[str]:
+        """The files in its directory. Raises NoPermission, UnreadableStore."""
+        return _names_in(self.path)
+
+    def holder(self) -> lock.Holder | None:
+        """The process that holds the volume right now, as far as it can be told; None if it is free."""
+        return lock.holder(self._at(".lock"))
+
     def catalog(self) -> Catalog:
-        """Read all manifests. Damage is collected, not raised; UnreadableStore is damage too."""
+        """Read all manifests. Damage is collected, not raised; UnreadableStore is damage too.
+
+        Safe without a lock: what a run makes or deletes meanwhile is there or not, but never damage. Raises
+        NoPermission, or UnreadableStore where the directory itself cannot be read.
+        """
         found = Catalog()
-        names = {entry.name: entry for entry in os.scandir(self.path)}
-        for name in sorted(names):
+        for name in sorted(self.names()):
             parts = _NAME.fullmatch(name)
             if not parts:
                 continue
@@ -131,37 +146,64 @@ class Volume:
             elif parts["end"] == "json.deleted":
                 found.deleted.append(name)
             elif parts["end"] == "json":
-                self._catalog_manifest(found, name, parts["point"], parts["kind"], f"{stem}.zst" in names)
-            elif not {f"{stem}.json", f"{stem}.json.deleted"} & names.keys():
+                self._catalog_manifest(found, name, parts["point"], parts["kind"])
+            elif self._is_orphan(name, stem):
                 found.orphans.append(name)
         return found
 
-    def _catalog_manifest(self, found: Catalog, name: str, point: str, kind: str, present: bool) -> None:
+    def _is_orphan(self, name: str, stem: str) -> bool:
+        if any(os.path.lexists(self._at(stem + end)) for end in (".json", ".json.deleted")):
+            return False
+        # A deletion that ended meanwhile took the image too.
+        return os.path.lexists(self._at(name))
+
+    def _catalog_manifest(self, found: Catalog, name: str, point: str, kind: str) -> None:
+        file = name.removesuffix(".json") + ".zst"
+        about: dict[str, object] = {"volume": self.name, "point": point, "kind": kind, "image": file}
         try:
-            image = manifest.decode(self._read_small(name), name)
+            data = self._read_small(name)
+            if data is None:
+                return  # a deletion has taken it since the directory was read
+            image = manifest.decode(data, name)
             opening = image.opening
+            about["sequence"] = opening.sequence
+            size = self._size_of(file, name)
+            if size is None:
+                return  # the same
             if (opening.point, opening.kind) != (point, kind):
                 raise DamagedManifest(file=name, reason="it is of another point or kind than its name says")
             if (opening.repository, opening.volume) != (self._repository.id, self.name):
                 raise DamagedManifest(file=name, reason=f"it belongs to volume {opening.volume} of another place")
-            if not present:
-                raise MissingImage(file=image.file)
-            size = os.stat(self._at(image.file)).st_size
             if size != image.image_bytes:
                 raise DamagedManifest(file=name, reason=f"its image has {size} bytes instead of {image.image_bytes}")
-        except BlockbakError as error:
-            error.fields.setdefault("point", point)
-            error.fields.setdefault("kind", kind)
+        except (Damage, NewerFormat, NoPermission) as error:
+            error.fields.update({key: value for key, value in about.items() if key not in error.fields})
             found.damage.append(error)
+            if not isinstance(error, MissingImage):
+                found.hidden.append(file)
         else:
             found.images.append(image)
 
-    def _read_small(self, name: str) -> bytes:
+    def _size_of(self, file: str, manifest_name: str) -> int | None:
+        """Bytes of an image; None if its manifest is gone too. Raises MissingImage, UnreadableStore."""
+        try:
+            return os.stat(self._at(file)).st_size
+        except FileNotFoundError as error:
+            if not os.path.lexists(self._at(manifest_name)):
+                return None
+            raise MissingImage(file=file) from error
+        except OSError as error:
+            raise read_error(error, self._at(file), file) from error
+
+    def _read_small(self, name: str) -> bytes | None:
+        """A small file as a whole; None if it is not there. Raises NoPermission, UnreadableStore."""
         try:
             with StoredFile(self._at(name), f"{self.name}/{name}", self._kernel) as file:
                 return bytes(file.read(0, file.size))
+        except FileNotFoundError:
+            return None
         except OSError as error:
-            raise UnreadableStore(file=name, offset=0, reason=error.strerror) from error
+            raise read_error(error, self._at(name), f"{self.name}/{name}") from error
 
     # --- images --------------------------------------------------------------------------------
 
@@ -171,14 +213,12 @@ class Volume:
             return StoredFile(self._at(file), f"{self.name}/{file}", self._kernel)
         except FileNotFoundError as error:
             raise MissingImage(file=f"{self.name}/{file}") from error
-        except PermissionError as error:
-            raise NoPermission(action="read", path=self._at(file)) from error
         except OSError as error:
-            raise UnreadableStore(file=f"{self.name}/{file}", offset=0, reason=error.strerror) from error
+            raise read_error(error, self._at(file), f"{self.name}/{file}") from error
 
     def free_name(self, point: str, kind: str) -> str:
         """An image file name that nothing has; a second image of a point and kind gets a number."""
-        taken = set(os.listdir(self.path))
+        taken = self.names()
         number = 1
         while True:
             stem = f"{point}.{kind}" + (f".{number}" if number > 1 else "")
@@ -190,15 +230,34 @@ class Volume:
         """A new image, to be written and sealed. Raises NoSpace or StoreFailed."""
         return PartialFile(self._at(file), f"{self.name}/{file}", self._kernel)
 
-    def commit(self, image: Image, sections: int) -> None:
+    def commit(self, image: Image) -> None:
         """Make a sealed image visible: its manifest must only name what is durable, so it comes last."""
         name = image.file.removesuffix(".zst") + ".json"
-        data = manifest.encode(image, sections)
+        data = manifest.encode(image)
         try:
             write_durably(self._at(name), f"{self.name}/{name}", data, self._kernel)
         except BlockbakError as error:
             error.add_note(f"The image {image.file} itself is whole: 'blockbak recover' makes it a point.")
             raise
+
+    def renew(self, image: Image) -> None:
+        """Write the manifest of a sealed image anew where one is there that cannot be used.
+
+        The old one is moved away first, for a rename never replaces: a crash in between leaves an orphan.
+        """
+        name = image.file.removesuffix(".zst") + ".json"
+        number = 1
+        while os.path.lexists(self._at(aside := f"{name}.damaged.{number}")):
+            number += 1
+        try:
+            if os.path.lexists(self._at(name)):
+                self._kernel.rename(self._at(name), self._at(aside))
+                sync_directory(self.path, self._kernel)
+            self.commit(image)
+            if os.path.lexists(self._at(aside)):
+                self._kernel.unlink(self._at(aside))
+        except OSError as error:
+            raise store_error(error, f"{self.name}/{name}", "written anew") from error
 
     def remove(self, file: str) -> None:
         """Delete an image so that a crash on the way can be told from loss.
@@ -219,7 +278,8 @@ class Volume:
         if os.path.lexists(self._at(image)):
             self._kernel.unlink(self._at(image))
         sync_directory(self.path, self._kernel)
-        self._kernel.unlink(self._at(marker))
+        if os.path.lexists(self._at(marker)):
+            self._kernel.unlink(self._at(marker))
 
     def tidy(self, catalog: Catalog) -> list[str]:
         """Finish deletions and sweep partials; what was done, for people. Needs the exclusive lock."""
@@ -250,10 +310,10 @@ class Repository:
         except (FileNotFoundError, NotADirectoryError) as error:
             reason = f"it has no {FILE}" if os.path.isdir(self.path) else "it is not a directory"
             raise NotARepository(path=path, reason=reason) from error
-        except PermissionError as error:
-            raise NoPermission(action="read", path=file) from error
         except OSError as error:
-            raise UnreadableStore(file=file, offset=0, reason=error.strerror) from error
+            if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR):
+                raise NotARepository(path=path, reason=error.strerror) from error
+            raise read_error(error, file, file) from error
         try:
             about = msgspec.json.decode(data, type=_Repository)
         except msgspec.DecodeError as error:
@@ -269,6 +329,8 @@ class Repository:
         ``repository.json`` comes last: before it, the directory is none yet and can be made one again.
         """
         kernel = kernel or Kernel()
+        if not path:
+            raise RepositoryExists(path="''", reason="an empty name names no directory")
         path = os.path.abspath(path)
         shipped = {name: files("blockbak.repository").joinpath(name).read_bytes() for name in _SHIPPED}
         try:
@@ -289,11 +351,11 @@ class Repository:
         return cls(path, kernel)
 
     def volume_names(self) -> list[str]:
-        """The volumes, by name."""
+        """The volumes, by name. Raises NoPermission, UnreadableStore."""
         return sorted(
-            entry.name
-            for entry in os.scandir(self.path)
-            if entry.is_dir(follow_symlinks=False) and _VOLUME.fullmatch(entry.name)
+            name
+            for name in _names_in(self.path)
+            if usable_name(name) and stat.S_ISDIR(os.lstat(os.path.join(self.path, name)).st_mode)
         )
 
     def volume(self, name: str) -> Volume:
@@ -330,6 +392,13 @@ class Repository:
             for name in names:
                 stack.enter_context(self.volume(name).locked(exclusive=False, wait=wait, check=check))
             yield
+
+
+def _names_in(path: str) -> set[str]:
+    try:
+        return set(os.listdir(path))
+    except OSError as error:
+        raise read_error(error, path, path) from error
 
 
 def usable_name(name: str) -> bool:

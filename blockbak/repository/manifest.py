@@ -37,10 +37,10 @@ class Manifest(msgspec.Struct):
     sha256: str = _BLANK
 
 
-def encode(image: Image, sections: int) -> bytes:
+def encode(image: Image) -> bytes:
     """The manifest file of a sealed image."""
     manifest = Manifest(
-        VERSION, image.file, image.image_bytes, image.closing_sha256, sections, image.opening, image.closing
+        VERSION, image.file, image.image_bytes, image.closing_sha256, image.sections, image.opening, image.closing
     )
     blank = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
     digest = hashlib.sha256(blank).hexdigest().encode()
@@ -68,4 +68,7 @@ def decode(data: bytes, file: str) -> Image:
         raise DamagedManifest(file=file, reason=str(error)) from error
     if manifest.image_file != file.removesuffix(".json") + ".zst":
         raise DamagedManifest(file=file, reason=f"it names the image {manifest.image_file!r}")
-    return Image(manifest.image_file, manifest.image_bytes, manifest.closing_sha256, manifest.opening, manifest.closing)
+    return Image(
+        manifest.image_file, manifest.image_bytes, manifest.closing_sha256, manifest.opening, manifest.closing,
+        manifest.sections,
+    )  # fmt: skip

@@ -1,0 +1,204 @@
+"""Finds the point a person named, and opens the chain of images that restores it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from blockbak.errors import (
+    AmbiguousPoint,
+    BlockbakError,
+    Damage,
+    DamagedImage,
+    DamagedManifest,
+    Gap,
+    NewerFormat,
+    NoSuchPoint,
+    NoSuchVolume,
+)
+from blockbak.host.lock import Lock
+from blockbak.image.reader import ImageReader
+from blockbak.image.view import PointView, Summary
+from blockbak.model.chain import Image, Point, choose, moment, plan
+from blockbak.model.facts import FULL
+from blockbak.repository.local import Catalog, Repository, Volume
+
+# --- finding a point -----------------------------------------------------------------------------
+
+
+def find(repository: Repository, name: str) -> tuple[Volume, Catalog, Point]:
+    """The point a person named, with its volume. Raises NoSuchPoint, AmbiguousPoint, NoSuchVolume, and
+    what makes the manifest of the point that was meant unusable: never an older one in its place.
+    """
+    catalogs = {volume.name: volume.catalog() for volume in repository.volumes()}
+    rest = name.rpartition("@")[2]
+    try:
+        point = choose(name, {volume: catalog.points for volume, catalog in catalogs.items()})
+    except (NoSuchPoint, NoSuchVolume):
+        if (error := _unusable(name, catalogs)) is not None:
+            raise error from None
+        raise
+    volume, catalog = repository.volume(point.volume), catalogs[point.volume]
+    if not point.id.startswith(rest):
+        # 'latest' or a time: what a damaged manifest hides may be what was meant.
+        limit = None if rest == "latest" else moment(rest)
+        if (error := damage_since(volume, catalog, point, until=limit)) is not None:
+            raise error
+    elif point.id != rest:
+        alike = {str(error.fields["point"]) for error in catalog.damage if str(error.fields["point"]).startswith(rest)}
+        if alike - {point.id}:
+            raise AmbiguousPoint(point=name, candidates=", ".join(sorted({point.id, *alike})))
+    return volume, catalog, point
+
+
+def _unusable(name: str, catalogs: dict[str, Catalog]) -> BlockbakError | None:
+    """Why a point of that name, or every point of the volume, cannot be had although it is there."""
+    volume, at, rest = name.rpartition("@")
+    for own, catalog in catalogs.items():
+        if at and own != volume:
+            continue
+        for error in reversed(catalog.damage):
+            if rest and (str(error.fields["point"]).startswith(rest) or (rest == "latest" and not catalog.images)):
+                return error
+    return None
+
+
+def hidden_images(volume: Volume, catalog: Catalog, *, strict: bool = False) -> Iterator[Image]:
+    """The whole-looking images that no usable manifest names: orphans, and those whose manifest is damaged.
+
+    One that is damaged itself is left out. ``strict`` raises UnreadableStore, NoPermission or NewerFormat
+    where it cannot be told what an image is.
+    """
+    for file in (*catalog.orphans, *catalog.hidden):
+        try:
+            with volume.open_image(file) as source:
+                reader = ImageReader(source)
+                yield Image(
+                    file, source.size, reader.closing_sha256, reader.opening, reader.closing, len(reader.sections)
+                )
+        except BlockbakError as error:
+            if strict and not isinstance(error, DamagedImage):
+                raise
+
+
+def damage_since(
+    volume: Volume, catalog: Catalog, point: Point, *, fulls: bool = False, until: datetime | None = None
+) -> BlockbakError | None:
+    """What makes a point unusable that is newer than ``point``, and made not later than ``until``; None if
+    there is none. ``fulls`` looks at fulls alone. Where the manifest or the image of such a point still tells
+    its sequence, that decides, else the date in its name.
+    """
+    told = {image.file: image.opening.sequence for image in hidden_images(volume, catalog)} if catalog.damage else {}
+    known = {one.id for one in catalog.points}
+    for error in catalog.damage:
+        name, kind, image = (str(error.fields[key]) for key in ("point", "kind", "image"))
+        sequence = error.fields.get("sequence", told.get(image))
+        newer = sequence > point.sequence if isinstance(sequence, int) else name > point.id
+        late = until is not None and _made(name) > until
+        if newer and not late and name not in known and (kind == FULL or not fulls):
+            return error
+    return None
+
+
+def _made(point: str) -> datetime:
+    """The moment that a point's id begins with."""
+    return datetime.strptime(point[:16], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+
+
+def highest_sequence(volume: Volume, catalog: Catalog, lock: Lock) -> int:
+    """The highest sequence ever used in the volume: by images, with or without manifest, or deleted ones."""
+    images = (*catalog.images, *hidden_images(volume, catalog))
+    told = [number for error in catalog.damage if isinstance(number := error.fields.get("sequence"), int)]
+    return max([lock.sequence, *told, *(image.opening.sequence for image in images)])
+
+
+# --- opening its chain ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A point ready to be read: its view, the images it is made of, what a walk over its index saw."""
+
+    view: PointView
+    chain: list[Image]
+    summary: Summary
+
+
+def open_reader(volume: Volume, image: Image, stack: ExitStack) -> ImageReader:
+    """One image, open as long as ``stack`` lives, and the one its manifest names. Raises Damage."""
+    reader = ImageReader(stack.enter_context(volume.open_image(image.file)))
+    said = (image.opening, image.closing, image.image_bytes, image.sections)
+    if (reader.opening, reader.closing, reader.source.size, len(reader.sections)) != said:
+        raise DamagedManifest(file=image.file, reason="it and its image do not say the same")
+    if reader.closing_sha256 != image.closing_sha256:
+        raise DamagedManifest(file=image.file, reason="it names another closing record")
+    return reader
+
+
+def open_chain(volume: Volume, chain: Sequence[Image], stack: ExitStack) -> PointView:
+    """The view of a chain's top, its files open as long as ``stack`` lives.
+
+    Raises Damage where an image is not the one its manifest names.
+    """
+    return PointView([open_reader(volume, image, stack) for image in chain])
+
+
+def open_point(volume: Volume, catalog: Catalog, point: Point, stack: ExitStack) -> Opened:
+    """The point's view, checked but for the frames' content.
+
+    Where an image is damaged and others hold the point too, those serve. Raises the first Damage where
+    no whole chain is left.
+    """
+    without: set[str] = set()
+    first: Exception | None = None
+    while True:
+        try:
+            chain = plan(point, catalog.images, without)
+        except Gap as gap:
+            raise (first or _why_gap(catalog, point) or gap) from None
+        attempt = ExitStack()
+        try:
+            view = open_chain(volume, chain, attempt)
+            summary = view.check()
+        except (Damage, NewerFormat) as error:
+            attempt.close()
+            first = first or error
+            without.add(_culprit(volume, chain))
+        except BaseException:
+            attempt.close()
+            raise
+        else:
+            stack.push(attempt)
+            return Opened(view, list(chain), summary)
+
+
+def _why_gap(catalog: Catalog, point: Point) -> Exception | None:
+    """The damage that hides the missing parent, if it is known."""
+    parents = {image.opening.parent for image in catalog.images} | {point.id}
+    return next((error for error in catalog.damage if error.fields["point"] in parents), None)
+
+
+def _culprit(volume: Volume, chain: Sequence[Image]) -> str:
+    """The first image of a chain that fails its own checks; the top where only the sum is wrong."""
+    for length in range(1, len(chain) + 1):
+        with ExitStack() as stack:
+            try:
+                open_chain(volume, chain[:length], stack).check()
+            except (Damage, NewerFormat):
+                return chain[length - 1].file
+    return chain[-1].file
+
+
+def find_and_open(repository: Repository, name: str, stack: ExitStack) -> tuple[Volume, Point, Opened]:
+    """Both, without a lock: an image that a run deletes in between is looked for again, not called damage."""
+    volume, catalog, point = find(repository, name)
+    while True:
+        try:
+            return volume, point, open_point(volume, catalog, point, stack)
+        except Damage:
+            before = {image.file for image in catalog.images}
+            volume, catalog, point = find(repository, name)
+            if before == {image.file for image in catalog.images}:
+                raise
