@@ -88,6 +88,18 @@ def test_the_demo_broken_off_leaves_nothing(
     is_gone(tmp_path)
 
 
+def rests(pid: int) -> Callable[[], bool]:
+    """Whether a process sleeps and no signal is on its way to it, but for those it has blocked."""
+
+    def look() -> bool:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        fields = {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        coming = int(fields["SigPnd"], 16) | int(fields["ShdPnd"], 16)
+        return fields["State"].startswith("S") and not coming & ~int(fields["SigBlk"], 16)
+
+    return look
+
+
 def test_ctrl_c_pressed_again_while_the_demo_cleans_up_leaves_nothing(as_root, tmp_path: Path) -> None:
     """An umount that takes its time, and a person who does not."""
     place, tools = tmp_path / "place", tmp_path / "tools"
@@ -102,7 +114,7 @@ def test_ctrl_c_pressed_again_while_the_demo_cleans_up_leaves_nothing(as_root, t
     with Running(*demo(place), env={"PATH": f"{tools}:{os.environ['PATH']}"}) as going:
         going.until("it was filled", is_filled(place)).pause()
         going.signal(signal.SIGINT).go_on().until("it cleaned up", begun.exists)
-        going.pause().signal(signal.SIGINT).signal(signal.SIGTERM).go_on()
+        going.signal(signal.SIGINT).signal(signal.SIGTERM).until("it took them", rests(going.pid))
         # Both ends at once: what is written stays there until the umount reads it, or nobody does.
         descriptor = os.open(go, os.O_RDWR)
         try:
@@ -126,6 +138,6 @@ blockbak.cli.main.main()
 """The program is imported before root is left: the checkout, and Python, may be root's alone."""
 
 
-def test_the_demo_needs_root(tmp_path: Path) -> None:
-    fails(1, "NoPermission", *demo(tmp_path), program=(sys.executable, "-P", "-c", AS_NOBODY))
-    is_gone(tmp_path)
+def test_the_demo_needs_root(public: Path) -> None:
+    fails(1, "NoPermission", *demo(public), program=(sys.executable, "-P", "-c", AS_NOBODY))
+    is_gone(public)

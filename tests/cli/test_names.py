@@ -216,8 +216,8 @@ def test_a_volume_keeps_its_name_whoever_has_it(tmp_path: Path) -> None:
 # --- names that nobody should give, and people do -----------------------------------------------------------------
 
 NAMES = [
-    b" space 'quote\"$(x)& ", b"new\nline\ttab\x1b[31mescape", "ümläut 日本 [bold]".encode(), b"\xff\xfe latin\xe4",
-    b"{0}{name}%s%d\\", b"x" * 200,
+    b" space 'quote\"$(x)& {0}{name}%s\\ ", b"new\nline\ttab\x1b[31mescape", "ümläut 日本 [bold]".encode(),
+    b"\xff\xfe latin\xe4", b"x" * 200,
 ]  # fmt: skip
 STRICT, PLAIN = {"PYTHONIOENCODING": "utf-8:strict"}, {"LC_ALL": "C", "LANG": "C"}
 """The locale of a person, where standard output takes nothing but UTF-8; and as a timer has it."""
