@@ -214,6 +214,11 @@ class MissingProgram(Failed):
     advice = "On Debian: apt-get install {package}"
 
 
+class OutputFailed(Failed):
+    message = "Standard output cannot be written: {reason}."
+    advice = "What was asked for may have been done all the same; only the answer is lost."
+
+
 class DemoFailed(Failed):
     message = "The demo proved that something is wrong: {what}."
     advice = "Please report it: this must never happen."

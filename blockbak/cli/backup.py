@@ -43,7 +43,7 @@ def summary(report: Report) -> str:
     "  blockbak -r /srv/backup backup --kind differential --name web /dev/sdb1\n"
     "  blockbak -r /srv/backup backup --dry-run /var/lib/images/vm.img",
 )
-@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@click.argument("sources", nargs=-1, required=True, type=common.PATH, metavar="SOURCE...")
 @click.option(
     "--kind",
     type=click.Choice(["auto", "full", "incremental", "differential"]),
@@ -92,6 +92,11 @@ def command(
             request = Request(source, kind, mode, name, block_bytes, compress)
             try:
                 report = backup(opened, request, world, dry_run=dry_run)
+            except KeyboardInterrupt:
+                # What was made before must be in the answer.
+                errors.append(Interrupted(state=f"{source} was not finished"))
+                render.failure(errors[-1], as_json=False)
+                break
             except BlockbakError as error:
                 errors.append(error)
                 render.failure(error, as_json=False)

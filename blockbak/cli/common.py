@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from blockbak.errors import Interrupted, NoRepositoryNamed
+from blockbak.errors import Interrupted, NoRepositoryNamed, NotARepository
 
 if TYPE_CHECKING:
     from blockbak.flow.context import Context
@@ -23,12 +25,45 @@ WORKERS_MAX = 10
 WORKERS_WAITING = 2
 """Beyond one a core: while some wait for the device or for their turn to append, the others have work."""
 
+
+class _Path(click.types.StringParamType):
+    """The name of a device, a file or a directory. An empty one (a variable that is not set) would else be
+    the current directory.
+    """
+
+    name = "path"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        path: str = super().convert(value, param, ctx)
+        if not path:
+            self.fail("an empty name names nothing", param, ctx)
+        if not _has_place(path):
+            self.fail("the current directory is gone; give the whole path", param, ctx)
+        return path
+
+
+def _has_place(path: str) -> bool:
+    """Whether ``path`` can be made absolute."""
+    try:
+        os.path.abspath(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _seconds(_: click.Context, __: click.Parameter, value: float) -> float:
+    if math.isnan(value):
+        raise click.BadParameter("take a number of seconds")
+    return value
+
+
+PATH = _Path()
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 repository_option = click.option(
-    "-r", "--repository", metavar="REPO", help="The repository's directory (or BLOCKBAK_REPO)."
+    "-r", "--repository", type=PATH, metavar="REPO", help="The repository's directory (or BLOCKBAK_REPO)."
 )
 wait_option = click.option(
-    "--wait", type=click.FloatRange(min=0), default=0, metavar="SECONDS",
+    "--wait", type=click.FloatRange(min=0), callback=_seconds, default=0, metavar="SECONDS",
     help="Wait so long for a volume that another run holds.",
 )  # fmt: skip
 
@@ -63,6 +98,8 @@ def open_repository(named: str | None) -> Repository:
     path = named or click.get_current_context().obj or os.environ.get("BLOCKBAK_REPO")
     if not path:
         raise NoRepositoryNamed
+    if not _has_place(path):
+        raise NotARepository(path=path, reason="the current directory is gone")
     return Repository(path)
 
 
@@ -79,10 +116,34 @@ def state_dir() -> str:
 
 
 @contextlib.contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP come to ``handler``."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)  # under nohup it stays ignored
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, one in before.items():
+            signal.signal(number, one)
+
+
+def ended_at_once() -> contextlib.AbstractContextManager[None]:
+    """Where there is nothing to undo, each of them is what Ctrl-C is to Python: a KeyboardInterrupt."""
+
+    def end(_: int, __: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    return _handled(end)
+
+
+@contextlib.contextmanager
 def world(wait: float = 0) -> Iterator[Context]:
     """The clock, the dice, the screen; and SIGINT, SIGTERM and SIGHUP turned into a wish to stop.
 
-    The first signal lets the use-case stop where nothing is left half-made; a second one breaks in.
+    The use-case stops at the next place where nothing is left half-made. No signal breaks in: what is in the
+    middle of a lock or of clearing away gets through it, however often Ctrl-C is pressed.
     """
     import secrets
     import socket
@@ -96,9 +157,7 @@ def world(wait: float = 0) -> Iterator[Context]:
 
     caught: list[int] = []
 
-    def wish(number: int, _: object) -> None:
-        if caught:
-            raise KeyboardInterrupt
+    def wish(number: int, _: FrameType | None) -> None:
         caught.append(number)
 
     def check() -> None:
@@ -106,11 +165,7 @@ def world(wait: float = 0) -> Iterator[Context]:
             raise Interrupted(state="what was begun has been undone")
 
     keep_memory()
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)  # under nohup it stays ignored
-    before = {number: signal.signal(number, wish) for number in numbers}
-    try:
+    with _handled(wish):
         yield Context(
             now=lambda: datetime.now(UTC),
             timer=time.monotonic,
@@ -125,6 +180,3 @@ def world(wait: float = 0) -> Iterator[Context]:
             kernel=Kernel(),
             wait=wait,
         )
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

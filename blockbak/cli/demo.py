@@ -6,7 +6,7 @@ import click
 
 from blockbak.cli import common, render
 from blockbak.errors import NoPermission
-from blockbak.units import MIB, parse_size
+from blockbak.units import MIB, TIB, parse_size
 
 
 def _size(_: click.Context, __: click.Parameter, value: str) -> int:
@@ -16,6 +16,8 @@ def _size(_: click.Context, __: click.Parameter, value: str) -> int:
         raise click.BadParameter(f"{value!r} is not a size such as 512M") from error
     if size < 64 * MIB or size % 4096:
         raise click.BadParameter("take at least 64M, in whole pages")
+    if size > 16 * TIB:
+        raise click.BadParameter("take at most 16T")
     return size
 
 

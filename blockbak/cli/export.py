@@ -13,7 +13,7 @@ from blockbak.errors import ATTENTION
     "  blockbak -r /srv/backup export web@latest web.qcow2 --format qcow2",
 )
 @click.argument("point")
-@click.argument("file")
+@click.argument("file", type=common.PATH)
 @click.option("--format", "file_format", type=click.Choice(["raw", "qcow2"]), default="raw", show_default=True)
 @click.option("--yes", "overwrite", is_flag=True, help="Replace FILE if it exists.")
 @common.repository_options

@@ -10,7 +10,7 @@ from blockbak.cli import common, render
 @click.command(
     epilog="Example: blockbak init /srv/backup",
 )
-@click.argument("path", metavar="REPO")
+@click.argument("path", type=common.PATH, metavar="REPO")
 @common.json_option
 def command(path: str, as_json: bool) -> None:
     """Make a repository in a new or empty directory.

@@ -72,7 +72,7 @@ def command(context: click.Context, volume: str | None, repository: str | None, 
     is listed all the same.
     """
     opened = common.open_repository(repository)
-    volumes = [opened.volume(volume)] if volume else opened.volumes()
+    volumes = [opened.volume(volume)] if volume is not None else opened.volumes()
     catalogs = [one.catalog() for one in volumes]
     points = [point for catalog in catalogs for point in catalog.points]
     gaps = [gap for catalog in catalogs for gap in catalog.gaps]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from typing import NoReturn
 
 # numpy's own threads would idle beside ours and still cost time.
@@ -13,8 +14,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import click
 
 from blockbak import __version__
-from blockbak.cli import render
-from blockbak.errors import BlockbakError, Interrupted
+from blockbak.cli import common, render
+from blockbak.errors import BlockbakError, Interrupted, OutputFailed
 
 VERBS = {
     "devices": "What can be backed up, and what uses it.",
@@ -63,7 +64,7 @@ class Verbs(click.Group):
     "4 damage found, 5 refused for safety, 130 interrupted.",
 )
 @click.version_option(__version__, prog_name="blockbak")
-@click.option("-r", "--repository", metavar="REPO", help="The repository's directory (or BLOCKBAK_REPO).")
+@common.repository_option
 @click.pass_context
 def cli(context: click.Context, repository: str | None) -> None:
     """Images of disks, partitions and logical volumes: full, incremental, restorable to the byte.
@@ -78,34 +79,70 @@ def cli(context: click.Context, repository: str | None) -> None:
     context.obj = repository
 
 
+def _stand_in() -> None:
+    """Put /dev/null where standard input, output or error is closed: else the next file that is opened, an
+    image or a target, would take its number and what is printed would go there.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # noqa: FBT003 - it gets the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 - until the end
+
+
 def main() -> NoReturn:
     """Run the command line of this process. Never shows a traceback: an unknown error is a sentence too,
     and BLOCKBAK_DEBUG=1 lets it through for those who look for its cause.
     """
+    _stand_in()
     as_json = "--json" in sys.argv
+    try:
+        with common.ended_at_once():
+            code = _run(as_json=as_json)
+        if error := render.lost():
+            code = code or 1
+            # Whoever read a pipe has enough of it, and knows.
+            if not isinstance(error, BrokenPipeError):
+                render.failure(OutputFailed(reason=error.strerror), as_json=False)
+    except KeyboardInterrupt:
+        code = Interrupted.exit_code  # once more, while the answer was given
+    sys.exit(code)
+
+
+def _is_clicks(error: OSError) -> bool:
+    """Whether it comes from click's own printing, of --help or --version: only standard output fails there."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("click.")
+
+
+def _run(*, as_json: bool) -> int:
+    """The exit status of what the command line asks for, once it is done and said."""
     try:
         # In this mode click hands the status of ctx.exit() back instead of ending the process.
         code = cli(standalone_mode=False)
     except BlockbakError as error:
         render.failure(error, as_json=as_json)
-        code = error.exit_code
+        return error.exit_code
     except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        code = 2
+        render.wrong_usage(error, as_json=as_json)
+        return 2
     except click.ClickException as error:
         render.wrong_usage(error, as_json=as_json)
-        code = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        error_130 = Interrupted(state="nothing was changed by the last step")
-        render.failure(error_130, as_json=as_json)
-        code = error_130.exit_code
-    except BrokenPipeError:
-        # Whoever read the output has enough of it; Python would complain once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort) as error:
+        interrupted = Interrupted(state="what was under way may be unfinished")
+        for note in getattr(error, "__notes__", ()):
+            interrupted.add_note(note)
+        render.failure(interrupted, as_json=as_json)
+        return interrupted.exit_code
     except Exception as error:
+        if isinstance(error, OSError) and _is_clicks(error):
+            render.lose(error)
+            return 1
         if os.environ.get("BLOCKBAK_DEBUG"):
             raise
         render.unknown(error, as_json=as_json)
-        code = 1
-    sys.exit(code if isinstance(code, int) else 0)
+        return 1
+    return code if isinstance(code, int) else 0

@@ -1,37 +1,116 @@
-"""The only module that prints: documents on standard output, messages and progress on standard error."""
+"""The only module that prints: documents on standard output, messages and progress on standard error.
+
+Printing never ends the work: a message that nobody can receive is dropped, and an answer that cannot be
+written is noted, for ``main`` to say so in the end.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import sys
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from blockbak.errors import BlockbakError
+from blockbak.model.identity import plain
 from blockbak.units import format_seconds, format_size
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+_ESCAPED = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
+_CONTROLS = {code: text for code, text in _ESCAPED.items() if chr(code) not in "\n\t"}
+"""Characters that would steer a terminal: a name that holds them is shown, not obeyed."""
+
+_lost: list[OSError] = []
+
+
+def lost() -> OSError | None:
+    """Why the answer, or a part of it, could not be written; None if all of it was."""
+    return _lost[0] if _lost else None
+
+
+def lose(error: OSError) -> None:
+    """Standard output takes no more: from now on nothing is written there."""
+    _lost.append(error)
+    _drop(sys.stdout)
+
+
+def _drop(stream: TextIO) -> None:
+    """Send what a stream still holds, and what follows, nowhere: Python would try again at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+def _fit(text: str, stream: TextIO) -> str:
+    """``text`` in what the stream can carry."""
+    encoding = stream.encoding or "utf-8"
+    return plain(text).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _answer(data: str | bytes) -> None:
+    if _lost:
+        return
+    try:
+        click.echo(data)
+    except OSError as error:
+        lose(error)
+
+
+def _message(text: str) -> None:
+    try:
+        click.echo(_fit(text, sys.stderr), err=True)
+    except OSError:
+        _drop(sys.stderr)
+
+
+def _encodable(value: Any) -> Any:
+    """Built-in values, every text in them valid UTF-8."""
+    if isinstance(value, str):
+        return plain(value)
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encodable(one) for one in value]
+    return value
 
 
 def document(value: object) -> None:
     """One JSON document on standard output."""
     import msgspec
 
-    text = msgspec.json.format(msgspec.json.encode(value), indent=2)
-    click.echo(text.decode())
+    _answer(msgspec.json.format(msgspec.json.encode(_encodable(msgspec.to_builtins(value))), indent=2))
 
 
 def say(sentence: str) -> None:
     """A message for people, on standard error."""
-    click.echo(f"blockbak: {sentence}", err=True)
+    _message(f"blockbak: {sentence.translate(_CONTROLS)}")
 
 
 def line(text: str = "") -> None:
     """A line of what was asked for, on standard output."""
-    click.echo(text)
+    _answer(_fit(text.translate(_CONTROLS), sys.stdout))
+
+
+def ask(question: str) -> str | None:
+    """What a person types on one line, as the kernel would have it in a path; None at the end of input."""
+    typed = b""
+    try:
+        click.echo(_fit(f"{question.translate(_CONTROLS)}: ", sys.stderr), nl=False, err=True)
+        typed = sys.stdin.buffer.readline()
+    except OSError:
+        return None  # the terminal is gone
+    finally:
+        if not typed.endswith(b"\n"):
+            _message("")  # what is said next has a line of its own
+    return os.fsdecode(typed.removesuffix(b"\n")) if typed else None
 
 
 def failure(error: BlockbakError, *, as_json: bool) -> None:
@@ -49,7 +128,9 @@ def wrong_usage(error: click.ClickException, *, as_json: bool) -> None:
     """A command line that cannot be understood."""
     if as_json:
         document({"error": {"name": "WrongUsage", "message": error.format_message(), "exit": error.exit_code}})
-    error.show()
+    text = io.StringIO()
+    error.show(text)
+    _message(text.getvalue().translate(_CONTROLS).removesuffix("\n"))
 
 
 def unknown(error: Exception, *, as_json: bool) -> None:
@@ -67,13 +148,16 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, numeric: 
     from rich.console import Console
     from rich.table import Table
 
-    width = None if sys.stdout.isatty() else 200
+    terminal = sys.stdout.isatty()
     view = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for column in columns:
         view.add_column(column, justify="right" if column in numeric else "left", overflow="fold")
     for row in rows:
-        view.add_row(*(str(cell) for cell in row))
-    Console(width=width, highlight=False, markup=False).print(view)
+        view.add_row(*(plain(str(cell)).translate(_ESCAPED) for cell in row))
+    text = io.StringIO()
+    width = None if terminal else 200
+    Console(file=text, force_terminal=terminal, width=width, highlight=False, markup=False, emoji=False).print(view)
+    _answer(_fit(text.getvalue().removesuffix("\n"), sys.stdout))
 
 
 def size(value: object) -> str:
@@ -87,7 +171,9 @@ def seconds(value: float) -> str:
 
 
 class Bar:
-    """Progress on a terminal: bytes, rate, time left, changed so far. Quiet elsewhere."""
+    """Progress on a terminal: bytes, rate, time left, changed so far. Quiet elsewhere, and from the moment
+    on when the terminal is gone.
+    """
 
     def __init__(self) -> None:
         self._shown = sys.stderr.isatty()
@@ -101,11 +187,15 @@ class Bar:
             return
         from tqdm import tqdm
 
+        tqdm.monitor_interval = 0  # no thread of its own: bytes arrive all the time
         self._changed = 0
-        self._bar = tqdm(
-            total=total, desc=label, unit="B", unit_scale=True, unit_divisor=1024, leave=False,
-            dynamic_ncols=True, file=sys.stderr,
-        )  # fmt: skip
+        try:
+            self._bar = tqdm(
+                total=total, desc=label, unit="B", unit_scale=True, unit_divisor=1024, leave=False,
+                dynamic_ncols=True, file=sys.stderr,
+            )  # fmt: skip
+        except OSError:
+            self._stop()
 
     def advance(self, done: int, changed: int = 0) -> None:
         """Move on; any thread may call."""
@@ -113,12 +203,27 @@ class Bar:
             return
         with self._guard:
             self._changed += changed
-            if self._changed:
-                self._bar.set_postfix_str(f"{format_size(self._changed)} changed", refresh=False)
-            self._bar.update(done)
+            try:
+                if self._bar is not None:
+                    if self._changed:
+                        self._bar.set_postfix_str(f"{format_size(self._changed)} changed", refresh=False)
+                    self._bar.update(done)
+            except OSError:
+                self._stop()
 
     def end(self) -> None:
         """The stage is over."""
         if self._bar is not None:
-            self._bar.close()
+            try:
+                self._bar.close()
+            except OSError:
+                self._stop()
             self._bar = None
+
+    def _stop(self) -> None:
+        """Nobody watches any more."""
+        self._shown = False
+        if self._bar is not None:
+            self._bar.disable = True  # else it says good-bye when it is collected
+            self._bar = None
+        _drop(sys.stderr)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from blockbak.cli import common, render
-from blockbak.errors import ATTENTION, NotConfirmed, TargetExists
+from blockbak.errors import ATTENTION, Interrupted, NotConfirmed, TargetExists
 
 if TYPE_CHECKING:
     from blockbak.flow.restore import Plan, Report
@@ -22,24 +22,22 @@ _METHODS = {
 
 def describe(plan: Plan) -> None:
     """The plan for people, before anything is written."""
-    render.say(
+    render.line(
         f"{plan.point} of {plan.volume}, {render.size(plan.device_bytes)}, to {plan.target}: {_METHODS[plan.method]}."
     )
-    render.say(f"From {', '.join(plan.images)}.")
+    render.line(f"From {', '.join(plan.images)}.")
     for note in plan.notes:
-        render.say(note)
+        render.line(note)
 
 
 def _confirmed(target: str) -> bool:
     """A person at a terminal may type the target's name instead of ``--yes``."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
-    typed: str = click.prompt(
-        f"Everything on {target} will be overwritten. Type its name to go on",
-        default="",
-        show_default=False,
-        err=True,
-    )
+    try:
+        typed = render.ask(f"Everything on {target} will be overwritten. Type its name to go on")
+    except KeyboardInterrupt:
+        raise Interrupted(state="nothing was changed") from None
     if typed != target:
         raise NotConfirmed(action=f"Overwriting {target}")
     return True
@@ -52,13 +50,15 @@ def _confirmed(target: str) -> bool:
     "  blockbak -r /srv/backup restore web@2026-05-01T03:00 disk.img",
 )
 @click.argument("point")
-@click.argument("target")
+@click.argument("target", type=common.PATH)
 @click.option("--yes", "overwrite", is_flag=True, help="Overwrite TARGET if it exists.")
 @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Read back what was written.")
 @click.option("--verify-first", is_flag=True, help="Read and check all images before the first byte.")
 @click.option("--keep-going", is_flag=True, help="Restore what can be; name the rest in a mapfile, exit 3.")
-@click.option("--mapfile", metavar="FILE", help="Where --keep-going writes its mapfile [TARGET.mapfile].")
+@click.option(
+    "--mapfile", type=common.PATH, metavar="FILE", help="Where --keep-going writes its mapfile [TARGET.mapfile]."
+)
 @common.repository_options
 @click.pass_context
 def command(
@@ -76,13 +76,15 @@ def command(
 
     opened = common.open_repository(repository)
     request = Request(point, target, overwrite, verify, verify_first, keep_going, mapfile)
-    with common.world(wait) as world:
-        try:
+    try:
+        with common.world(wait) as world:
             done = restore(opened, request, world, dry_run=dry_run)
-        except TargetExists:
-            if not _confirmed(target):
-                raise
-            request = replace(request, overwrite=True)
+    except TargetExists as error:
+        # Asked outside of a world: there a signal is a wish, and nobody would look for it.
+        if not _confirmed(str(error.fields["path"])):
+            raise
+        request = replace(request, overwrite=True)
+        with common.world(wait) as world:
             done = restore(opened, request, world)
     _show(done, as_json=as_json)
     context.exit(ATTENTION if not dry_run and getattr(done, "attention", False) else 0)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from blockbak.errors import Damage, DamagedImage, Interrupted, NewerFormat, PointNeeded
 from blockbak.flow.context import Context
 from blockbak.flow.points import find, hidden_images, highest_sequence, open_reader
 from blockbak.flow.verify import check_image
-from blockbak.model.chain import POINT_CHARS, Image, chains, plan, points
+from blockbak.model.chain import POINT_CHARS, Image, Point, chains, points
 from blockbak.repository.local import Catalog, Repository, Volume
+
+Chain: TypeAlias = tuple[Image, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,58 +37,46 @@ class Removal:
     verify: tuple[Image, ...]
 
 
-def decide(images: Sequence[Image], gone: Collection[str]) -> Removal:
+def decide(images: Sequence[Image], gone: Collection[str], hidden: Sequence[Image] = ()) -> Removal:
     """What deleting the points ``gone`` means. Raises PointNeeded if a later point would lose its chain.
 
-    Images of kept points that stand on a removed one go too, where another image holds their point. The
-    newest go first: at no moment does an image lack its parent.
+    ``hidden`` are images that no usable manifest names: they serve nobody, but once 'recover' has been there
+    they are points again, so what they need stays too. Images of kept points that stand on a removed one go
+    too, where another image holds their point. The newest go first: at no moment does an image lack its parent.
     """
-    before = chains(images)
-    left = [image for image in images if image.point not in gone]
-    after = chains(left)
+    every = (*images, *hidden)
+    left = [image for image in every if image.point not in gone]
+    sound = {image.file for image in images}
+    before, after = chains(every), chains(left)
+    sound_before, sound_after = chains(images), chains(image for image in left if image.file in sound)
     kept = points(left)
     for point in kept:
-        served = any(image.file in before for image in point.images)
-        if served and not any(image.file in after for image in point.images):
-            chain = plan(point, images)
+        files = [image.file for image in point.images]
+        # What serves by itself must go on doing so; what only waits for 'recover', must go on waiting.
+        was, now = (sound_before, sound_after) if any(file in sound_before for file in files) else (before, after)
+        if any(file in was for file in files) and not any(file in now for file in files):
+            chain = min((was[file] for file in files if file in was), key=len)
             needed = next(image.point for image in reversed(chain) if image.point in gone)
             raise PointNeeded(point=needed, needed_by=point.id)
     broken = {image.file for image in left if image.file in before and image.file not in after}
-    removed = [image for image in images if image.point in gone or image.file in broken]
-    files = {image.file for image in removed}
-    affected = [
-        point
-        for point in kept
-        if any(files & {one.file for one in before.get(image.file, ())} for image in point.images)
-    ]
-    keepers = {
-        image.file: image
-        for point in affected
-        if any(image.file in after for image in point.images)
-        for image in plan(point, left)
-        if image.opening.synthetic
-    }
+    removed = [image for image in every if image.point in gone or image.file in broken]
     order = sorted(removed, key=lambda image: (image.opening.sequence, image.opening.kind != "full"), reverse=True)
-    return Removal(tuple(order), tuple(keepers.values()))
+    return Removal(tuple(order), _keepers(kept, {image.file for image in removed}, before, sound_after))
 
 
-def guard(removal: Removal, images: Sequence[Image], hidden: Sequence[Image], gone: Collection[str]) -> list[Image]:
-    """Images without a usable manifest are points again once 'recover' has been there: their parents stay.
-
-    The hidden images that lose their chain although another image goes on holding their point. Raises
-    PointNeeded if one that alone holds its point would lose it.
-    """
-    files = {image.file for image in removal.images}
-    left = [image for image in images if image.file not in files]
-    before = chains((*images, *hidden))
-    after = chains((*left, *(image for image in hidden if image.point not in gone)))
-    served = {image.point for image in left if image.file in after}
-    lost = [one for one in hidden if one.point not in gone and one.file in before and one.file not in after]
-    for image in lost:
-        if image.point not in served:
-            needed = next(one.point for one in reversed(before[image.file]) if one.file in files)
-            raise PointNeeded(point=needed, needed_by=image.point)
-    return lost
+def _keepers(
+    kept: Sequence[Point], removed: Collection[str], before: Mapping[str, Chain], after: Mapping[str, Chain]
+) -> tuple[Image, ...]:
+    """The synthetic images that take over from removed ones."""
+    found: dict[str, Image] = {}
+    for point in kept:
+        files = [image.file for image in point.images]
+        affected = any(image.file in removed for file in files for image in before.get(file, ()))
+        serving = [after[file] for file in files if file in after]
+        if affected and serving:
+            chain = min(serving, key=lambda chain: (len(chain), sum(image.image_bytes for image in chain)))
+            found.update({image.file: image for image in chain if image.opening.synthetic})
+    return tuple(found.values())
 
 
 def _named(repository: Repository, name: str) -> tuple[str, str]:
@@ -100,25 +91,23 @@ def _named(repository: Repository, name: str) -> tuple[str, str]:
 
 
 def _decide(volume: Volume, catalog: Catalog, gone: Collection[str]) -> tuple[Removal, list[str]]:
-    """What goes, and the files of unusable images that go after it."""
-    hidden = list(hidden_images(volume, catalog, strict=True))
+    """What goes, and the files of images too damaged to be looked at, which go after it."""
     errors = {str(error.fields["image"]): error for error in catalog.damage}
     try:
-        removal = decide(catalog.images, gone)
+        removal = decide(catalog.images, gone, list(hidden_images(volume, catalog, strict=True)))
     except PointNeeded as refusal:
         # It may be that another image serves, and only its manifest cannot be used.
         for error in catalog.damage:
             if error.fields["point"] == refusal.fields["needed_by"]:
                 raise error from refusal
         raise
-    lost = guard(removal, catalog.images, hidden, gone)
-    for image in lost:
-        if image.file in errors:
+    for image in removal.images:
+        if image.file in errors and image.point not in gone:
             raise errors[image.file]
-    broken = [image.file for image in lost]
-    broken += [file for file, error in errors.items() if error.fields["point"] in gone]
-    broken += [file for file in catalog.orphans if file[:POINT_CHARS] in gone]
-    return removal, broken
+    files = {image.file for image in removal.images}
+    unknown = [file for file, error in errors.items() if error.fields["point"] in gone and file not in files]
+    unknown += [file for file in catalog.orphans if file[:POINT_CHARS] in gone and file not in files]
+    return removal, unknown
 
 
 def delete(repository: Repository, names: Sequence[str], context: Context, *, dry_run: bool = False) -> Report:

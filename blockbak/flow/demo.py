@@ -6,17 +6,18 @@ import hashlib
 import os
 import random
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
-from blockbak.errors import BlockbakError, DemoFailed
+from blockbak.errors import BlockbakError, DemoFailed, NoSpace
 from blockbak.flow import backup, restore, synthesize
 from blockbak.flow.context import Context, iso
 from blockbak.host import runner, scratch
+from blockbak.host.blockio import store_error
+from blockbak.host.signals import undisturbed
 from blockbak.repository.local import Repository
-from blockbak.units import KIB, MIB
+from blockbak.units import KIB, MIB, format_size
 
 VOLUME = "demo"
 _SOURCES = ("/usr/lib", "/usr/bin", "/usr/share", "/etc")
@@ -24,6 +25,8 @@ _FILE_MAX = 8 * MIB
 _SHARE = 0.45
 """Of the device that is filled with files; ext4 and the edits need the rest."""
 _SEED = 20
+_ROOM = 3
+"""Devices that the demo's files take together, at most: source, target, images, a copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,20 +105,29 @@ def _fill(stage: _Stage, folder: str, room: int) -> None:
     for top in _SOURCES:
         for directory, names, files in os.walk(top):
             names.sort()
-            stage.context.check()
             for name in sorted(files):
-                source = os.path.join(directory, name)
-                if os.path.islink(source) or not os.path.isfile(source):
-                    continue
-                size = os.path.getsize(source)
-                if size > _FILE_MAX or used + size > room * 4 // 5:
-                    continue
-                target = folder + source
-                os.makedirs(os.path.dirname(target), exist_ok=True)
-                shutil.copyfile(source, target)
-                used += size
+                stage.context.check()
+                used += _copy(os.path.join(directory, name), folder, room * 4 // 5 - used)
     with open(os.path.join(folder, "random"), "wb") as file:
-        file.writelines(stage.dice.randbytes(MIB) for _ in range(room // 5 // MIB))
+        for _ in range(room // 5 // MIB):
+            stage.context.check()
+            file.write(stage.dice.randbytes(MIB))
+
+
+def _copy(source: str, folder: str, room: int) -> int:
+    """Copy a real file into ``folder`` if it is small enough; the bytes it took."""
+    try:
+        if os.path.islink(source) or not os.path.isfile(source):
+            return 0
+        size = os.path.getsize(source)
+        if size > min(_FILE_MAX, room):
+            return 0
+        target = folder + source
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        shutil.copyfile(source, target)
+    except (FileNotFoundError, PermissionError):
+        return 0  # it went away meanwhile, or is not even root's to read
+    return size
 
 
 def _edit(stage: _Stage, folder: str) -> None:
@@ -138,12 +150,22 @@ def _edit(stage: _Stage, folder: str) -> None:
                 os.rename(path, f"{path}.moved")
 
 
-def demo(context: Context, *, size: int, directory: str | None) -> Report:
+def demo(context: Context, *, size: int, directory: str) -> Report:
     """Tell the story on a device of ``size`` bytes under ``directory``. Everything made is removed again,
-    also after an error or an interruption. Raises DemoFailed, and what its steps raise.
+    also after an error or an interruption. Raises DemoFailed, NoSpace, and what its steps raise.
     """
-    with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="blockbak-demo-", dir=directory))
+    try:
+        if shutil.disk_usage(directory).free < _ROOM * size:
+            raise NoSpace(path=f"the demo's files, up to {format_size(_ROOM * size)}, in {directory}")
+        return _staged(context, size, directory)
+    except OSError as error:
+        raise store_error(error, error.filename or directory, "used") from error
+
+
+def _staged(context: Context, size: int, directory: str) -> Report:
+    """The story on its stage. Signals break in while it is told, not while the stage is built or taken down."""
+    with undisturbed() as through, ExitStack() as stack:
+        folder = stack.enter_context(scratch.folder(directory, "blockbak-demo-"))
         inside = replace(context, state_dir=os.path.join(folder, "state"))
         device = stack.enter_context(scratch.loop_device(os.path.join(folder, "disk"), size))
         target = stack.enter_context(scratch.loop_device(os.path.join(folder, "target"), size))
@@ -152,8 +174,9 @@ def demo(context: Context, *, size: int, directory: str | None) -> Report:
         )
         stage = _Stage(device, target, folder, repository, inside)
         try:
-            _story(stage, size)
-        except BlockbakError:
+            with through():
+                _story(stage, size)
+        except (BlockbakError, OSError):
             # A signal may have reached a program we were waiting for: then that is the reason.
             context.check()
             raise
@@ -163,7 +186,7 @@ def demo(context: Context, *, size: int, directory: str | None) -> Report:
 def _story(stage: _Stage, size: int) -> None:
     say = stage.context.say
     say(f"{stage.device} gets an ext4 of real files.")
-    scratch.make_ext4(stage.device)
+    scratch.make_ext4(stage.device, stage.context.check)
     with stage.files() as folder:
         _fill(stage, folder, int(size * _SHARE))
     full = stage.point("full")
@@ -190,16 +213,16 @@ def _without_blockbak(stage: _Stage, full: str, incremental: str) -> None:
     """The same with nothing but the zstd program, and with the script that lies in every repository."""
     copy = os.path.join(stage.folder, "copy")
     volume = stage.repository.volume(VOLUME)
-    timer = stage.context.timer
+    timer, check = stage.context.timer, stage.context.check
     began = timer()
     image = os.path.join(volume.path, f"{full}.full.zst")
-    runner.run(["zstd", "-q", "-d", "--no-sparse", "-o", copy, image], deadline=600)
+    runner.run(["zstd", "-q", "-d", "--no-sparse", "-o", copy, image], deadline=600, check=check)
     seconds = timer() - began
     stage.prove("zstd -dc of the full", full, stage.digest(copy), seconds)
     os.unlink(copy)
     began = timer()
     script = os.path.join(stage.repository.path, "rescue.py")
-    runner.run(["python3", "-I", "-S", script, "restore", incremental, copy], deadline=600)
+    runner.run(["python3", "-I", "-S", script, "restore", incremental, copy], deadline=600, check=check)
     seconds = timer() - began
     stage.prove("rescue.py, full + incremental", incremental, stage.digest(copy), seconds)
     os.unlink(copy)

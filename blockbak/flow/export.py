@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from stat import S_ISREG
 
-from blockbak.errors import BadTarget, CommandFailed, TargetExists
+from blockbak.errors import BadTarget, BlockbakError, CommandFailed, NoPermission, NoSpace, TargetExists
 from blockbak.flow import restore
 from blockbak.flow.context import Context
-from blockbak.host import runner
+from blockbak.host import runner, scratch
 from blockbak.host.blockio import sync_directory
 from blockbak.repository.local import Repository
 
@@ -36,35 +37,61 @@ def export(
 ) -> Report:
     """Write a point to ``path`` as ``raw`` or ``qcow2``; the file appears when it is complete.
 
-    Raises TargetExists unless ``overwrite``, MissingProgram, CommandFailed, and what a restore raises.
+    Raises TargetExists unless ``overwrite``, NoPermission, NoSpace, BadTarget, MissingProgram,
+    CommandFailed, and what a restore raises.
     """
     clock = context.timer()
     path = os.path.abspath(path)
-    if os.path.lexists(path):
-        if not os.path.isfile(path) or os.path.islink(path):
-            raise BadTarget(path=path, reason="it is not a regular file")
-        if not overwrite:
-            raise TargetExists(path=path)
+    _check_file(path, overwrite=overwrite)
     # Refuse what must not be written before the long part, and before anything lies beside it.
     planned = restore.restore(repository, restore.Request(name, path), context, dry_run=True)
-    with tempfile.TemporaryDirectory(prefix=".blockbak-", dir=os.path.dirname(path)) as folder:
-        raw = os.path.join(folder, "raw")
-        done = restore.restore(repository, restore.Request(name, raw), context)
-        made = raw if file_format == "raw" else _convert(raw, os.path.join(folder, "image"), file_format, context)
-        _publish(made, path, context)
+    assert isinstance(planned, restore.Plan)  # noqa: S101 - a dry run gives one
+    # By its id: what a name such as latest means may change on the way.
+    request = restore.Request(f"{planned.volume}@{planned.point}", "")
+    try:
+        with scratch.folder(os.path.dirname(path), ".blockbak-") as folder:
+            raw = os.path.join(folder, "raw")
+            done = restore.restore(repository, replace(request, target=raw), context)
+            made = raw if file_format == "raw" else _convert(raw, os.path.join(folder, "image"), file_format, context)
+            file_bytes = os.stat(made).st_size
+            _publish(made, path, context, overwrite=overwrite)
+    except OSError as error:
+        raise _sentence(error, path) from error
     assert isinstance(done, restore.Report)  # noqa: S101 - only a dry run gives a plan
-    assert isinstance(planned, restore.Plan)  # noqa: S101 - the same
     return Report(
-        planned.point, planned.volume, path, file_format, planned.device_bytes, os.stat(path).st_size,
+        planned.point, planned.volume, path, file_format, planned.device_bytes, file_bytes,
         round(context.timer() - clock, 3), done.attention,
     )  # fmt: skip
+
+
+def _check_file(path: str, *, overwrite: bool) -> None:
+    """Raises TargetExists or BadTarget for a path that may not be written."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _sentence(error, path) from error
+    if not S_ISREG(mode):
+        raise BadTarget(path=path, reason="it is not a regular file")
+    if not overwrite:
+        raise TargetExists(path=path)
+
+
+def _sentence(error: OSError, path: str) -> BlockbakError:
+    """Why a file cannot be made at ``path``."""
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return NoPermission(action="write", path=path)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpace(path=path)
+    return BadTarget(path=path, reason=error.strerror or str(error))
 
 
 def _convert(raw: str, image: str, file_format: str, context: Context) -> str:
     """Let qemu-img make the other format of a raw file; where it is."""
     argv = ["qemu-img", "convert", "-f", "raw", "-O", file_format, raw, image]
     try:
-        runner.run(argv, deadline=_CONVERT_SECONDS)
+        runner.run(argv, deadline=_CONVERT_SECONDS, check=context.check)
     except CommandFailed:
         context.check()  # a signal may have reached qemu-img too: then that is the reason
         raise
@@ -72,15 +99,19 @@ def _convert(raw: str, image: str, file_format: str, context: Context) -> str:
     return image
 
 
-def _publish(made: str, path: str, context: Context) -> None:
-    """Make a finished file durable under the name that was asked for."""
+def _publish(made: str, path: str, context: Context, *, overwrite: bool) -> None:
+    """Make a finished file durable under the name that was asked for. Raises OSError, TargetExists."""
+    fd = context.kernel.open(made, os.O_RDONLY)
     try:
-        fd = context.kernel.open(made, os.O_RDONLY)
-        try:
-            context.kernel.fsync(fd)
-        finally:
-            context.kernel.close(fd)
+        context.kernel.fsync(fd)
+    finally:
+        context.kernel.close(fd)
+    context.check()
+    if overwrite:
         os.replace(made, path)
-        sync_directory(os.path.dirname(path), context.kernel)
-    except OSError as error:
-        raise BadTarget(path=path, reason=error.strerror) from error
+    else:
+        try:
+            context.kernel.rename(made, path)
+        except FileExistsError as error:
+            raise TargetExists(path=path) from error  # somebody made it meanwhile
+    sync_directory(os.path.dirname(path), context.kernel)

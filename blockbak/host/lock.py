@@ -141,6 +141,8 @@ def held(
     except OSError as error:
         fd = _open_to_read(path, error, exclusive=exclusive, kernel=kernel)
     try:
+        with contextlib.suppress(OSError):
+            os.fchmod(fd, 0o600)  # whatever the umask took from it; somebody else's file has its mode already
         deadline = clock() + wait
         while True:
             try:

@@ -12,16 +12,20 @@ import select
 import shutil
 import signal
 import subprocess
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from blockbak.errors import CommandFailed, MissingProgram
+from blockbak.host.signals import undisturbed
 
 GRACE_SECONDS = 2.0
 """Between asking a late program to end and killing it: time to take back what it began."""
 STDERR_TAIL = 2000
 """Characters of a failed program's messages that its error repeats."""
+CHECK_SECONDS = 0.1
+"""Between two looks at whether someone asked to stop."""
 
 _SYSTEM_PATHS = ("/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/local/bin", "/usr/bin", "/bin")
 """Looked through after PATH: a timer's or a plain user's PATH often lacks the sbin directories."""
@@ -96,12 +100,14 @@ def run(
     input: bytes | None = None,  # noqa: A002 - what everybody calls it
     env: Mapping[str, str] | None = None,
     accept: Collection[int] = (0,),
+    check: Callable[[], None] = lambda: None,
 ) -> Completed:
     """Run ``argv`` (never through a shell) to its end and return what it said.
 
     ``deadline`` is in seconds; at it the program's whole process group is asked to end, then killed. The
     same happens when waiting is interrupted. ``input`` is its standard input (else /dev/null), ``env`` is
-    added to the environment, ``accept`` names the exit statuses that are no failure.
+    added to the environment, ``accept`` names the exit statuses that are no failure. ``check`` is called
+    ten times a second while the program runs; what it raises ends the program and is raised here.
 
     Raises MissingProgram where it is not installed, and CommandFailed (``status`` is the exit status, or
     words where there is none) where it ended otherwise or too late.
@@ -113,7 +119,7 @@ def run(
     with _memory_files() as (stdin, stdout, stderr):
         _fill(stdin, input or b"")
         files = (None if input is None else stdin, stdout, stderr)
-        status = _run_to_end(path, argv, files, deadline=deadline, env=env)
+        status = _run_to_end(path, argv, files, deadline=deadline, env=env, check=check)
         output, said = _content(stdout), _content(stderr).decode("utf-8", "replace").strip()
     if status not in accept:
         raise CommandFailed(program=program, status=_in_words(status, deadline), stderr=said[-STDERR_TAIL:])
@@ -128,41 +134,52 @@ def _run_to_end(
     *,
     deadline: float,
     env: Mapping[str, str] | None,
+    check: Callable[[], None],
 ) -> int | None:
     """The exit status (negative: a signal's number), or None for a program stopped at its deadline."""
     stdin, stdout, stderr = files
-    try:
-        process = subprocess.Popen(
-            argv,
-            executable=path,
-            stdin=subprocess.DEVNULL if stdin is None else stdin,
-            stdout=stdout,
-            stderr=stderr,
-            env=_environment(env),
-            close_fds=True,
-            start_new_session=True,
-        )
-    except OSError as error:
-        program = Path(argv[0]).name
-        raise CommandFailed(program=program, status="not started", stderr=error.strerror or "") from error
-    try:
-        ended = _wait(process, deadline)
-    except BaseException:
-        _end_group(process)
-        raise
-    if not ended:
-        _end_group(process)
-        return None
-    return process.wait()
+    # A signal between the start of the program and the `try` would leave it running.
+    with undisturbed() as through:
+        try:
+            process = subprocess.Popen(
+                argv,
+                executable=path,
+                stdin=subprocess.DEVNULL if stdin is None else stdin,
+                stdout=stdout,
+                stderr=stderr,
+                env=_environment(env),
+                close_fds=True,
+                start_new_session=True,
+            )
+        except OSError as error:
+            program = Path(argv[0]).name
+            raise CommandFailed(program=program, status="not started", stderr=error.strerror or "") from error
+        try:
+            with through():
+                ended = _wait(process, deadline, check)
+        except BaseException:
+            _end_group(process)
+            raise
+        if not ended:
+            _end_group(process)
+            return None
+        return process.wait()
 
 
-def _wait(process: subprocess.Popen[bytes], seconds: float) -> bool:
+def _wait(process: subprocess.Popen[bytes], seconds: float, check: Callable[[], None] = lambda: None) -> bool:
     """Whether it ends within ``seconds``; noticed at once, not at the next look. It is not reaped yet."""
     descriptor = os.pidfd_open(process.pid)
     try:
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)
-        return bool(poll.poll(max(seconds, 0) * 1000))
+        deadline = time.monotonic() + seconds
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            if poll.poll(min(left, CHECK_SECONDS) * 1000):
+                return True
+            if left <= CHECK_SECONDS:
+                return False
+            check()
     finally:
         os.close(descriptor)
 

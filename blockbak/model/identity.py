@@ -26,10 +26,19 @@ _WORDS = {
 }
 
 
+def plain(text: str) -> str:
+    r"""``text`` as valid UTF-8: bytes of a path that are none are written out, as in ``tar\xffget``."""
+    try:
+        data = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        data = text.encode("utf-8", "backslashreplace")  # not from a path: half a pair of UTF-16
+    return data.decode("utf-8", "backslashreplace")
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
     """``kind`` says where ``value`` is from: one of 'lv-uuid', 'wwn', 'serial', 'partuuid', 'partition',
-    'dm-uuid', 'md-uuid', 'file', 'gpt', 'mbr', 'path'.
+    'dm-uuid', 'md-uuid', 'file', 'gpt', 'mbr', 'path'. A value that is not UTF-8 is made ``plain``.
 
     ``diskseq`` is the kernel's number of this instance of a block device (0: not known, or a file), and
     ``boot`` the boot in which it was seen; the number means nothing in another boot.
@@ -41,9 +50,10 @@ class Identity:
     boot: str = ""
 
     def __post_init__(self) -> None:
-        if len(self.value) > VALUE_MAX:
-            digest = hashlib.sha256(self.value.encode("utf-8", "surrogateescape")).hexdigest()
-            object.__setattr__(self, "value", f"sha256:{digest}")
+        value = plain(self.value)
+        if len(value) > VALUE_MAX:
+            value = f"sha256:{hashlib.sha256(value.encode()).hexdigest()}"
+        object.__setattr__(self, "value", value)
 
     def same_as(self, other: Identity) -> bool:
         """Whether both name one volume.

@@ -316,7 +316,7 @@ class Repository:
             raise read_error(error, file, file) from error
         try:
             about = msgspec.json.decode(data, type=_Repository)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise DamagedRepository(file=file, reason=str(error)) from error
         if about.blockbak_repository > VERSION:
             raise NewerFormat(what=f"The repository {path}", detail=f"version {about.blockbak_repository}")
@@ -377,8 +377,10 @@ class Repository:
             if not os.path.isdir(path):
                 self.kernel.mkdir(path)
             sync_directory(self.path, self.kernel)
-        except FileExistsError:
-            pass  # another run made it a moment ago
+        except FileExistsError as error:
+            if not os.path.isdir(path):
+                raise VolumeExists(volume=name, reason="a file of the repository has it") from error
+            # Another run made it a moment ago.
         except OSError as error:
             raise store_error(error, path, "made") from error
         return Volume(self, name)

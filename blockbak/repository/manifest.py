@@ -64,7 +64,7 @@ def decode(data: bytes, file: str) -> Image:
         if version != VERSION:
             raise NewerFormat(what=f"The manifest {file}", detail=f"version {version}")
         manifest = msgspec.json.decode(data, type=Manifest)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise DamagedManifest(file=file, reason=str(error)) from error
     if manifest.image_file != file.removesuffix(".json") + ".zst":
         raise DamagedManifest(file=file, reason=f"it names the image {manifest.image_file!r}")

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from blockbak.errors import CommandFailed, MissingProgram
+from blockbak.errors import CommandFailed, Interrupted, MissingProgram
 from blockbak.host import runner
 
 
@@ -201,3 +201,37 @@ def test_an_interrupted_wait_ends_the_program(tmp_path):
         runner.run(python(code))
     thread.join()
     assert ended(int(pid.read_text()))
+
+
+def test_one_who_looks_may_stop_it(tmp_path):
+    pid = tmp_path / "pid"
+    code = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+
+    def check():
+        if pid.exists() and pid.read_text():
+            raise Interrupted(state="as asked")
+
+    started = time.monotonic()
+    with pytest.raises(Interrupted, match="as asked"):
+        runner.run(python(code), check=check)
+    assert time.monotonic() - started < 10
+    assert ended(int(pid.read_text()))
+
+
+def test_while_it_runs_somebody_looks_now_and_then():
+    looks = []
+    assert runner.run(["sleep", "1"], check=lambda: looks.append(1)).status == 0
+    assert 2 <= len(looks) <= 10
+    with pytest.raises(CommandFailed, match=r"still running after 0\.5 s"):
+        runner.run(["sleep", "60"], deadline=0.5, check=lambda: looks.append(1))
+
+
+def test_a_signal_that_raises_nothing_does_not_end_the_wait():
+    came = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: came.append(number))
+    try:
+        done = runner.run(["sh", "-c", f"kill -USR1 {os.getpid()}; sleep 0.3; echo done"])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert came == [signal.SIGUSR1]
+    assert done.stdout == "done\n"

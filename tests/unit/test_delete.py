@@ -14,6 +14,7 @@ from tests.points import histories, image, point_name
 
 def served(images):
     """The points that can be restored."""
+    images = list(images)
     return {one.point for one in images if one.file in chains(images)}
 
 
@@ -46,6 +47,31 @@ def test_no_kept_point_ever_loses_its_chain(images, data):
     assert sequences == sorted(sequences, reverse=True)
     # What never had a chain is none of this decision's business.
     assert {one.file for one in left if one.file not in whole} <= {one.file for one in there}
+
+
+@given(histories(), st.data())
+def test_what_a_hidden_image_needs_is_kept(images, data):
+    """An image whose manifest cannot be used serves nobody, but with its manifest back it is a point again."""
+    covered = data.draw(st.sets(st.sampled_from([one.file for one in images]), max_size=3))
+    known = [one for one in images if one.file not in covered]
+    hidden = [one for one in images if one.file in covered]
+    gone = data.draw(st.sets(st.sampled_from(sorted({one.point for one in images}))))
+    left = [one for one in images if one.point not in gone]
+    by_itself = served(known) - gone
+    with_recover = served(images) - served(known) - gone
+    kept = served(one for one in left if one.file not in covered)
+    if not (by_itself <= kept and with_recover <= served(left)):
+        with pytest.raises(PointNeeded) as raised:
+            decide(known, gone, hidden)
+        assert raised.value.fields["point"] in gone
+        assert raised.value.fields["needed_by"] in (by_itself - kept) | (with_recover - served(left))
+        return
+    there = list(images)
+    for one in decide(known, gone, hidden).images:
+        there.remove(one)
+        assert by_itself <= served(one for one in there if one.file not in covered)
+        assert with_recover <= served(there)
+    assert not {one.point for one in there} & gone
 
 
 @given(histories())

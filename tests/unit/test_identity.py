@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from blockbak.host import device, usage
 from blockbak.host.proc import parse_locks, parse_mountinfo, unescape
 from blockbak.host.system import System, lv_uuid, lvm_names
-from blockbak.model.identity import Identity
+from blockbak.model.identity import Identity, plain
 
 VG, LV = "A" * 32, "abcdefGHIJklmnOPQRstuvWXyz012345"
 
@@ -128,6 +128,26 @@ def test_a_long_value_is_replaced_by_its_digest(one, other):
     assert len(made.value) == 71
     assert made.same_as(Identity("file", one))
     assert made.same_as(Identity("file", other)) is (one == other)
+
+
+@given(st.binary())
+def test_any_path_is_made_text_once_and_for_all(path):
+    given_by_the_kernel = path.decode("utf-8", "surrogateescape")
+    text = plain(given_by_the_kernel)
+    text.encode("utf-8")
+    assert plain(text) == text
+    assert Identity("file", given_by_the_kernel).same_as(Identity("file", text))
+
+
+@given(st.text(st.characters()))
+def test_any_string_is_made_text(text):
+    plain(text).encode("utf-8")
+
+
+def test_text_is_left_alone_and_odd_bytes_are_written_out():
+    assert plain("ümläut 日本\n\x1b \\xff") == "ümläut 日本\n\x1b \\xff"
+    assert plain("tar\udcffget") == "tar\\xffget"
+    assert plain("\ud800") == "\\ud800"
 
 
 def test_512_characters_are_kept_and_odd_bytes_survive():
