@@ -48,9 +48,7 @@ def test_the_answer_to_a_script_at_a_terminal_stays_one_document(stock: Stock, t
 ANSWERS = ["", "y", "yes", "target.img", "latest", "{target} ", "{target}/", "{upper}", "{target}x"]
 
 
-@pytest.mark.parametrize(
-    ("answer", "form"), [*((answer, []) for answer in ANSWERS), ("yes", ["--json"])], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize(("answer", "form"), [*((answer, []) for answer in ANSWERS), ("yes", ["--json"])], ids=str)
 def test_anything_else_is_a_refusal(answer: str, form: list[str], stock: Stock, target: Path) -> None:
     typed = answer.format(target=target, upper=str(target).upper())
     before = target.stat()
