@@ -92,11 +92,6 @@ def command(
             request = Request(source, kind, mode, name, block_bytes, compress)
             try:
                 report = backup(opened, request, world, dry_run=dry_run)
-            except KeyboardInterrupt:
-                # What was made before must be in the answer.
-                errors.append(Interrupted(state=f"{source} was not finished"))
-                render.failure(errors[-1], as_json=False)
-                break
             except BlockbakError as error:
                 errors.append(error)
                 render.failure(error, as_json=False)

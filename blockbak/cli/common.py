@@ -153,7 +153,7 @@ def world(wait: float = 0) -> Iterator[Context]:
     from blockbak import __version__
     from blockbak.cli import render
     from blockbak.flow.context import Context
-    from blockbak.host.kernel import Kernel, keep_memory
+    from blockbak.host.kernel import Kernel, allow_many_files, keep_memory
 
     caught: list[int] = []
 
@@ -165,6 +165,7 @@ def world(wait: float = 0) -> Iterator[Context]:
             raise Interrupted(state="what was begun has been undone")
 
     keep_memory()
+    allow_many_files()
     with _handled(wish):
         yield Context(
             now=lambda: datetime.now(UTC),

@@ -35,8 +35,11 @@ from blockbak.image.writer import ImageWriter
 from blockbak.model.chain import POINT_CHARS, Image, Point, plan
 from blockbak.model.extent import BAD
 from blockbak.model.facts import DIFFERENTIAL, FULL, INCREMENTAL, Closing, Kind, Opening
-from blockbak.model.identity import Identity, plain
+from blockbak.model.identity import Identity, ending, plain
 from blockbak.repository.local import Catalog, Repository, Volume, usable_name
+
+_SOURCE_MAX = 1000
+"""Characters of the source's path that the header repeats, for people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,7 +388,7 @@ def _make(
             identity=identity, device_bytes=source.size, block_bytes=block,
             window_bytes=window_for(source.size, block),
             logical_sector=source.logical, physical_sector=source.physical,
-            created=iso(started), source=plain(device.path), host=context.host,
+            created=iso(started), source=ending(plain(device.path), _SOURCE_MAX), host=context.host,
         )  # fmt: skip
         file = volume.free_name(point, choice.kind)
         partial = stack.enter_context(volume.begin(file))

@@ -10,6 +10,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import resource
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -45,6 +46,13 @@ def keep_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 64 << 20)
         mallopt(_M_TRIM_THRESHOLD, 64 << 20)
+
+
+def allow_many_files() -> None:
+    """Raise the limit of open files as far as it may be: a long chain has as many images open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _checked(result: int, path: str = "") -> None:

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 
 VALUE_MAX = 512
-"""Characters; a longer value is replaced by its SHA-256, so that it fits every header."""
+"""Characters, in ASCII; a longer value is replaced by its SHA-256, so that it fits every header."""
 
 PATH = "path"
 """The kind of a device known by nothing but its node."""
@@ -35,6 +35,21 @@ def plain(text: str) -> str:
     return data.decode("utf-8", "backslashreplace")
 
 
+def _width(text: str) -> int:
+    """Characters of ``text`` with all that is not ASCII, or not to be printed, written out."""
+    return len(ascii(text)) - len("''")
+
+
+def ending(text: str, limit: int) -> str:
+    """``text``, or its last part with an ellipsis before it, of at most ``limit`` characters in ASCII."""
+    if _width(text) <= limit:
+        return text
+    kept = text[-limit:]
+    while _width(kept) > limit - _width("…"):
+        kept = kept[1:]
+    return f"…{kept}"
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
     """``kind`` says where ``value`` is from: one of 'lv-uuid', 'wwn', 'serial', 'partuuid', 'partition',
@@ -51,7 +66,7 @@ class Identity:
 
     def __post_init__(self) -> None:
         value = plain(self.value)
-        if len(value) > VALUE_MAX:
+        if _width(value) > VALUE_MAX:
             value = f"sha256:{hashlib.sha256(value.encode()).hexdigest()}"
         object.__setattr__(self, "value", value)
 

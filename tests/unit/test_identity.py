@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from blockbak.host import device, usage
 from blockbak.host.proc import parse_locks, parse_mountinfo, unescape
 from blockbak.host.system import System, lv_uuid, lvm_names
-from blockbak.model.identity import Identity, plain
+from blockbak.model.identity import Identity, ending, plain
 
 VG, LV = "A" * 32, "abcdefGHIJklmnOPQRstuvWXyz012345"
 
@@ -536,3 +536,11 @@ def test_a_device_that_went_away_counts_nothing(tree):
     disk = device.block("sda", tree.system())
     (tree.root / "sys/class/block/sda").unlink()
     assert usage.write_counters(disk, tree.system()) is None
+
+
+@pytest.mark.parametrize("text", ["/short", "/" + "a" * 5000, "/" + "\u65e5" * 900, "/\x01" * 700])
+def test_a_long_path_keeps_its_ending_within_the_limit(text):
+    made = ending(text, 1000)
+    assert len(ascii(made)) - 2 <= 1000
+    assert text.endswith(made.removeprefix("…"))
+    assert (made == text) == (len(ascii(text)) - 2 <= 1000)
