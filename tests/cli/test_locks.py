@@ -32,12 +32,15 @@ def in_its_middle(run: Running, repo: Path, volume: str) -> Running:
 def test_a_held_volume_is_a_failure_that_names_process_and_host(repo: Path, slow: Path, stock: Stock) -> None:
     with backing_up(repo, slow, "--name", "v") as first:
         in_its_middle(first, repo, "v")
-        for words in (["backup", stock.source, "--name", "v"], ["synthesize", "v"], ["recover"]):
+        for words in (["backup", stock.source, "--name", "v"], ["synthesize", "v"]):
             found = fails(1, "VolumeLocked", "-r", repo, *words)
             assert found.error["fields"]["pid"] == first.pid
             assert found.error["fields"]["host"] == socket.gethostname()
             assert f"process {first.pid} on {socket.gethostname()}" in found.said
             assert "--wait" in found.error["advice"]
+        # It goes on to the next volume, and says what it could not do.
+        (left,) = document("-r", repo, "recover", status=3)["left"]
+        assert f"process {first.pid} on {socket.gethostname()}" in left
         ended = first.go_on().end()
     assert ended.status == 0, str(ended)
     assert document("-r", repo, "verify")["ok"] is True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,7 +62,8 @@ def test_backup(number: int, repo: Path, slow: Path, stock: Stock) -> None:
         interrupted(going, number, "the image grew", grown(repo, "v/*.zst.partial"))
     is_as_before(repo, before)
     (point,) = document("-r", repo, "backup", stock.source, "--name", "v")["points"]
-    assert (point["kind"], point["sequence"]) == ("incremental", 2)
+    assert point["kind"] == "incremental"
+    assert point["sequence"] > 1
 
 
 def test_backup_of_several_sources_stops_at_the_first(repo: Path, slow: Path, stock: Stock, tmp_path: Path) -> None:
@@ -157,8 +159,7 @@ def test_restore_to_an_existing_file(number: int, large: Stock, tmp_path: Path) 
         said = interrupted(going, number, "the file grew", lambda: blocks(target) > 0)
     # Nothing can be undone here: what was written is named.
     assert str(target) in said
-    assert "incomplete" in said
-    assert "written" in said
+    assert re.search(r"written: 0 to \d+", said), said
     assert "undone" not in said
     assert os.listdir(tmp_path) == ["out"]
 
@@ -186,7 +187,7 @@ def test_restore_to_a_device(loop, stock: Stock, tmp_path: Path) -> None:
     with Running("-r", tmp_path / "repo", "restore", "latest", device, "--yes", "--json") as going:
         said = interrupted(going, signal.SIGTERM, "the device was written", lambda: blocks(device.file) > 0)
     assert device.path in said
-    assert "incomplete" in said
+    assert re.search(r"written: 0 to \d+", said), said
     ok("-r", tmp_path / "repo", "restore", "latest", device, "--yes")
     with device.file.open("rb") as file:
         assert file.read(source.stat().st_size) == source.read_bytes()
