@@ -31,6 +31,10 @@ package_of() {
         qemu-img) echo qemu-utils ;;
         udevadm) echo udev ;;
         zstd) echo zstd ;;
+        ddrescuelog) echo gddrescue ;;
+        nbdkit) echo nbdkit ;;
+        nbdfuse) echo libnbd-bin ;;
+        fusermount3) echo fuse3 ;;
         partclone.ext4) echo partclone ;;
         borg) echo borgbackup ;;
         restic) echo restic ;;

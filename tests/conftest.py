@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         level = item.path.relative_to(TESTS).parts[0]
         if level in LEVELS:
             item.add_marker(level)
-        if "loop" in getattr(item, "fixturenames", ()):
+        if {"loop", "tmpfs", "as_root"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("root")
 
 
@@ -291,3 +291,18 @@ def xfs(loop: object, tmp_path: Path) -> Iterator[Callable[..., Filesystem]]:
 def btrfs(loop: object, tmp_path: Path) -> Iterator[Callable[..., Filesystem]]:
     """``btrfs(device, *mkfs_options)``, the same; mkfs wants 109 MiB."""
     yield from _filesystems(tmp_path, "mkfs.btrfs", "-q", "-f")
+
+
+@pytest.fixture
+def tmpfs(as_root: None, no_leftovers: None, tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """``tmpfs(size, *mount_options)`` mounts one and gives its directory; it is unmounted afterwards."""
+    with ExitStack() as undo:
+
+        def make(size: int, *more: str) -> Path:
+            where = tmp_path / f"tmpfs-{sum(1 for _ in tmp_path.glob('tmpfs-*'))}"
+            where.mkdir()
+            _run("mount", "-t", "tmpfs", "-o", ",".join([f"size={size}", "mode=0700", *more]), "tmpfs", where)
+            undo.callback(_run, "umount", where)
+            return where
+
+        yield make

@@ -110,8 +110,8 @@ def look_at_target(path: str) -> Device | None:
         directory = os.path.dirname(os.path.realpath(path))
         if not os.path.isdir(directory):
             raise BadTarget(path=path, reason=f"there is no directory {directory}") from error
-        # Where device nodes live, a name that is not there is a slip of the pen, not a file to make.
-        if os.stat(directory).st_dev == os.stat("/dev").st_dev:
+        # Where device nodes live, a name that is not there is a slip of the pen; /dev/shm is another place.
+        if f"{directory}/".startswith("/dev/") and os.stat(directory).st_dev == os.stat("/dev").st_dev:
             raise BadTarget(path=path, reason="there is no such device") from error
         return None
     except SourceError as error:

@@ -417,7 +417,13 @@ class Target:
             if above == repository or os.path.isfile(os.path.join(above, "repository.json")):
                 raise Refused(f"{path} lies in a repository")
             above = os.path.dirname(above)
-        if not os.path.isdir(directory) or (self.new and (directory + "/").startswith("/dev/")):
+        # Where device nodes live, a name that is not there is a slip of the pen; /dev/shm is another place.
+        node = (
+            os.path.isdir(directory)
+            and (directory + "/").startswith("/dev/")
+            and os.stat(directory).st_dev == os.stat("/dev").st_dev
+        )
+        if not os.path.isdir(directory) or (self.new and node):
             raise Trouble(f"there is no device and no directory for {path}")
         mode = stat.S_IFREG if self.new else os.stat(path).st_mode
         self.block = stat.S_ISBLK(mode)

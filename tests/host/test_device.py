@@ -17,14 +17,7 @@ import pytest
 from blockbak.errors import NoSuchSource, NotABlockSource
 from blockbak.host import device, usage
 from blockbak.host.system import System
-
-MIB = 1 << 20
-
-
-def run(*argv, stdin=""):
-    done = subprocess.run([str(word) for word in argv], input=stdin, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, (argv, done.stderr)
-    return done.stdout
+from tests.host.stage import LOCKERS, MIB, locking, md_superblock, mounted, partitioned, pv_label, run, settle
 
 
 def details(path):
@@ -33,42 +26,6 @@ def details(path):
 
 def named(path):
     return device.identity(device.look(str(path)))
-
-
-def settle(question, seconds=5.0):
-    """The kernel lets go of a device a moment after its last user has."""
-    deadline = time.monotonic() + seconds
-    while not question() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return question()
-
-
-@contextlib.contextmanager
-def partitioned(disk, *lines, label="gpt"):
-    """The kernel's partitions of a loop device, by a table of sfdisk's; gone again afterwards."""
-    run(
-        "sfdisk",
-        "--quiet",
-        "--no-reread",
-        "--no-tell-kernel",
-        disk,
-        stdin="\n".join([f"label: {label}", *lines]) + "\n",
-    )
-    run("partx", "--update", disk)
-    try:
-        yield [f"{disk}p{number}" for number in range(1, len(lines) + 1)]
-    finally:
-        run("partx", "--delete", disk)
-
-
-@contextlib.contextmanager
-def mounted(what, where, *options):
-    where.mkdir(exist_ok=True)
-    run("mount", *options, what, where)
-    try:
-        yield where
-    finally:
-        run("umount", where)
 
 
 # --- what a path names ----------------------------------------------------------------------------------
@@ -459,24 +416,6 @@ def test_a_directory_without_a_device_is_carried_by_none(loop, tmp_path, as_root
 
 # --- locks ------------------------------------------------------------------------------------------------
 
-LOCKERS = {
-    "flock": "fcntl.flock(file, fcntl.LOCK_SH)",
-    "posix": "fcntl.lockf(file, fcntl.LOCK_EX)",
-    # fcntl.h: F_OFD_SETLK, as qemu locks its images.
-    "ofd": "fcntl.fcntl(file, 37, struct.pack('=hhqqi4x', fcntl.F_WRLCK, 0, 100, 1, 0))",
-}
-
-
-@contextlib.contextmanager
-def locking(how, path):
-    code = f"import fcntl, struct, sys; file = open({str(path)!r}, 'r+b', buffering=0); {LOCKERS[how]}; print('ready', flush=True); sys.stdin.read()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout.readline() == "ready\n"
-        yield other.pid
-        other.communicate("")
-
 
 @pytest.mark.parametrize("how", LOCKERS)
 def test_locks_of_others_on_a_file_are_named(tmp_path, how):
@@ -517,20 +456,6 @@ def test_our_own_locks_are_no_hindrance(tmp_path):
 # --- members ----------------------------------------------------------------------------------------------
 
 
-def pv_label(group):
-    """A physical volume's first mebibyte, as lvm2 lays it out; what is read of it is tested elsewhere."""
-    data = bytearray(MIB)
-    data[512:520], data[536:544], data[544:576] = b"LABELONE", b"LVM2 001", b"x" * 32
-    for place, value in ((584, MIB // 2), (616, 4096), (624, 65536)):
-        data[place : place + 8] = value.to_bytes(8, "little")
-    data[4100:4116] = b"\x20LVM2\x20x[5A%r0N*>"
-    text = f"{group} {{\n".encode()
-    for place, value in ((4136, 512), (4144, len(text))):
-        data[place : place + 8] = value.to_bytes(8, "little")
-    data[4608 : 4608 + len(text)] = text
-    return bytes(data)
-
-
 def test_a_member_of_a_group_is_known_without_lvm(loop):
     disk = loop(16 * MIB)
     assert usage.memberships(device.look(disk.path)) == []
@@ -558,13 +483,9 @@ def test_a_member_of_an_array_is_known_without_md(loop, version):
     disk = loop(16 * MIB)
     size = 16 * MIB
     place = {"1.0": size - 16 * 512, "1.1": 0, "1.2": 4096}[version]
-    block = bytearray(256)
-    block[0:8] = bytes.fromhex("fc4e2ba901000000")
-    block[32:35] = b"md7"
-    block[144:152] = (place // 512).to_bytes(8, "little")
     with Path(disk.path).open("r+b") as file:
         file.seek(place)
-        file.write(block)
+        file.write(md_superblock("md7", place))
     assert [str(use) for use in usage.memberships(device.look(disk.path))] == ["part of array md7"]
 
 

@@ -1,0 +1,179 @@
+"""Real read errors: a file served through FUSE, of which chosen ranges give EIO, and a loop device on it."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from blockbak.host.device import look
+from blockbak.units import KIB, MIB
+from tests.conftest import Loop
+
+SECTOR, BLOCK = 512, 4 * KIB
+SIZE = 2 * MIB + 3 * SECTOR
+# One sector; a run over the edge of a block, and of a page; the first; the last, in a short block.
+BAD = [
+    (0, SECTOR),
+    (5 * BLOCK + SECTOR, 5 * BLOCK + 2 * SECTOR),
+    (MIB - 2 * SECTOR, MIB + 3 * SECTOR),
+    (SIZE - SECTOR, SIZE),
+]
+
+# nbdkit gives a script the number of bytes as $3 and the offset as $4.
+_READ = """
+while read start end; do
+    if [ $4 -lt $end ] && [ $start -lt $(($4 + $3)) ]; then echo "EIO a bad sector" >&2; exit 1; fi
+done < "{bad}"
+exec dd if="{disk}" iflag=skip_bytes,count_bytes skip=$4 count=$3 status=none
+"""
+
+
+@dataclass
+class SickDisk:
+    """A read-only file of which reads fail where ``hurt`` said; ``backing`` is what lies below, writable."""
+
+    file: Path
+    backing: Path
+    list: Path
+
+    def hurt(self, ranges):
+        self.list.write_text("".join(f"{start} {end}\n" for start, end in ranges))
+
+
+@pytest.fixture
+def sick_disk(as_root, no_leftovers, tmp_path):
+    backing, bad, file = tmp_path / "disk.img", tmp_path / "bad", tmp_path / "sick"
+    backing.write_bytes(os.urandom(SIZE))
+    bad.touch()
+    file.touch()
+    script = [
+        "nbdkit", "--exit-with-parent", "eval", f"get_size=echo {SIZE}",
+        "pread=" + _READ.format(bad=bad, disk=backing),
+    ]  # fmt: skip
+    with subprocess.Popen(
+        ["nbdfuse", "--readonly", file, "[", *script, "]"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    ) as server:  # fmt: skip
+        deadline = time.monotonic() + 20
+        while not os.path.ismount(file):
+            assert server.poll() is None, "nbdfuse ended"
+            assert time.monotonic() < deadline, "nbdfuse did not mount within 20 s"
+            time.sleep(0.02)
+        try:
+            yield SickDisk(file, backing, bad)
+        finally:
+            subprocess.run(["umount", file], check=True)
+            server.wait(20)
+
+
+@pytest.fixture(params=["loop device", "image file"])
+def source(request, sick_disk, loop):
+    """What is backed up: the file itself, or a device on it."""
+    if request.param == "image file":
+        return Loop(str(sick_disk.file), sick_disk.file, SIZE, SECTOR)
+    return loop(SIZE, file=sick_disk.file, read_only=True)
+
+
+@pytest.fixture
+def blockbak(tmp_path):
+    """The program as a person runs it: exit status, document, messages."""
+
+    def run(*argv):
+        done = subprocess.run(
+            [sys.executable, "-m", "blockbak", "-r", tmp_path / "repo", *map(str, argv), "--json"],
+            capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+            env={**os.environ, "BLOCKBAK_STATE_DIR": str(tmp_path / "state")},
+        )  # fmt: skip
+        assert "Traceback" not in done.stderr
+        return done.returncode, json.loads(done.stdout), done.stderr
+
+    subprocess.run([sys.executable, "-m", "blockbak", "init", tmp_path / "repo"], check=True, capture_output=True)
+    return run
+
+
+def ranges(rows):
+    return [(row["start"], row["start"] + row["length"]) for row in rows]
+
+
+def zeroed(content, holes):
+    content = bytearray(content)
+    for start, end in holes:
+        content[start:end] = bytes(end - start)
+    return bytes(content)
+
+
+def bad_extents(document):
+    return ranges(row for row in document["extents"] if row["kind"] == "bad")
+
+
+def test_the_sick_disk_is_sick_where_it_was_told(source, sick_disk):
+    """What the tests below rest on."""
+    assert look(source.path).size == SIZE
+    with open(source.path, "rb", buffering=0) as file:
+        assert os.pread(file.fileno(), BLOCK, 4 * BLOCK) == sick_disk.backing.read_bytes()[4 * BLOCK : 5 * BLOCK]
+        sick_disk.hurt(BAD)
+        with pytest.raises(OSError, match="Input/output"):
+            os.pread(file.fileno(), SECTOR, 0)
+
+
+@pytest.mark.slow
+def test_unreadable_sectors_are_named_from_the_backup_to_the_restore_and_healed(source, sick_disk, blockbak, tmp_path):
+    sick_disk.hurt(BAD)
+    content = sick_disk.backing.read_bytes()
+    lost = sum(end - start for start, end in BAD)
+    options = ("--name", "sick", "--block-size", "4K")
+
+    # A full: exactly the bad sectors, and the exit status says that somebody should look.
+    status, document, told = blockbak("backup", source.path, *options)
+    assert (status, document["errors"]) == (3, [])
+    first = document["points"][0]
+    assert (first["kind"], first["bad_bytes"]) == ("full", lost)
+    assert f"{lost} bytes could not be read" in told
+    assert bad_extents(blockbak("show", first["point"])[1]) == BAD
+
+    # Restored, they are zeros, and named.
+    target = tmp_path / "target.img"
+    status, document, told = blockbak("restore", first["point"], target)
+    assert status == 3
+    assert ranges(document["unreadable"]) == BAD
+    assert all(f"{start} to {end}" in told for start, end in BAD)
+    assert target.read_bytes() == zeroed(content, BAD)
+    rescued = tmp_path / "rescued.img"
+    rescue = [sys.executable, tmp_path / "repo" / "rescue.py", "restore", first["point"], rescued, "--yes"]
+    done = subprocess.run(rescue, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    assert done.returncode == 3, done.stderr
+    assert rescued.read_bytes() == zeroed(content, BAD)
+
+    # Still sick, and other sectors too: a bad block equals nothing, so it is read again.
+    worse = sorted([*BAD[:2], (MIB + 100 * SECTOR, MIB + 101 * SECTOR), BAD[3]])
+    sick_disk.hurt(worse)
+    status, document, _ = blockbak("backup", source.path, *options)
+    second = document["points"][0]
+    assert (status, second["kind"], second["parent"]) == (3, "incremental", first["point"])
+    assert bad_extents(blockbak("show", second["point"])[1]) == worse
+    status, document, _ = blockbak("synthesize", "sick")
+    assert status in (0, 3)
+    assert document["kind"] == "full"
+    target.unlink()
+    status, document, _ = blockbak("restore", second["point"], target)
+    assert (status, ranges(document["unreadable"])) == (3, worse)
+    assert target.read_bytes() == zeroed(content, worse)
+
+    # Well again: the next run heals it, without being told.
+    sick_disk.hurt([])
+    status, document, _ = blockbak("backup", source.path, *options)
+    third = document["points"][0]
+    assert (status, third["kind"], third["bad_bytes"]) == (0, "incremental", 0)
+    touched = {at // BLOCK for start, end in worse for at in range(start, end, SECTOR)}
+    short = BLOCK * ((SIZE - 1) // BLOCK + 1) - SIZE
+    assert third["changed_bytes"] in (len(touched) * BLOCK, len(touched) * BLOCK - short)
+    target.unlink()
+    status, document, _ = blockbak("restore", third["point"], target)
+    assert (status, document["unreadable"]) == (0, [])
+    assert target.read_bytes() == content
+    assert blockbak("verify")[0] == 0
