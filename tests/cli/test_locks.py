@@ -1,0 +1,185 @@
+"""Several runs at once: one has the volume, the others wait or say who has it; nothing is damaged."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.cli.program import Running, document, fails, grown, ok, opened, run
+from tests.cli.stock import Stock
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> Path:
+    ok("init", tmp_path / "repo")
+    return tmp_path / "repo"
+
+
+def backing_up(repo: Path, source: Path, *words: str) -> Running:
+    return Running("-r", repo, "backup", source, "--compress", "zstd:15", *words, "--json")
+
+
+def in_its_middle(run: Running, repo: Path, volume: str) -> Running:
+    """A backup that was stopped while its image grew: it holds the volume's lock."""
+    return run.until("the image grew", grown(repo, f"{volume}/*.zst.partial")).pause()
+
+
+def test_a_held_volume_is_a_failure_that_names_process_and_host(repo: Path, slow: Path, stock: Stock) -> None:
+    with backing_up(repo, slow, "--name", "v") as first:
+        in_its_middle(first, repo, "v")
+        for words in (["backup", stock.source, "--name", "v"], ["synthesize", "v"]):
+            found = fails(1, "VolumeLocked", "-r", repo, *words)
+            assert found.error["fields"]["pid"] == first.pid
+            assert found.error["fields"]["host"] == socket.gethostname()
+            assert f"process {first.pid} on {socket.gethostname()}" in found.said
+            assert "--wait" in found.error["advice"]
+        # It goes on to the next volume, and says what it could not do.
+        (left,) = document("-r", repo, "recover", status=3)["left"]
+        assert f"process {first.pid} on {socket.gethostname()}" in left
+        ended = first.go_on().end()
+    assert ended.status == 0, str(ended)
+    assert document("-r", repo, "verify")["ok"] is True
+
+
+def test_waiting_for_less_than_it_takes_is_a_failure(repo: Path, slow: Path) -> None:
+    with backing_up(repo, slow, "--name", "v") as first:
+        in_its_middle(first, repo, "v")
+        fails(1, "VolumeLocked", "-r", repo, "backup", slow, "--name", "v", "--wait", "0.3")
+
+
+def test_who_waits_goes_on_when_the_volume_is_free(repo: Path, slow: Path) -> None:
+    with backing_up(repo, slow, "--name", "v") as first:
+        in_its_middle(first, repo, "v")
+        with backing_up(repo, slow, "--name", "v", "--wait", "50") as second:
+            second.until("it stood before the lock", opened(second, repo / "v" / ".lock"))
+            one, two = first.go_on().end(), second.end()
+    assert (one.status, two.status) == (0, 0), f"{one}\n{two}"
+    ((older,), (newer,)) = one.document["points"], two.document["points"]
+    assert (newer["parent"], newer["sequence"], newer["kind"]) == (older["point"], 2, "incremental")
+    assert document("-r", repo, "verify")["ok"] is True
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_waits_can_be_told_to_stop(number: int, repo: Path, slow: Path) -> None:
+    with backing_up(repo, slow, "--name", "v") as first:
+        in_its_middle(first, repo, "v")
+        with backing_up(repo, slow, "--name", "v", "--wait", "5000") as second:
+            second.until("it stood before the lock", opened(second, repo / "v" / ".lock"))
+            ended = second.signal(number).end()
+        assert ended.status == 130, str(ended)
+        assert first.go_on().end().status == 0
+
+
+def test_many_at_once_each_make_a_point_or_say_who_holds_the_volume(repo: Path, stock: Stock) -> None:
+    with ExitStack() as stack:
+        runs = [
+            stack.enter_context(
+                Running("-r", repo, "backup", stock.source, "--name", "v", "--wait", wait, "--json")
+            )
+            for wait in ("0", "50", "50", "0")
+        ]  # fmt: skip
+        pids = {one.pid for one in runs}
+        ended = [one.end() for one in runs]
+    assert [one.status for one in ended[1:3]] == [0, 0], "\n".join(map(str, ended))
+    for one in (ended[0], ended[3]):
+        assert one.status == 0 or (one.error["name"] == "VolumeLocked" and one.error["fields"]["pid"] in pids), str(one)
+    made = [one.document["points"][0]["point"] for one in ended if one.status == 0]
+    points = document("-r", repo, "list")
+    assert sorted(point["point"] for point in points) == sorted(made)
+    assert [point["sequence"] for point in points] == list(range(1, len(made) + 1))
+    assert [point["parent"] for point in points] == [None, *[point["point"] for point in points[:-1]]]
+    assert document("-r", repo, "verify")["ok"] is True
+
+
+def test_other_volumes_are_not_held(repo: Path, slow: Path, stock: Stock) -> None:
+    with backing_up(repo, slow, "--name", "v") as first:
+        in_its_middle(first, repo, "v")
+        ok("-r", repo, "backup", stock.source, "--name", "w")
+        ok("-r", repo, "verify", "w@latest")
+        ended = first.go_on().end()
+    assert ended.status == 0, str(ended)
+    assert {point["volume"] for point in document("-r", repo, "list")} == {"v", "w"}
+    assert document("-r", repo, "verify")["ok"] is True
+
+
+def test_two_files_of_one_name_backed_up_at_once_become_two_volumes(repo: Path, slow: Path, tmp_path: Path) -> None:
+    """The first has no point yet when the second looks for a name."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    one, two = tmp_path / "one" / "disk.img", tmp_path / "two" / "disk.img"
+    one.write_bytes(slow.read_bytes())
+    two.write_bytes(b"two" * 3000)
+    with backing_up(repo, one) as first:
+        in_its_middle(first, repo, "*")
+        second = run("-r", repo, "backup", two, "--json")
+        assert second.status == 0, str(second)
+        ended = first.go_on().end()
+    assert ended.status == 0, str(ended)
+    volumes = [found.document["points"][0]["volume"] for found in (ended, second)]
+    assert volumes[0] != volumes[1]
+    for source, volume in zip((one, two), volumes, strict=True):
+        (point,) = document("-r", repo, "backup", source)["points"]
+        assert (point["volume"], point["kind"]) == (volume, "incremental")
+
+
+def test_two_files_of_one_name_stay_two_volumes_though_the_second_waited(
+    repo: Path, slow: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    one, two = tmp_path / "one" / "disk.img", tmp_path / "two" / "disk.img"
+    one.write_bytes(slow.read_bytes())
+    two.write_bytes(b"two" * 3000)
+    with backing_up(repo, one) as first:
+        in_its_middle(first, repo, "*")
+        with backing_up(repo, two, "--wait", "50") as second:
+            # Either it waits for the name that is in use, or it takes another and is done.
+            held = next(repo.glob("*/.lock"))
+            second.until(
+                "it waited or was done",
+                lambda: opened(second, held)() or len(list(repo.glob("*/*.full.json"))) > 0,
+            )
+            ended = first.go_on().end(), second.end()
+    assert [found.status for found in ended] == [0, 0], "\n".join(map(str, ended))
+    volumes = [found.document["points"][0]["volume"] for found in ended]
+    assert volumes[0] != volumes[1]
+
+
+def test_list_and_show_need_no_lock(repo: Path, slow: Path, stock: Stock) -> None:
+    ok("-r", repo, "backup", stock.source, "--name", "v")
+    (point,) = document("-r", repo, "list")
+    with backing_up(repo, slow, "--name", "v") as first:
+        in_its_middle(first, repo, "v")
+        assert document("-r", repo, "list") == [point]
+        assert point["point"] in ok("-r", repo, "list").text
+        assert document("-r", repo, "show", "latest")["point"] == point["point"]
+        ended = first.go_on().end()
+    assert ended.status == 0, str(ended)
+
+
+def test_readers_share_a_volume_and_keep_writers_out(large: Stock, tmp_path: Path) -> None:
+    image = next(large.path.glob("large/*.zst"))
+    with Running("-r", large.path, "verify") as reader:
+        reader.until("the image was opened", opened(reader, image)).pause()
+        ok("-r", large.path, "restore", "latest", tmp_path / "out", "--dry-run")
+        found = fails(1, "VolumeLocked", "-r", large.path, "backup", large.source)
+        # Not the last writer, which is long gone.
+        assert found.error["fields"]["pid"] == reader.pid
+        assert found.error["fields"]["host"] == socket.gethostname()
+        ended = reader.go_on().end()
+    assert ended.status == 0, str(ended)
+
+
+def test_a_lock_dies_with_its_process(repo: Path, slow: Path, stock: Stock) -> None:
+    with backing_up(repo, slow, "--name", "v") as first:
+        in_its_middle(first, repo, "v")
+    ended = run("-r", repo, "backup", stock.source, "--name", "v")
+    assert ended.status == 0, str(ended)
+    assert re.search("Swept .*partial", ended.said), str(ended)
+    assert not list(repo.rglob("*.partial"))
+    assert document("-r", repo, "verify")["ok"] is True
