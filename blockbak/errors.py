@@ -140,7 +140,7 @@ class NoRepositoryNamed(RepositoryError):
 
 class NotARepository(RepositoryError):
     message = "{path} is not a blockbak repository ({reason})."
-    advice = "'blockbak init {path}' makes one in a new or empty directory."
+    advice = "Is its file system mounted? 'blockbak init' makes a repository in a new or empty directory."
 
 
 class RepositoryExists(RepositoryError):
@@ -164,7 +164,10 @@ class VolumeExists(RepositoryError):
 
 class NoSuchPoint(RepositoryError):
     message = "There is no restore point {point}."
-    advice = "'blockbak list' shows the points."
+    advice = (
+        "'blockbak list' shows the points; one is named by its id, a beginning of it, 'latest', VOLUME@latest, or "
+        "VOLUME@TIME as in web@2026-05-01T03:00."
+    )
 
 
 class AmbiguousPoint(RepositoryError):

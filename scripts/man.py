@@ -20,7 +20,10 @@ FILES = [
     ("REPO/VOLUME/POINT.KIND.zst", "An image. A full is a plain zstd stream of the whole volume."),
     ("REPO/VOLUME/POINT.KIND.json", "Its manifest: the commit record, readable by people and by jq."),
     ("REPO/RESTORE.txt, REPO/rescue.py", "How to restore without blockbak, and the script that does."),
-    ("/var/lib/blockbak", "The state directory; for other users the XDG state directory."),
+    (
+        "/var/lib/blockbak",
+        "The state directory; for other users the XDG state directory. This version keeps nothing there.",
+    ),
 ]
 ENVIRONMENT = [
     ("BLOCKBAK_REPO", "The repository, where -r names none."),

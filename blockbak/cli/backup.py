@@ -27,6 +27,14 @@ def _block_size(_: click.Context, __: click.Parameter, value: str | None) -> int
     return size
 
 
+def _name(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    from blockbak.repository.local import NAME_RULE, usable_name
+
+    if value is not None and not usable_name(value):
+        raise click.BadParameter(f"{value!r} is no name for a volume: it takes {NAME_RULE}")
+    return value
+
+
 def summary(report: Report) -> str:
     """A sentence that a person can read aloud."""
     what = f"{report.volume}: {report.kind} {report.point}"
@@ -58,7 +66,7 @@ def summary(report: Report) -> str:
     show_default=True,
     help="cold: only a device that nothing uses. live: as it is, consistency none.",
 )
-@click.option("--name", metavar="VOLUME", help="The volume's name in the repository.")
+@click.option("--name", callback=_name, metavar="VOLUME", help="The volume's name in the repository.")
 @click.option(
     "--block-size",
     "block_bytes",

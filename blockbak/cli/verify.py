@@ -71,7 +71,7 @@ def command(
         read = sum(verdict.checked_bytes for verdict in report.images)
         told = [f"{bad} damaged"] if bad else []
         told += [f"{newer} of a newer blockbak"] if newer else []
-        result = ", ".join(told) or "all whole"
+        result = ", ".join(told) or ("all whole" if share == 1 else f"nothing wrong in a sample of {100 * share:g}%")
         render.line(
             f"{len(report.images)} images checked in {render.seconds(report.seconds)}, "
             f"{render.size(read)} read: {result}."

@@ -36,7 +36,7 @@ from blockbak.model.chain import POINT_CHARS, Image, Point, plan
 from blockbak.model.extent import BAD
 from blockbak.model.facts import DIFFERENTIAL, FULL, INCREMENTAL, Closing, Kind, Opening
 from blockbak.model.identity import Identity, ending, plain
-from blockbak.repository.local import Catalog, Repository, Volume, usable_name
+from blockbak.repository.local import NAME_RULE, Catalog, Repository, Volume, usable_name
 
 _SOURCE_MAX = 1000
 """Characters of the source's path that the header repeats, for people."""
@@ -188,21 +188,24 @@ def volume_name(device: Device, identity: Identity, repository: Repository, host
     """The volume that has this identity, or a new name for it; ``asked`` wins. Raises VolumeExists."""
     if asked is not None:
         if not usable_name(asked):
-            raise VolumeExists(volume=asked, reason="use letters, digits, '.', '_' and '-' only")
+            raise VolumeExists(volume=asked, reason=f"it takes {NAME_RULE}")
         return asked
     taken: dict[str, Identity | None] = {}
+    claimed: set[str] = set()
     for volume in repository.volumes():
         catalog = volume.catalog()
         images = (*catalog.images, *hidden_images(volume, catalog))
         newest = max(images, key=lambda image: image.opening.sequence, default=None)
         taken[volume.name] = newest.opening.identity if newest else None
+        if newest is None and volume.claimed_by_another(str(identity)):
+            claimed.add(volume.name)
     for name, known in taken.items():
         if known is not None and known.same_as(identity):
             return name
     base = "".join(c if (c.isalnum() and c.isascii()) or c in "._-" else "-" for c in f"{host}-{_short_name(device)}")
-    base = base.lstrip(".")[:180] or "volume"
+    base = base.lstrip(".-")[:180] or "volume"
     number, name = 1, base
-    while taken.get(name) is not None:
+    while taken.get(name) is not None or name in claimed:
         number += 1
         name = f"{base}-{number}"
     return name
@@ -300,6 +303,7 @@ def _locked(
     context: Context,
 ) -> Report:
     """Make one point in a volume that is held."""
+    lock.claim(str(identity))
     catalog = volume.catalog()
     for line in volume.tidy(catalog):
         context.say(line)

@@ -16,16 +16,19 @@ from blockbak.repository.local import Catalog, Repository, Volume
 
 @dataclass(slots=True)
 class Report:
-    """Sentences on what was done, and on what a person must look at."""
+    """Sentences on what was done, and on what a person must look at. ``locked`` is the first volume's error
+    that another run holds; the others were treated all the same.
+    """
 
     done: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     adopted: list[str] = field(default_factory=list)
+    locked: VolumeLocked | None = None
 
 
 def recover(repository: Repository, context: Context) -> Report:
     """Sweep partials, finish deletions, give orphans their manifests and write damaged ones anew. Raises
-    VolumeLocked, NoSpace, StoreFailed, Interrupted; a damaged image is reported and left as it is.
+    NoSpace, StoreFailed, Interrupted; a damaged image is reported and left as it is.
     """
     report = Report()
     for volume in repository.volumes():
@@ -33,7 +36,7 @@ def recover(repository: Repository, context: Context) -> Report:
             with volume.locked(exclusive=True, wait=context.wait, check=context.check):
                 _recover(volume, repository.id, context, report)
         except VolumeLocked as error:
-            report.left.append(f"{error} It was left alone.")
+            report.locked = report.locked or error
     return report
 
 

@@ -18,6 +18,7 @@ from blockbak.errors import (
     DamagedImage,
     Interrupted,
     NoSuchSource,
+    NotABlockSource,
     SourceError,
     TargetExists,
     TargetHolds,
@@ -114,8 +115,11 @@ def look_at_target(path: str) -> Device | None:
         if f"{directory}/".startswith("/dev/") and os.stat(directory).st_dev == os.stat("/dev").st_dev:
             raise BadTarget(path=path, reason="there is no such device") from error
         return None
+    except NotABlockSource as error:
+        what = error.fields["what"]
+        raise BadTarget(path=path, reason=f"it is {what}, not a block device or a file") from error
     except SourceError as error:
-        raise BadTarget(path=path, reason=str(error)) from error
+        raise BadTarget(path=path, reason=str(error).removesuffix(".")) from error
 
 
 def check_target(
@@ -314,7 +318,8 @@ class _Writing:
         index = job.start // PIECE_BYTES
         with self._guard:
             self.done[index] = True
-            self.touched[index] |= written > 0 or self.method != "differ"
+            # What was not written into a new file is a hole; what did not differ was just read.
+            self.touched[index] |= written > 0 or self.method == "write"
             self.written_bytes += written
         self.context.progress.advance(job.length, written)
 

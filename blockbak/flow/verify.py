@@ -96,9 +96,20 @@ def check_image(
 
     chosen: Iterable[check.Span] = check.spans(reader, _walk(reader, look))
     if share < 1 and pick is not None:
-        chosen = (span for span in chosen if pick() < share)
+        chosen = _sampled(chosen, share, pick)
     workers.run(chosen, lambda: work, workers=min(context.workers, workers.cores()), check=context.check)
     return sorted(flaws, key=lambda flaw: flaw.start), done
+
+
+def _sampled(spans: Iterable[check.Span], share: float, pick: Callable[[], float]) -> Iterator[check.Span]:
+    """A random share of the spans, and the last one if chance would take none: every image is looked into."""
+    taken, last = False, None
+    for last in spans:
+        if pick() < share:
+            taken = True
+            yield last
+    if not taken and last is not None:
+        yield last
 
 
 def check_frames(view: PointView, context: Context) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -22,11 +23,14 @@ _PAUSE_SECONDS = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """What the lock file says: the last exclusive holder, and the highest sequence ever used."""
+    """What the lock file says: the last exclusive holder, the highest sequence ever used, and a digest of the
+    identity that the last holder was about to image.
+    """
 
     pid: int = 0
     host: str = ""
     sequence: int = 0
+    identity: str = ""
 
 
 def _read_note(path: str) -> Note:
@@ -44,6 +48,17 @@ class Holder:
 
     pid: int
     host: str
+
+
+def claimed_by_another(path: str, identity: str) -> bool:
+    """Whether the lock file is held by a run that images something else than ``identity``."""
+    digest = _read_note(path).identity
+    return digest not in ("", _digest(identity)) and holder(path) is not None
+
+
+def _digest(identity: str) -> str:
+    """Short, so that a note always fits its place."""
+    return hashlib.sha256(identity.encode()).hexdigest()[:32]
 
 
 def holder(path: str) -> Holder | None:
@@ -73,6 +88,7 @@ class Lock:
     def __init__(self, fd: int, path: str, kernel: Kernel) -> None:
         self._fd, self._path, self._kernel = fd, path, kernel
         self.sequence = _read_note(path).sequence
+        self._identity = ""
 
     def remember(self, sequence: int) -> None:
         """Never use a sequence up to this one again, even if its images are deleted.
@@ -86,13 +102,18 @@ class Lock:
         except OSError as error:
             raise store_error(error, self._path, "written") from error
 
+    def claim(self, identity: str) -> None:
+        """Say whose volume this will be, before there is an image that does."""
+        self._identity = _digest(identity)
+        self.sign()
+
     def sign(self) -> None:
         """Say who holds it, for the message others get; where that cannot be written, they do not learn it."""
         with contextlib.suppress(OSError):
             self._note()
 
     def _note(self) -> None:
-        note = Note(os.getpid(), socket.gethostname(), self.sequence)
+        note = Note(os.getpid(), socket.gethostname(), self.sequence, self._identity)
         # Padded to a fixed length: an overwrite never leaves the end of an older note behind.
         text = memoryview(msgspec.json.encode(asdict(note)).ljust(256) + b"\n")
         done = 0

@@ -41,6 +41,8 @@ from blockbak.repository import manifest
 VERSION = 1
 FILE = "repository.json"
 _SHIPPED = ("rescue.py", "RESTORE.txt")
+NAME_MAX = 200
+NAME_RULE = f"at most {NAME_MAX} letters, digits, '.', '_' and '-', not beginning with '.' or '-'"
 _VOLUME = re.compile(r"[A-Za-z0-9._-]+")
 _NAME = re.compile(
     r"(?P<point>\d{8}T\d{6}Z-[0-9a-f]{4})\.(?P<kind>full|incremental|differential)(?:\.(?P<number>[1-9]\d*))?"
@@ -128,6 +130,10 @@ class Volume:
     def holder(self) -> lock.Holder | None:
         """The process that holds the volume right now, as far as it can be told; None if it is free."""
         return lock.holder(self._at(".lock"))
+
+    def claimed_by_another(self, identity: str) -> bool:
+        """Whether a run holds the volume right now that images something else than ``identity``."""
+        return lock.claimed_by_another(self._at(".lock"), identity)
 
     def catalog(self) -> Catalog:
         """Read all manifests. Damage is collected, not raised; UnreadableStore is damage too.
@@ -332,6 +338,8 @@ class Repository:
         if not path:
             raise RepositoryExists(path="''", reason="an empty name names no directory")
         path = os.path.abspath(path)
+        if not os.path.isdir(os.path.dirname(path)):
+            raise RepositoryExists(path=path, reason=f"there is no directory {os.path.dirname(path)}")
         shipped = {name: files("blockbak.repository").joinpath(name).read_bytes() for name in _SHIPPED}
         try:
             if os.path.lexists(path):
@@ -371,7 +379,7 @@ class Repository:
     def make_volume(self, name: str) -> Volume:
         """A volume, made if it is not there; its directory must be durable before anything in it is."""
         if not usable_name(name):
-            raise VolumeExists(volume=name, reason="use letters, digits, '.', '_' and '-' only")
+            raise VolumeExists(volume=name, reason=f"it takes {NAME_RULE}")
         path = os.path.join(self.path, name)
         try:
             if not os.path.isdir(path):
@@ -404,8 +412,8 @@ def _names_in(path: str) -> set[str]:
 
 
 def usable_name(name: str) -> bool:
-    """Whether a volume may be called that: no path, nothing hidden."""
-    return bool(_VOLUME.fullmatch(name)) and not name.startswith(".") and len(name) <= 200
+    """Whether a volume may be called that: no path, nothing hidden, nothing like an option."""
+    return bool(_VOLUME.fullmatch(name)) and name[0] not in ".-" and len(name) <= NAME_MAX
 
 
 def _check_empty(path: str) -> None:

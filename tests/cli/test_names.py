@@ -166,14 +166,14 @@ def test_the_state_directory_is_where_the_environment_says(loop, ext4, tmp_path:
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", ".hidden", "a/b", "../out", "/abs", "a b", "tab\t", "new\nline", "ünïcode", "a@b", "*", "a\\b", "x" * 201],
+    ["", ".", "..", ".hidden", "a/b", "../out", "/abs", "a b", "tab\t", "new\nline", "ünïcode", "a@b", "*", "a\\b", "-x", "x" * 201],
     ids=ascii,
 )  # fmt: skip
 def test_a_volume_name_that_cannot_be_a_directory_is_refused(name: str, stock: Stock, tmp_path: Path) -> None:
     before = sorted(stock.path.rglob("*"))
     outside = sorted(stock.path.parent.iterdir())
-    ended = run("-r", stock.path, "backup", stock.source, "--name", name, "--json")
-    assert (ended.status, ended.error["name"]) == (1, "VolumeExists"), str(ended)
+    ended = run("-r", stock.path, "backup", stock.source, f"--name={name}", "--json")
+    assert (ended.status, ended.error["name"]) == (2, "WrongUsage"), str(ended)
     assert sorted(stock.path.rglob("*")) == before
     assert sorted(stock.path.parent.iterdir()) == outside
 
