@@ -35,7 +35,7 @@ _CLONE_UNITS_MIN = 4
 
 _PIECE_COPIED, _PIECE_ENCODED = 8 * MIB, 2 * MIB
 """What one piece copies, and the content it encodes: enough to keep workers busy, little enough to hold."""
-_HELD_BYTES = 8 * MIB
+_HELD_BYTES = 16 * MIB
 """What is written between clones waits in memory up to so many bytes; see ``Composer.finish``."""
 
 REENCODE = -1
