@@ -57,6 +57,7 @@ class BlockbakError(Exception):
             "message": str(self),
             "exit": self.exit_code,
             "advice": self.hint,
+            "notes": list(getattr(self, "__notes__", ())),
             "fields": plain,
         }
 
@@ -207,6 +208,11 @@ class TargetFailed(Failed):
     advice = "What was written before that offset is incomplete; do not use the target."
 
 
+class TargetFull(Failed):
+    message = "No space is left for {path}."
+    advice = "Make room there and run again."
+
+
 class VerificationFailed(Failed):
     message = "{path} does not read back as it was written: {blocks} blocks differ, the first at byte {first}."
     advice = "The target cannot be trusted: its disk, cable or memory may be failing."
@@ -261,7 +267,10 @@ class MissingImage(Damage):
 
 class Gap(Damage):
     message = "Point {point} cannot be restored: its parent {parent} is missing."
-    advice = "Restore a point before the gap or after the next full."
+    advice = (
+        "If its image is there without a manifest, 'blockbak recover' mends it; else restore a point before the gap "
+        "or after the next full."
+    )
 
 
 class UnreadableStore(Damage):

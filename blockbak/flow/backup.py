@@ -19,6 +19,7 @@ from blockbak.errors import (
     SourceEmpty,
     SourceHoldsRepository,
     SourceInUse,
+    SourceVanished,
     VolumeExists,
 )
 from blockbak.flow.context import Context, iso
@@ -235,7 +236,7 @@ class _Watch:
 
     def written(self) -> bool:
         """Whether anything was written since it was made."""
-        return self._state() != self._before
+        return usage.written(self._before, self._state())
 
 
 # --- the use-case ----------------------------------------------------------------------------------
@@ -265,44 +266,81 @@ def _parent_view(
         yield choice, view
 
 
-def backup(repository: Repository, request: Request, context: Context, *, dry_run: bool = False) -> Report:
-    """Make one point. Raises every error of the source, repository, damage and refusal trees."""
-    clock = context.timer()
-    if request.block_bytes is not None:
-        check_block_size(request.block_bytes)
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """The source as it was looked at, and what follows from that."""
+
+    device: Device
+    identity: Identity
+    mode: str
+    name: str
+
+
+def _look(repository: Repository, request: Request, context: Context) -> _Seen:
+    """Look at the source. Raises every error of the source and refusal trees, VolumeExists."""
     device = devices.look(request.source)
     check_source(device, repository, context)
     mode = resolve_mode(device, request.mode)
     identity = devices.identity(device)
     name = volume_name(device, identity, repository, context.host, request.name)
+    return _Seen(device, identity, mode, name)
+
+
+def backup(repository: Repository, request: Request, context: Context, *, dry_run: bool = False) -> Report:
+    """Make one point. Raises every error of the source, repository, damage and refusal trees."""
+    clock = context.timer()
+    if request.block_bytes is not None:
+        check_block_size(request.block_bytes)
+    seen = _look(repository, request, context)
     if dry_run:
-        return _planned(repository, name, device, identity, mode, request)
+        return _planned(repository, seen.name, seen.device, seen.identity, seen.mode, request)
     with ExitStack() as stack:
         while True:
-            volume = repository.make_volume(name)
+            volume = repository.make_volume(seen.name)
             with ExitStack() as holding:
                 lock = holding.enter_context(volume.locked(exclusive=True, wait=context.wait, check=context.check))
-                # Another identity may have taken a name that was free a moment ago.
-                again = volume_name(device, identity, repository, context.host, request.name)
-                if again == name:
+                # While it was waited for, the source may have become another one, or in use; and another
+                # identity may have taken a name that was free.
+                again = _look(repository, request, context)
+                if again.name == seen.name:
                     stack.push(holding.pop_all())
                     break
-            name = again
-        made = _locked(repository, volume, lock, device, identity, mode, request, context)
+            seen = again
+        source = stack.enter_context(_open_source(again, request, context))
+        made = _locked(repository, volume, lock, again, source, request, context)
     return replace(made, seconds=round(context.timer() - clock, 3))
+
+
+def _open_source(seen: _Seen, request: Request, context: Context) -> SourceReader:
+    """Open what was looked at, and nothing else: a node is handed on, a file replaced, in a moment.
+
+    From here on it is held. Raises SourceVanished, SourceChangedSize, and what opening it raises.
+    """
+    device = seen.device
+    source = SourceReader(device.path, exclusive=seen.mode == "cold", kernel=context.kernel)
+    with ExitStack() as stack:
+        stack.push(source)
+        now = devices.look(request.source)
+        same = (now.path, now.diskseq, devices.identity(now)) == (device.path, device.diskseq, seen.identity)
+        if not same or not source.is_of(device.path):
+            raise SourceVanished(path=device.path, reason="another one has its name now")
+        if source.size != device.size:
+            raise SourceChangedSize(path=device.path, before=device.size, after=source.size)
+        stack.pop_all()
+    return source
 
 
 def _locked(
     repository: Repository,
     volume: Volume,
     lock: Lock,
-    device: Device,
-    identity: Identity,
-    mode: str,
+    seen: _Seen,
+    source: SourceReader,
     request: Request,
     context: Context,
 ) -> Report:
-    """Make one point in a volume that is held."""
+    """Make one point in a volume that is held, of a source that is open."""
+    device, identity = seen.device, seen.identity
     lock.claim(str(identity))
     catalog = volume.catalog()
     for line in volume.tidy(catalog):
@@ -316,7 +354,7 @@ def _locked(
         # Durable before the image that carries it: it must not be used again, whatever becomes of the image.
         lock.remember(sequence)
         return _make(
-            repository, volume, device, identity, mode, request, chosen, view, sequence,
+            repository, volume, seen, source, request, chosen, view, sequence,
             _block_bytes(request, view, points), context,
         )  # fmt: skip
 
@@ -366,9 +404,8 @@ def _planned(
 def _make(
     repository: Repository,
     volume: Volume,
-    device: Device,
-    identity: Identity,
-    mode: str,
+    seen: _Seen,
+    source: SourceReader,
     request: Request,
     choice: Choice,
     view: PointView | None,
@@ -376,12 +413,12 @@ def _make(
     block: int,
     context: Context,
 ) -> Report:
+    device, identity, mode = seen.device, seen.identity, seen.mode
     notes = [f"A full is made: {choice.reason}."] if choice.reason else []
     for line in notes:
         context.say(line)
     started, clock = context.now(), context.timer()
     with ExitStack() as stack:
-        source = stack.enter_context(SourceReader(device.path, exclusive=mode == "cold", kernel=context.kernel))
         watch = _Watch(device)
         point = point_id(started, context.hex_id, _taken(repository))
         opening = Opening(

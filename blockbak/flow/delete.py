@@ -107,7 +107,19 @@ def _decide(volume: Volume, catalog: Catalog, gone: Collection[str]) -> tuple[Re
     files = {image.file for image in removal.images}
     unknown = [file for file, error in errors.items() if error.fields["point"] in gone and file not in files]
     unknown += [file for file in catalog.orphans if file[:POINT_CHARS] in gone and file not in files]
+    _spare_hopes(catalog.images, gone, {file[:POINT_CHARS] for file in unknown})
     return removal, unknown
+
+
+def _spare_hopes(images: Sequence[Image], gone: Collection[str], broken: Collection[str]) -> None:
+    """What stands on a missing or damaged image is lost only as long as no copy of it is found.
+
+    Raises PointNeeded while a kept point still asks for one of the ``broken`` points.
+    """
+    whole = chains(images)
+    for image in images:
+        if image.point not in gone and image.file not in whole and image.opening.parent in broken:
+            raise PointNeeded(point=image.opening.parent, needed_by=image.point)
 
 
 def delete(repository: Repository, names: Sequence[str], context: Context, *, dry_run: bool = False) -> Report:
@@ -115,14 +127,14 @@ def delete(repository: Repository, names: Sequence[str], context: Context, *, dr
     that must take over is not whole, or where it cannot be told what an image needs; nothing is removed then.
     """
     by_volume: dict[str, set[str]] = {}
-    for name in names:
-        volume_name, point = _named(repository, name)
+    asked = [_named(repository, name) for name in names]
+    for volume_name, point in asked:
         by_volume.setdefault(volume_name, set()).add(point)
     with ExitStack() as stack:
         plans: list[tuple[Volume, Removal, list[str]]] = []
         for name, gone in sorted(by_volume.items()):
             volume = repository.volume(name)
-            lock = stack.enter_context(volume.locked(exclusive=True, wait=context.wait, check=context.check))
+            lock = stack.enter_context(volume.locked(exclusive=not dry_run, wait=context.wait, check=context.check))
             catalog = volume.catalog()
             plans.append((volume, *_decide(volume, catalog, gone)))
             if not dry_run:
@@ -136,7 +148,7 @@ def delete(repository: Repository, names: Sequence[str], context: Context, *, dr
             _remove(plans, context)
     images = [image for _, removal, _ in plans for image in removal.images]
     return Report(
-        sorted({point for gone in by_volume.values() for point in gone}),
+        list(dict.fromkeys(point for _, point in asked)),
         [image.file for image in images] + [file for _, _, broken in plans for file in broken],
         sum(image.image_bytes for image in images),
         [image.file for _, removal, _ in plans for image in removal.verify],

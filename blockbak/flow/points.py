@@ -33,36 +33,50 @@ def find(repository: Repository, name: str) -> tuple[Volume, Catalog, Point]:
     what makes the manifest of the point that was meant unusable: never an older one in its place.
     """
     catalogs = {volume.name: volume.catalog() for volume in repository.volumes()}
-    rest = name.rpartition("@")[2]
+    volume_name, at, rest = name.rpartition("@")
+    asked = {own: catalog for own, catalog in catalogs.items() if not at or own == volume_name}
     try:
         point = choose(name, {volume: catalog.points for volume, catalog in catalogs.items()})
     except (NoSuchPoint, NoSuchVolume):
-        if (error := _unusable(name, catalogs)) is not None:
+        if (error := _unusable(rest, asked)) is not None:
             raise error from None
         raise
+    if rest == "latest":
+        _check_others(point, asked)
+    elif point.id.startswith(rest):
+        _check_prefix(name, rest, point, asked)
+        return repository.volume(point.volume), catalogs[point.volume], point
     volume, catalog = repository.volume(point.volume), catalogs[point.volume]
-    if not point.id.startswith(rest):
-        # 'latest' or a time: what a damaged manifest hides may be what was meant.
-        limit = None if rest == "latest" else moment(rest)
-        if (error := damage_since(volume, catalog, point, until=limit)) is not None:
-            raise error
-    elif point.id != rest:
-        alike = {str(error.fields["point"]) for error in catalog.damage if str(error.fields["point"]).startswith(rest)}
-        if alike - {point.id}:
-            raise AmbiguousPoint(point=name, candidates=", ".join(sorted({point.id, *alike})))
+    # What a damaged manifest hides may be what was meant.
+    if (error := damage_since(volume, catalog, point, until=moment(rest))) is not None:
+        raise error
     return volume, catalog, point
 
 
-def _unusable(name: str, catalogs: dict[str, Catalog]) -> BlockbakError | None:
+def _unusable(rest: str, asked: dict[str, Catalog]) -> BlockbakError | None:
     """Why a point of that name, or every point of the volume, cannot be had although it is there."""
-    volume, at, rest = name.rpartition("@")
-    for own, catalog in catalogs.items():
-        if at and own != volume:
-            continue
+    for catalog in asked.values():
         for error in reversed(catalog.damage):
             if rest and (str(error.fields["point"]).startswith(rest) or (rest == "latest" and not catalog.images)):
                 return error
     return None
+
+
+def _check_others(point: Point, asked: dict[str, Catalog]) -> None:
+    """'latest' is clear only where one volume has points. Raises what hides all points of another."""
+    for own, catalog in asked.items():
+        if own != point.volume and catalog.damage:
+            raise catalog.damage[-1]
+
+
+def _check_prefix(name: str, rest: str, point: Point, asked: dict[str, Catalog]) -> None:
+    """A beginning must not fit what a damaged manifest hides as well. Raises AmbiguousPoint."""
+    if point.id == rest:
+        return
+    hidden = {str(error.fields["point"]) for catalog in asked.values() for error in catalog.damage}
+    alike = {point.id, *(one for one in hidden if one.startswith(rest))}
+    if len(alike) > 1:
+        raise AmbiguousPoint(point=name, candidates=", ".join(sorted(alike)))
 
 
 def hidden_images(volume: Volume, catalog: Catalog, *, strict: bool = False) -> Iterator[Image]:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from blockbak.errors import (
     BadTarget,
+    BlockbakError,
     Damage,
     DamagedImage,
     Interrupted,
@@ -45,6 +46,7 @@ from blockbak.units import KIB, MIB
 _ZERO_RUN = 256 * KIB
 """On a device, shorter runs of zeros are written with their neighbours: one request instead of three."""
 _SAMPLED_SECTIONS, _SAMPLED_BLOCKS = 8, 8
+_MAPFILE_BEGINS = "# Mapfile."
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +147,7 @@ def check_target(
     if system := usage.holds_running_system(target):
         raise TargetHolds(path=path, what=f"the running system ({system})")
     users = usage.users(target)
-    if not devices.identity(target).same_as(view.top.opening.identity):
+    if not devices.identity(target).surely_same_as(view.top.opening.identity):
         # A disk of an inactive volume group may be rolled back onto itself; any other may not be lost to it.
         users += usage.memberships(target)
     if users:
@@ -480,7 +482,7 @@ def _method(view: PointView, target: Device | None, path: str, context: Context)
 
 def _plan(opened: Opened, request: Request, target: Device | None, method: str) -> Plan:
     opening, notes = opened.view.top.opening, []
-    if target is not None and devices.identity(target).same_as(opening.identity):
+    if target is not None and devices.identity(target).surely_same_as(opening.identity):
         notes.append("The target is the volume itself: it is rolled back.")
     if target is not None and target.is_block and target.size > opening.device_bytes:
         notes.append(f"The target is larger by {target.size - opening.device_bytes} bytes; they are left alone.")
@@ -546,16 +548,36 @@ def restore(repository: Repository, request: Request, context: Context, *, dry_r
             return planned
         if request.verify_first:
             check_frames(view, context)
-        return _carry_out(opened, planned, request, context, clock)
+        return _carry_out(_Restoring(repository, request, opened, target, planned), context, clock)
 
 
-def _carry_out(opened: Opened, planned: Plan, request: Request, context: Context, clock: float) -> Report:
-    path = os.path.realpath(request.target)
-    view, bad, method = opened.view, opened.summary.bad, planned.method
-    size = view.geometry.device_bytes
+@dataclass(frozen=True, slots=True)
+class _Restoring:
+    """A restore that was planned: the point, the target as it was looked at (None: a file to be made), where."""
+
+    repository: Repository
+    request: Request
+    opened: Opened
+    target: Device | None
+    planned: Plan
+
+    @property
+    def path(self) -> str:
+        """What is opened: links are followed once, when the target is looked at."""
+        return self.target.path if self.target else os.path.realpath(self.request.target)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the volume."""
+        return self.opened.view.geometry.device_bytes
+
+
+def _carry_out(job: _Restoring, context: Context, clock: float) -> Report:
+    path, size, request, planned = job.path, job.size, job.request, job.planned
+    view, bad, method = job.opened.view, job.opened.summary.bad, planned.method
     with ExitStack() as stack:
-        mapfile = stack.enter_context(_mapfile(request, planned, path)) if request.keep_going else None
-        target = stack.enter_context(_target(path, size, method, context, overwrite=request.overwrite))
+        mapfile = stack.enter_context(_mapfile(job)) if request.keep_going else None
+        target = stack.enter_context(_target(job, method, context))
         shared = _Writing(view, target, method, context, keep_going=request.keep_going)
         try:
             verified = _fill(shared, request, size, context)
@@ -563,6 +585,10 @@ def _carry_out(opened: Opened, planned: Plan, request: Request, context: Context
             if method == "create":
                 raise
             raise Interrupted(state=f"{path} is not to be used (written: {shared.written_ranges()})") from error
+        except BlockbakError as error:
+            if method != "create":
+                error.add_note(f"{path} is not to be used as it is now (written: {shared.written_ranges()}).")
+            raise
         flaws = sorted(shared.flaws, key=lambda flaw: flaw.start)
         if mapfile is not None and (flaws or len(bad)):
             mapfile.write(flaws, bad, size)
@@ -585,31 +611,52 @@ def _fill(shared: _Writing, request: Request, size: int, context: Context) -> in
 
 
 @contextlib.contextmanager
-def _target(path: str, size: int, method: str, context: Context, *, overwrite: bool) -> Iterator[TargetWriter]:
+def _target(job: _Restoring, method: str, context: Context) -> Iterator[TargetWriter]:
     """The opened target. A new file is written under ``.partial`` and gets its name when all went well."""
-    if method != "create":
-        with TargetWriter(path, kernel=context.kernel) as target:
-            if not target.is_block:
-                target.resize(size)
+    if method == "create":
+        with _new_file(job.path, job.size, context, overwrite=job.request.overwrite) as target:
             yield target
         return
+    with TargetWriter(job.path, kernel=context.kernel) as target:
+        # Between the look at it and now a node may have been handed on, a link turned, a file been mounted.
+        now = look_at_target(job.request.target)
+        known = job.target
+        same = now is not None and known is not None and _marks(now) == _marks(known)
+        if now is None or not same or not target.is_of(job.path):
+            raise BadTarget(path=job.request.target, reason="it is not what it was a moment ago")
+        check_target(job.request.target, now, job.opened.view, job.repository, context, overwrite=True)
+        if not target.is_block:
+            target.resize(job.size)
+        yield target
+
+
+def _marks(device: Device) -> tuple[object, ...]:
+    return device.path, device.size, device.diskseq, device.major, device.minor, devices.identity(device)
+
+
+@contextlib.contextmanager
+def _new_file(path: str, size: int, context: Context, *, overwrite: bool) -> Iterator[TargetWriter]:
     partial = path + ".partial"
     if os.path.lexists(partial):
         # Perhaps an interrupted restore left it, perhaps it is somebody's: it was not named.
         if not overwrite or not os.path.isfile(partial):
             raise TargetExists(path=partial)
-        context.kernel.unlink(partial)
-    try:
-        with TargetWriter(partial, create=True, kernel=context.kernel) as target:
+        with TargetWriter(partial, kernel=context.kernel):  # held by nobody, or it is refused
+            context.kernel.unlink(partial)
+    with TargetWriter(partial, create=True, kernel=context.kernel) as target:
+        try:
             target.resize(size)
             yield target
-        context.kernel.rename(partial, path)
-        sync_directory(os.path.dirname(path), context.kernel)
-    except OSError as error:
-        raise BadTarget(path=path, reason=error.strerror) from error
-    finally:
-        with contextlib.suppress(OSError):
-            context.kernel.unlink(partial)
+            if not target.is_of(partial):
+                raise BadTarget(path=path, reason=f"{partial} was taken away meanwhile")
+            context.kernel.rename(partial, path)
+            sync_directory(os.path.dirname(path), context.kernel)
+        except OSError as error:
+            raise BadTarget(path=path, reason=error.strerror) from error
+        finally:
+            if target.is_of(partial):
+                with contextlib.suppress(OSError):
+                    context.kernel.unlink(partial)
 
 
 class _Mapfile:
@@ -634,19 +681,23 @@ class _Mapfile:
 
 
 @contextlib.contextmanager
-def _mapfile(request: Request, planned: Plan, path: str) -> Iterator[_Mapfile]:
+def _mapfile(job: _Restoring) -> Iterator[_Mapfile]:
     """The mapfile that was named; else one beside the target, under a name that nothing has. It goes again
-    if nothing was lost. Raises BadTarget.
+    if nothing was lost. Raises BadTarget, TargetHolds, TargetExists.
     """
-    named, number = request.mapfile, 1
-    base = f"{path}.mapfile" if planned.target_bytes == 0 or os.path.isfile(path) else f"{planned.point}.mapfile"
-    place = os.path.abspath(named or base)
+    named, path = job.request.mapfile, job.path
+    beside = job.target is None or not job.target.is_block
+    place = base = os.path.realpath(named or (f"{path}.mapfile" if beside else f"{job.planned.point}.mapfile"))
+    number = 1
     while not named and os.path.lexists(place):
         number += 1
-        place = os.path.abspath(f"{base}.{number}")
+        place = f"{base}.{number}"
     known = os.path.lexists(place)
+    _check_mapfile(place, job, known=known)
     try:
-        fd = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (0 if named else os.O_EXCL), 0o600)
+        fd = os.open(
+            place, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if known else os.O_EXCL), 0o600
+        )
     except OSError as error:
         raise BadTarget(path=place, reason=error.strerror) from error
     mapfile = _Mapfile(place, fd)
@@ -658,9 +709,28 @@ def _mapfile(request: Request, planned: Plan, path: str) -> Iterator[_Mapfile]:
             os.unlink(place)
 
 
+def _check_mapfile(place: str, job: _Restoring, *, known: bool) -> None:
+    """It must not be the target, nor in a repository, nor any file but an older mapfile."""
+    if place in (job.path, f"{job.path}.partial") or (
+        known and os.path.lexists(job.path) and os.path.samefile(place, job.path)
+    ):
+        raise BadTarget(path=place, reason="it is the target of the restore")
+    if _inside_repository(place) or _is_stored(place, job.repository):
+        raise TargetHolds(path=place, what="a part of a repository")
+    if not known:
+        return
+    try:
+        with open(place, "rb") as file:
+            is_one = file.read(len(_MAPFILE_BEGINS)) == _MAPFILE_BEGINS.encode()
+    except OSError as error:
+        raise BadTarget(path=place, reason=error.strerror) from error
+    if not is_one or not os.path.isfile(place):
+        raise BadTarget(path=place, reason="it exists, and is no mapfile")
+
+
 def mapfile_text(lost: Extents, size: int) -> str:
     """A mapfile as GNU ddrescue reads it (its manual, "Mapfile structure"): ``-`` bad, ``+`` good."""
-    lines = ["# Mapfile. Created by blockbak", "# current_pos  current_status  current_pass", "0x0  +  1"]
+    lines = [f"{_MAPFILE_BEGINS} Created by blockbak", "# current_pos  current_status  current_pass", "0x0  +  1"]
     lines.append("#      pos        size  status")
     whole = extent.table([0], [size], extent.DATA)
     for row in extent.overlay(whole, lost):

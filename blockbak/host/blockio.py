@@ -26,6 +26,7 @@ from blockbak.errors import (
     SourceVanished,
     StoreFailed,
     TargetFailed,
+    TargetFull,
     TargetInUse,
     UnreadableStore,
 )
@@ -99,6 +100,14 @@ class _Opened:
         """Bytes now."""
         return self.kernel.device_size(self.fd) if self.is_block else os.fstat(self.fd).st_size
 
+    def is_of(self, path: str) -> bool:
+        """Whether ``path`` names what is open here: the same file, or a node of the same device."""
+        try:
+            mine, other = os.fstat(self.fd), os.stat(path)
+        except OSError:
+            return False
+        return mine.st_rdev == other.st_rdev if self.is_block else os.path.samestat(mine, other)
+
     def _buffered(self) -> int:
         """A second descriptor without O_DIRECT, for what is not a whole sector."""
         if self._plain < 0:
@@ -135,9 +144,10 @@ class _Opened:
         try:
             count = self.kernel.preadv(self.fd, [memoryview(into)], offset)
         except OSError as error:
-            if error.errno != errno.EINVAL or not self.direct or self.is_block:
+            if error.errno != errno.EINVAL or not self.direct:
                 raise
-            # A piece around a bad sector, of a file that lies on sectors larger than 512 bytes.
+            # A piece around a bad sector, of a file that lies on sectors larger than 512 bytes; or the end of a
+            # device whose size is not a whole number of its sectors.
             return self.kernel.preadv(self._buffered(), [memoryview(into)], offset)
         if not self.direct:
             os.posix_fadvise(self.fd, offset, len(into), os.POSIX_FADV_DONTNEED)
@@ -264,6 +274,18 @@ class TargetWriter(_Opened):
             if error.errno == errno.EBUSY:
                 raise TargetInUse(path=path, holders="the kernel does not grant exclusive use") from error
             raise BadTarget(path=path, reason=error.strerror) from error
+        if not self.is_block:
+            self._claim()
+
+    def _claim(self) -> None:
+        """O_EXCL guards a device; a file takes a lock, so that two restores never write one. Raises TargetInUse."""
+        try:
+            self.kernel.lock(self.fd, exclusive=True)
+        except BlockingIOError as error:
+            self.close()
+            raise TargetInUse(path=self.path, holders="another run is writing it") from error
+        except OSError:
+            pass  # a file system without locks
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -280,7 +302,7 @@ class TargetWriter(_Opened):
             yield
         except OSError as error:
             if error.errno in _NO_SPACE:
-                raise NoSpace(path=self.path) from error
+                raise TargetFull(path=self.path) from error
             raise TargetFailed(path=self.path, offset=offset, reason=error.strerror) from error
 
     def write(self, offset: int, data: Bytes) -> None:
@@ -538,7 +560,7 @@ def store_error(error: OSError, name: str, action: str) -> BlockbakError:
     """The sentence for an OSError while a file of the repository was ``action`` (a past participle)."""
     if error.errno in _NO_SPACE:
         return NoSpace(path=name)
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if error.errno in (errno.EACCES, errno.EPERM):
         return NoPermission(action="write", path=name)
     return StoreFailed(path=name, action=action, reason=error.strerror or str(error))
 

@@ -38,7 +38,7 @@ def _read_note(path: str) -> Note:
     try:
         with open(path, "rb") as file:
             return msgspec.json.decode(file.read(4096).rstrip(b"\0 \n") or b"{}", type=Note)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, ValueError):  # msgspec's errors are ValueErrors, and so is text that is not UTF-8
         return Note()
 
 
@@ -158,7 +158,7 @@ def held(
     VolumeLocked, naming who holds it.
     """
     try:
-        fd = kernel.open(path, os.O_RDWR | os.O_CREAT)
+        fd = kernel.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     except OSError as error:
         fd = _open_to_read(path, error, exclusive=exclusive, kernel=kernel)
     try:

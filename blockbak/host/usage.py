@@ -61,6 +61,8 @@ def users(device: Device, system: System | None = None) -> list[Use]:
     else:
         found = [use for name in _concerned(device.kname, system) for use in _name_users(name, device, system)]
         found += _lock_uses(device.path, system, is_block=True)
+        for loop in sorted(system.below(device.kname) & set(system.loops)):
+            found += _sibling_users(loop, system)
     return list(dict.fromkeys(found))
 
 
@@ -118,6 +120,29 @@ def _file_users(path: str, system: System) -> Iterator[Use]:
             if os.path.samestat(Path(swap).stat(), info):
                 yield Use("swap", "swap")
     yield from _lock_uses(path, system, is_block=False)
+
+
+def _sibling_users(loop: str, system: System) -> Iterator[Use]:
+    """Who uses the same bytes by another way: locks on a loop device's file, and what stands on other loop
+    devices over the same part of it. O_EXCL sees none of them, for they are other devices.
+    """
+    for other in _siblings(loop, system):
+        for name in system.above(other) if _overlap(loop, other, system) else ():
+            for use in _name_users(name, _nobody, system):
+                yield Use(use.what, f"{use.detail}, over the same file")
+    yield from _lock_uses(system.loops[loop], system, is_block=False)
+
+
+def _siblings(loop: str, system: System) -> list[str]:
+    """The other loop devices over its file."""
+    files = _loop_files(loop, system)
+    return [other for other in system.loops if other != loop and files & _loop_files(other, system)]
+
+
+def _overlap(one: str, other: str, system: System) -> bool:
+    """Whether two loop devices over one file show any byte of it in common."""
+    first, second = ((start := system.number(name, "loop/offset"), start + system.size(name)) for name in (one, other))
+    return first[0] < second[1] and second[0] < first[1]
 
 
 _nobody = Device(path="", given="", is_block=False, size=0, kind="file")
@@ -306,32 +331,69 @@ def holds_running_system(device: Device, system: System | None = None) -> str | 
 # --- did it change ---------------------------------------------------------------------------------------
 
 
-def write_counters(device: Device, system: System | None = None) -> tuple[int, ...] | None:
-    """The kernel's count of writes and discards done to the device and its partitions; equal if none came.
+_COUNTED = (4, 6, 11, 13)
+"""Fields of ``stat`` (kernel, Documentation/block/stat.rst): writes, sectors written, discards, sectors discarded."""
+_UNSETTLED = -1
+"""Stands where the disk's partitions were too busy for a count of what went past them."""
+_LOOKS = 20
 
-    None for files, and where the kernel keeps no count (statistics switched off, or the device is gone).
-    Writes still in the page cache are counted when they reach the device.
+
+def write_counters(device: Device, system: System | None = None) -> tuple[int, ...] | None:
+    """The kernel's count of writes and discards done to the device and its partitions, for ``written``.
+
+    For a partition also what was written through the whole disk's node, which counts on the disk alone; for a
+    loop device that has its file to itself also the file's times. None for files, and where the kernel keeps no
+    count (statistics switched off, or the device is gone). Writes still in the page cache are counted when they
+    reach the device.
     """
     system = system or System()
     if not device.kname:
         return None
-    if (
-        system.attribute(system.whole(device.kname), "queue/iostats") == "0"
-        and (
-            # Only drivers that queue requests heed the switch; others count always.
-            system.directory(system.whole(device.kname)) / "mq"
-        ).is_dir()
-    ):
+    whole = system.whole(device.kname)
+    # Only drivers that queue requests heed the switch; others count always.
+    if system.attribute(whole, "queue/iostats") == "0" and (system.directory(whole) / "mq").is_dir():
         return None
     counters: list[int] = []
     for name in (device.kname, *system.partitions(device.kname)):
-        fields = [int(field) for field in system.attribute(name, "stat").split()]
-        if len(fields) < 7:
+        counts = _counts(name, system)
+        if counts is None:
             return None
-        # Documentation/block/stat.rst: 4 writes, 6 sectors written, 11 discards, 13 sectors discarded.
-        counters += [*system.device_number(name), fields[4], fields[6]]
-        counters += [fields[11], fields[13]] if len(fields) > 13 else [0, 0]
+        counters += [*system.device_number(name), *counts]
+    if whole != device.kname:
+        counters += _past_partitions(whole, system)
+    if device.kname in system.loops and not _siblings(device.kname, system):
+        with contextlib.suppress(OSError):
+            counters += file_stamp(system.loops[device.kname])
     return tuple(counters)
+
+
+def _counts(name: str, system: System) -> tuple[int, ...] | None:
+    fields = [int(field) for field in system.attribute(name, "stat").split()]
+    if len(fields) < 7:
+        return None
+    return tuple(fields[at] if at < len(fields) else 0 for at in _COUNTED)
+
+
+def _past_partitions(whole: str, system: System) -> list[int]:
+    """What was done to a disk less what was done to its partitions. The counts are read one by one, so twice,
+    until nothing moved in between.
+    """
+    names = (whole, *system.partitions(whole))
+    before = [_counts(name, system) for name in names]
+    for _ in range(_LOOKS):
+        after = [_counts(name, system) for name in names]
+        if before == after and None not in after:
+            disk, *parts = (counts for counts in after if counts is not None)
+            return [total - sum(part[at] for part in parts) for at, total in enumerate(disk)]
+        before = after
+    return [_UNSETTLED] * len(_COUNTED)
+
+
+def written(before: tuple[int, ...] | None, after: tuple[int, ...] | None) -> bool:
+    """Whether anything was written between two ``write_counters``, or two ``file_stamp``s."""
+    if before is None or after is None or len(before) != len(after):
+        return before != after
+    return any(one != other for one, other in zip(before, after, strict=True) if _UNSETTLED not in (one, other))
 
 
 def file_stamp(path: str) -> tuple[int, int, int, int]:

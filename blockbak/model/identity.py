@@ -81,5 +81,11 @@ class Identity:
         comparable = self.kind == PATH and bool(self.diskseq and other.diskseq and self.boot)
         return not (comparable and self.boot == other.boot and self.diskseq != other.diskseq)
 
+    def surely_same_as(self, other: Identity) -> bool:
+        """The same, where a mistake would cost data: a name alone proves nothing beyond its boot and its disk."""
+        if self.kind != PATH:
+            return self.same_as(other)
+        return self.same_as(other) and bool(self.boot and self.diskseq and other.diskseq) and self.boot == other.boot
+
     def __str__(self) -> str:
         return f"{_WORDS.get(self.kind, self.kind)} {self.value}"

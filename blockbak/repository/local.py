@@ -361,14 +361,12 @@ class Repository:
     def volume_names(self) -> list[str]:
         """The volumes, by name. Raises NoPermission, UnreadableStore."""
         return sorted(
-            name
-            for name in _names_in(self.path)
-            if usable_name(name) and stat.S_ISDIR(os.lstat(os.path.join(self.path, name)).st_mode)
+            name for name in _names_in(self.path) if usable_name(name) and _is_directory(os.path.join(self.path, name))
         )
 
     def volume(self, name: str) -> Volume:
         """An existing volume. Raises NoSuchVolume."""
-        if not usable_name(name) or not os.path.isdir(os.path.join(self.path, name)):
+        if not usable_name(name) or not _is_directory(os.path.join(self.path, name)):
             raise NoSuchVolume(volume=name)
         return Volume(self, name)
 
@@ -382,12 +380,14 @@ class Repository:
             raise VolumeExists(volume=name, reason=f"it takes {NAME_RULE}")
         path = os.path.join(self.path, name)
         try:
-            if not os.path.isdir(path):
+            if not _is_directory(path):
                 self.kernel.mkdir(path)
             sync_directory(self.path, self.kernel)
         except FileExistsError as error:
-            if not os.path.isdir(path):
-                raise VolumeExists(volume=name, reason="a file of the repository has it") from error
+            if not _is_directory(path):
+                raise VolumeExists(
+                    volume=name, reason="something in the repository that is no volume has it"
+                ) from error
             # Another run made it a moment ago.
         except OSError as error:
             raise store_error(error, path, "made") from error
@@ -409,6 +409,11 @@ def _names_in(path: str) -> set[str]:
         return set(os.listdir(path))
     except OSError as error:
         raise read_error(error, path, path) from error
+
+
+def _is_directory(path: str) -> bool:
+    """A real one: a link would lead out of the repository."""
+    return os.path.isdir(path) and not os.path.islink(path)
 
 
 def usable_name(name: str) -> bool:

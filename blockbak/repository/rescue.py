@@ -431,6 +431,7 @@ class Target:
             raise Trouble(f"{path} is neither a block device nor a file")
         if not self.new:
             self.check_loops()
+            self.check_links(repository)
             if not yes:
                 raise Refused(f"{path} exists; say --yes to overwrite all it holds")
         # With O_EXCL the kernel refuses a block device that is mounted, swapped on, or part of another
@@ -450,6 +451,13 @@ class Target:
             raise Refused(f"{path} has {have} bytes, {need} are needed")
         if have > need:
             tell(f"{path} is larger than the point: its last {have - need} bytes stay as they are.")
+
+    def check_links(self, repository: str) -> None:
+        """A file of the repository may have another name elsewhere."""
+        for directory, _, names in os.walk(repository):
+            for name in names:
+                if os.path.samefile(os.path.join(directory, name), self.real):
+                    raise Refused(f"{self.path} is another name of {name} in the repository")
 
     def check_loops(self) -> None:
         """A file that a loop device stands on is in use."""
@@ -543,6 +551,10 @@ def do_restore(repository: str, name: str, path: str, yes: bool) -> int:
     for flaw in damaged:
         if not points and f"/{name}" in flaw.image:
             raise flaw
+        # What cannot be read may be what was meant: only a whole id is clear then.
+        hidden = flaw.image.split(".")[0] if "/" in flaw.image else ""
+        if f"/{name}" in f"/{hidden}" and hidden not in points and not any(one.endswith(name) for one in points):
+            points.append(hidden)
     if len(points) != 1:
         raise Trouble(f"{name} may be " + ", ".join(points) if points else f"there is no point {name}; see list")
     if not shutil.which("zstd"):

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from blockbak.errors import BadTarget, NoSpace, TargetFailed, TargetInUse, VerificationFailed
+from blockbak.errors import BadTarget, TargetFailed, TargetFull, TargetInUse, VerificationFailed
 from blockbak.flow import restore
 from blockbak.host.blockio import PAGE, TargetWriter, aligned
 from blockbak.host.kernel import Kernel
@@ -233,7 +233,7 @@ def test_a_failed_flush_is_told_and_not_tried_again(kind, call, number, target):
         kernel = FaultyKernel(call, number, at)
         writer = opened(target, kernel)
         writer.write(8192, memory(b"x" * 100))
-        with pytest.raises(NoSpace if number == errno.ENOSPC else TargetFailed):
+        with pytest.raises(TargetFull if number == errno.ENOSPC else TargetFailed):
             writer.flush()
         writer.close()
         assert kernel.fired
@@ -242,7 +242,7 @@ def test_a_failed_flush_is_told_and_not_tried_again(kind, call, number, target):
 
 @kinds
 @pytest.mark.parametrize(
-    ("number", "error"), [(errno.EIO, TargetFailed), (errno.ENOSPC, NoSpace), (errno.EDQUOT, NoSpace)]
+    ("number", "error"), [(errno.EIO, TargetFailed), (errno.ENOSPC, TargetFull), (errno.EDQUOT, TargetFull)]
 )
 def test_a_failed_write_names_the_target(kind, number, error, target):
     kernel = FaultyKernel("pwritev", number, 2)
@@ -311,7 +311,7 @@ def test_a_target_that_ends_too_soon_is_told(kind, target):
 
 @pytest.mark.parametrize("kind", DEVICES)
 def test_a_device_is_not_written_past_its_end(kind, target):
-    with opened(target) as writer, pytest.raises((TargetFailed, NoSpace)):
+    with opened(target) as writer, pytest.raises((TargetFailed, TargetFull)):
         writer.write(SIZE - 4096, memory(b"x" * 8192))
     with open(target.path, "rb") as file:
         assert len(file.read()) == SIZE
