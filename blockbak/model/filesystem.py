@@ -97,26 +97,38 @@ def _lvm(read: Read) -> Filesystem | None:
     return None
 
 
+_PV_EXT_VERSION, _PV_EXT_USED = 2, 1
+"""lvm2, lib/format_text/layout.h: the flag of a physical volume that belongs to a group, and since when it is set."""
+_ELSEWHERE = "(named on another disk)"
+
+
 def _volume_group(read: Read, label: bytes) -> str:
-    """The name in the metadata a label points to, or an empty string.
+    """The name in the metadata a label points to; an empty string only where it belongs to no group for sure.
 
     lvm2, lib/format_text/layout.h: pv_header {uuid[32], size}, then {offset, size} pairs, first of data
-    areas, then of metadata areas, each list ended by a pair of zeros; mda_header {checksum, magic[16],
-    version, start, size, {offset, size, checksum, flags}…}. The text begins with the group's name.
+    areas, then of metadata areas, each list ended by a pair of zeros; then pv_header_extension {version,
+    flags}. mda_header {checksum, magic[16], version, start, size, {offset, size, checksum, flags}…}. The text
+    begins with the group's name; a disk may leave the text to the group's other disks.
     """
     pairs = [struct.unpack_from("<QQ", label, place) for place in range(72, len(label) - 15, 16)]
     ends = [number for number, pair in enumerate(pairs) if pair == (0, 0)]
     if len(ends) < 2:
-        return ""
+        return _ELSEWHERE
+    empty = False
     for area, _ in pairs[ends[0] + 1 : ends[1]]:
         header = read(area, SECTOR)
         if len(header) < SECTOR or header[4:20] != _LVM_MDA_MAGIC:
             continue
         place, length = struct.unpack_from("<QQ", header, 40)
+        empty = empty or not length
         name = read(area + place, 256).split(b" {", 1)[0] if place and length else b""
         if 0 < len(name) <= 128 and b"\n" not in name:
             return name.decode("ascii", "replace")
-    return ""
+    place = 72 + 16 * (ends[1] + 1)
+    version, flags = struct.unpack_from("<II", label, place) if place + 8 <= len(label) else (0, 0)
+    if version >= _PV_EXT_VERSION:
+        return _ELSEWHERE if flags & _PV_EXT_USED else ""
+    return "" if empty else _ELSEWHERE
 
 
 def _luks(read: Read) -> Filesystem | None:
