@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+
+import numpy as np
 
 from blockbak.errors import (
     AmbiguousPoint,
@@ -21,6 +24,7 @@ from blockbak.errors import (
 from blockbak.host.lock import Lock
 from blockbak.image.reader import ImageReader
 from blockbak.image.view import PointView, Summary
+from blockbak.model import partition
 from blockbak.model.chain import Image, Point, choose, moment, plan
 from blockbak.model.facts import FULL
 from blockbak.repository.local import Catalog, Repository, Volume
@@ -216,3 +220,36 @@ def find_and_open(repository: Repository, name: str, stack: ExitStack) -> tuple[
             volume, catalog, point = find(repository, name)
             if before == {image.file for image in catalog.images}:
                 raise
+
+
+# --- looking inside ------------------------------------------------------------------------------
+
+
+def reader(view: PointView) -> Callable[[int, int], bytes]:
+    """``read(offset, length)`` of the point's content, for the parsers of partition tables; what is
+    damaged reads as zeros.
+    """
+
+    def read(offset: int, length: int) -> bytes:
+        geometry = view.geometry
+        length = max(0, min(length, geometry.device_bytes - offset))
+        out = bytearray()
+        while length > 0:
+            number = offset // geometry.section_bytes
+            start, end = geometry.section_range(number)
+            low = (offset - start) // geometry.window_bytes * geometry.window_bytes
+            size = min(geometry.window_bytes, end - start - low)
+            data = np.zeros(size, np.uint8)
+            with contextlib.suppress(Damage):
+                view.read(view.section(number), low // geometry.block_bytes, data)
+            part = data[offset - start - low :][:length].tobytes()
+            out += part
+            offset, length = offset + len(part), length - len(part)
+        return bytes(out)
+
+    return read
+
+
+def partition_table(view: PointView) -> partition.PartitionTable | None:
+    """The partition table inside the point, if there is one."""
+    return partition.parse(reader(view), view.top.opening.logical_sector, view.geometry.device_bytes)

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from blockbak.flow.context import Context
-from blockbak.flow.points import find_and_open
-from blockbak.flow.restore import partition_table, reader
+from blockbak.flow.points import find_and_open, partition_table, reader
 from blockbak.image.view import PointView
 from blockbak.model import extent
 from blockbak.model.chain import Image

@@ -1,0 +1,169 @@
+"""What is restored to: looked at, refused if it must not be written, opened as what was looked at."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from blockbak.errors import (
+    BadTarget,
+    NoSuchSource,
+    NotABlockSource,
+    SourceError,
+    TargetExists,
+    TargetHolds,
+    TargetInUse,
+    TargetSectorSize,
+    TargetTooSmall,
+)
+from blockbak.flow.context import Context
+from blockbak.flow.points import partition_table
+from blockbak.host import device as devices
+from blockbak.host import usage
+from blockbak.host.blockio import TargetWriter, sync_directory
+from blockbak.host.device import Device
+from blockbak.image.view import PointView
+from blockbak.repository.local import Repository
+
+
+def look_at_target(path: str) -> Device | None:
+    """The target as it is now; None for a file that does not exist. Raises BadTarget."""
+    if not path:
+        raise BadTarget(path="''", reason="an empty name names nothing")
+    try:
+        return devices.look(path)
+    except NoSuchSource as error:
+        directory = os.path.dirname(os.path.realpath(path))
+        if not os.path.isdir(directory):
+            raise BadTarget(path=path, reason=f"there is no directory {directory}") from error
+        # Where device nodes live, a name that is not there is a slip of the pen; /dev/shm is another place.
+        if f"{directory}/".startswith("/dev/") and os.stat(directory).st_dev == os.stat("/dev").st_dev:
+            raise BadTarget(path=path, reason="there is no such device") from error
+        return None
+    except NotABlockSource as error:
+        what = error.fields["what"]
+        raise BadTarget(path=path, reason=f"it is {what}, not a block device or a file") from error
+    except SourceError as error:
+        raise BadTarget(path=path, reason=str(error).removesuffix(".")) from error
+
+
+def check_target(
+    path: str,
+    target: Device | None,
+    view: PointView,
+    repository: Repository,
+    context: Context,
+    *,
+    overwrite: bool,
+) -> None:
+    """Refuse every target that must not be written. Raises a Refused, naming the reason."""
+    if inside_repository(os.path.realpath(path)) or is_stored(path, repository):
+        raise TargetHolds(path=path, what="a part of a repository")
+    if target is None:
+        return
+    for place, what in (
+        (repository.path, "the repository"),
+        (context.state_dir, "blockbak's state directory"),
+    ):
+        if usage.carries(target, place):
+            raise TargetHolds(path=path, what=what)
+    if system := usage.holds_running_system(target):
+        raise TargetHolds(path=path, what=f"the running system ({system})")
+    users = usage.users(target)
+    if not devices.identity(target).surely_same_as(view.top.opening.identity):
+        # A disk of an inactive volume group may be rolled back onto itself; any other may not be lost to it.
+        users += usage.memberships(target)
+    if users:
+        raise TargetInUse(path=path, holders=", ".join(str(use) for use in users))
+    if target.is_block:
+        _check_device(path, target, view)
+    if not overwrite:
+        raise TargetExists(path=path)
+
+
+def _check_device(path: str, target: Device, view: PointView) -> None:
+    """Size and sectors of a device. Raises BadTarget, TargetTooSmall, TargetSectorSize."""
+    if target.read_only:
+        raise BadTarget(path=path, reason="it is read-only")
+    need = view.geometry.device_bytes
+    if target.size < need:
+        raise TargetTooSmall(path=path, have=target.size, need=need)
+    have, want = target.logical_sector, view.top.opening.logical_sector
+    if have != want and partition_table(view) is not None:
+        raise TargetSectorSize(path=path, have=have, need=want)
+
+
+def inside_repository(path: str) -> bool:
+    """Whether a directory above ``path`` is a repository."""
+    while path != os.path.dirname(path):
+        path = os.path.dirname(path)
+        if os.path.isfile(os.path.join(path, "repository.json")) and os.path.isfile(os.path.join(path, "rescue.py")):
+            return True
+    return False
+
+
+def is_stored(path: str, repository: Repository) -> bool:
+    """Whether ``path`` is another name (a hard link) of a file in the repository."""
+    try:
+        mine = os.stat(path)
+    except OSError:
+        return False
+    if mine.st_nlink < 2:
+        return False
+    places = [repository.path, *(volume.path for volume in repository.volumes())]
+    return any(os.path.samestat(mine, entry.stat()) for place in places for entry in os.scandir(place))
+
+
+# --- opening it -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def existing(
+    given: str, known: Device, view: PointView, repository: Repository, context: Context
+) -> Iterator[TargetWriter]:
+    """A target that was there when it was looked at as ``known``, open, and nobody else's; a file gets the
+    volume's size. Raises BadTarget if it has become another one since, and what ``check_target`` raises.
+    """
+    with TargetWriter(known.path, kernel=context.kernel) as target:
+        # Between the look at it and now a node may have been handed on, a link turned, a file been mounted.
+        now = look_at_target(given)
+        if now is None or _marks(now) != _marks(known) or not target.is_of(known.path):
+            raise BadTarget(path=given, reason="it is not what it was a moment ago")
+        check_target(given, now, view, repository, context, overwrite=True)
+        if not target.is_block:
+            target.resize(view.geometry.device_bytes)
+        yield target
+
+
+def _marks(device: Device) -> tuple[object, ...]:
+    return device.path, device.size, device.diskseq, device.major, device.minor, devices.identity(device)
+
+
+@contextlib.contextmanager
+def new_file(path: str, size: int, context: Context, *, overwrite: bool) -> Iterator[TargetWriter]:
+    """A file of ``size`` bytes, written as ``path.partial``; it gets its name when all went well, and else goes.
+
+    Raises TargetExists, TargetInUse, BadTarget.
+    """
+    partial = path + ".partial"
+    if os.path.lexists(partial):
+        # Perhaps an interrupted restore left it, perhaps it is somebody's: it was not named.
+        if not overwrite or not os.path.isfile(partial):
+            raise TargetExists(path=partial)
+        with TargetWriter(partial, kernel=context.kernel):  # held by nobody, or it is refused
+            context.kernel.unlink(partial)
+    with TargetWriter(partial, create=True, kernel=context.kernel) as target:
+        try:
+            target.resize(size)
+            yield target
+            if not target.is_of(partial):
+                raise BadTarget(path=path, reason=f"{partial} was taken away meanwhile")
+            context.kernel.rename(partial, path)
+            sync_directory(os.path.dirname(path), context.kernel)
+        except OSError as error:
+            raise BadTarget(path=path, reason=error.strerror) from error
+        finally:
+            if target.is_of(partial):
+                with contextlib.suppress(OSError):
+                    context.kernel.unlink(partial)

@@ -1,0 +1,262 @@
+"""Writes a point to an open target, piece by piece, and reads it back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from blockbak.errors import Damage, DamagedImage, VerificationFailed
+from blockbak.flow import workers
+from blockbak.flow.context import Context
+from blockbak.host.blockio import PIECE_BYTES, TargetWriter, aligned
+from blockbak.image.view import Flaw, PointView, SectionView
+from blockbak.model import extent, hashmap
+from blockbak.model.extent import BAD
+from blockbak.units import KIB, MIB
+
+_ZERO_RUN = 256 * KIB
+"""On a device, shorter runs of zeros are written with their neighbours: one request instead of three."""
+_SAMPLED_SECTIONS, _SAMPLED_BLOCKS = 8, 8
+
+
+def mostly_equal(view: PointView, target: TargetWriter) -> bool:
+    """Does a sample of the target already hold the point? Then reading it first is the quicker way."""
+    geometry, equal, seen = view.geometry, 0, 0
+    buffer = aligned(geometry.block_bytes)
+    for number in np.unique(np.linspace(0, geometry.sections - 1, _SAMPLED_SECTIONS).astype(int)).tolist():
+        try:
+            section = view.section(number)
+        except Damage:
+            continue  # only where the restore goes on without it
+        stored = np.flatnonzero(section.stored)
+        if not len(stored):
+            continue
+        picks = np.unique(np.linspace(0, len(stored) - 1, _SAMPLED_BLOCKS).astype(int))
+        for index in stored[picks].tolist():
+            block = number * hashmap.BLOCKS_PER_SECTION + index
+            length = geometry.block_length(block)
+            start = block * geometry.block_bytes
+            if start + length > target.size:
+                return False
+            target.read(start, buffer, length)
+            row = np.frombuffer(hashmap.digest(buffer[:length]), "<u8")
+            equal += bool((row == section.rows[index]).all())
+            seen += 1
+    return seen > 0 and equal * 2 > seen
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    section: SectionView
+    low: int
+    blocks: int
+    start: int
+    length: int
+
+
+class _Sections:
+    """Cuts the point into pieces; a section whose index is damaged becomes a flaw with ``keep_going``."""
+
+    def __init__(self, view: PointView, *, keep_going: bool) -> None:
+        self._view, self._keep_going = view, keep_going
+        self.flaws: list[Flaw] = []
+        self.lost: list[tuple[int, int]] = []
+
+    def pieces(self, wanted: npt.NDArray[np.bool_] | None = None) -> Iterator[_Job]:
+        """All pieces in address order, or those of which ``wanted`` (bool per piece) is set."""
+        geometry, block = self._view.geometry, self._view.geometry.block_bytes
+        step = PIECE_BYTES // block
+        per_section = geometry.section_bytes // PIECE_BYTES
+        for number in range(geometry.sections):
+            begin, end = geometry.section_range(number)
+            if wanted is not None and not wanted[number * per_section : (number + 1) * per_section].any():
+                continue
+            try:
+                section = self._view.section(number)
+            except Damage as error:
+                if not self._keep_going:
+                    raise
+                self.flaws.append(Flaw(begin, end - begin, str(error), self._view.top.name))
+                self.lost.append((begin, end - begin))
+                continue
+            if not self._view.complete and wanted is None:
+                self._name_missing(section, begin)
+            blocks = geometry.section_blocks(number)
+            for low in range(0, blocks, step):
+                start = begin + low * block
+                if wanted is None or wanted[start // PIECE_BYTES]:
+                    yield _Job(section, low, min(step, blocks - low), start, min(PIECE_BYTES, end - start))
+
+    def _name_missing(self, section: SectionView, begin: int) -> None:
+        """Without the base, blocks that no newer image holds become zeros; each run of them is a flaw."""
+        block, size = self._view.geometry.block_bytes, self._view.geometry.device_bytes
+        for low, high in _pairs(section.kinds == extent.ABSENT):
+            start, end = begin + low * block, min(begin + high * block, size)
+            reason = "the image that holds it is missing or damaged"
+            self.flaws.append(Flaw(start, end - start, reason, self._view.layers[0].name))
+
+
+class Writing:
+    """What the workers of one restore share."""
+
+    def __init__(
+        self, view: PointView, target: TargetWriter, method: str, context: Context, *, keep_going: bool
+    ) -> None:
+        self.view, self.target, self.method, self.context = view, target, method, context
+        self.keep_going = keep_going
+        self.flaws: list[Flaw] = []
+        self.written_bytes = 0
+        self.done = np.zeros(-(-view.geometry.device_bytes // PIECE_BYTES), bool)
+        self.touched = np.zeros(len(self.done), bool)
+        self._guard = threading.Lock()
+
+    def account(self, job: _Job, written: int) -> None:
+        """A piece is on the target."""
+        index = job.start // PIECE_BYTES
+        with self._guard:
+            self.done[index] = True
+            # What was not written into a new file is a hole; what did not differ was just read.
+            self.touched[index] |= written > 0 or self.method == "write"
+            self.written_bytes += written
+        self.context.progress.advance(job.length, written)
+
+    def damaged(self, flaws: list[Flaw]) -> None:
+        """Content that is not good: noted with ``keep_going``, else the end."""
+        if not flaws:
+            return
+        with self._guard:
+            self.flaws += flaws
+        if not self.keep_going:
+            flaw = flaws[0]
+            raise DamagedImage(
+                file=flaw.file,
+                reason=f"{flaw.reason}, at bytes {flaw.start} to {flaw.start + flaw.length} of the volume; "
+                f"written so far: {self.written_ranges()}",
+            )
+
+    def written_ranges(self) -> str:
+        """The ranges that are complete, for people."""
+        starts, ends = extent.true_runs(self.done)
+        size = self.view.geometry.device_bytes
+        pairs = [
+            f"{start * PIECE_BYTES} to {min(end * PIECE_BYTES, size)}"
+            for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
+        ]
+        return ", ".join(pairs) or "nothing"
+
+
+class _Writer:
+    """One worker of a restore."""
+
+    def __init__(self, shared: Writing) -> None:
+        self._shared = shared
+        self._buffer = aligned(PIECE_BYTES)
+        self._block = shared.view.geometry.block_bytes
+
+    def __call__(self, job: _Job) -> None:
+        differ = self._shared.method == "differ"
+        wanted = self._differing(job) if differ else np.ones(job.blocks, bool)
+        self._shared.account(job, self._write(job, wanted) if wanted.any() else 0)
+
+    def _differing(self, job: _Job) -> npt.NDArray[np.bool_]:
+        """Blocks of the piece that the target does not hold already. BAD ranges hold no promise, but
+        their row is that of the zeros a restore puts there.
+        """
+        data = self._buffer[: job.length]
+        self._shared.target.read(job.start, self._buffer, job.length)
+        nonzero = hashmap.nonzero_blocks(data, self._block)
+        rows = hashmap.digest_blocks(data, self._block, nonzero)
+        return hashmap.changed_rows(rows, job.section.rows[job.low : job.low + job.blocks])
+
+    def _write(self, job: _Job, wanted: npt.NDArray[np.bool_]) -> int:
+        """Write the wanted blocks; bytes that now hold the point because of it."""
+        block, target = self._block, self._shared.target
+        stored = job.section.stored[job.low : job.low + job.blocks]
+        data = self._buffer[: job.length]
+        if (stored & wanted).any():
+            self._read(job, wanted & stored, data)
+        zero = wanted & ~stored
+        if target.is_block:
+            # Short runs of zeros go with the data around them.
+            for low, high in _pairs(zero):
+                if (high - low) * block < min(_ZERO_RUN, job.length):
+                    zero[low:high] = False
+                    data[low * block : high * block] = 0
+        written = 0
+        for low, high in _pairs(wanted & ~zero):
+            part = data[low * block : high * block]
+            target.write(job.start + low * block, part)
+            written += len(part)
+        if self._shared.method != "create":
+            for low, high in _pairs(zero):
+                length = min(high * block, job.length) - low * block
+                target.zero(job.start + low * block, length)
+                written += length
+        return written
+
+    def _read(self, job: _Job, wanted: npt.NDArray[np.bool_], data: npt.NDArray[np.uint8]) -> None:
+        """Fill the windows of ``data`` that hold wanted blocks."""
+        view = self._shared.view
+        per_window = view.geometry.window_bytes // self._block
+        held = np.logical_or.reduceat(wanted, np.arange(0, len(wanted), per_window))
+        for low, high in _pairs(held):
+            part = data[low * per_window * self._block : high * per_window * self._block]
+            self._shared.damaged(view.read(job.section, job.low + low * per_window, part))
+
+
+def _pairs(mask: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
+    starts, ends = extent.true_runs(mask)
+    return zip(starts.tolist(), ends.tolist(), strict=True)
+
+
+def write_all(shared: Writing, context: Context) -> None:
+    """Bring every piece to the target; with ``keep_going`` what cannot be had is in ``shared.flaws`` then.
+
+    Raises DamagedImage, TargetFailed, TargetFull, Interrupted.
+    """
+    sections = _Sections(shared.view, keep_going=shared.keep_going)
+    workers.run(sections.pieces(), lambda: _Writer(shared), workers=context.workers, check=context.check)
+    for start, length in sections.lost:
+        shared.target.zero(start, length)
+    shared.flaws += sections.flaws
+
+
+def read_back(shared: Writing, context: Context) -> int:
+    """Read what was written past the page cache and compare; bytes compared. Raises VerificationFailed."""
+    view, target = shared.view, shared.target
+    block = view.geometry.block_bytes
+    damaged = extent.table([f.start for f in shared.flaws], [f.start + f.length for f in shared.flaws], BAD)
+    differing: list[int] = []
+    compared: list[int] = []
+
+    def make() -> Callable[[_Job], None]:
+        buffer = aligned(PIECE_BYTES)
+
+        def compare(job: _Job) -> None:
+            target.read(job.start, buffer, job.length)
+            data = buffer[: job.length]
+            rows = hashmap.digest_blocks(data, block, hashmap.nonzero_blocks(data, block))
+            unequal = hashmap.changed_rows(rows, job.section.rows[job.low : job.low + job.blocks])
+            unequal &= ~extent.touched(damaged, job.start, block, job.blocks)
+            differing.extend((np.flatnonzero(unequal) * block + job.start).tolist())
+            compared.append(job.length)
+            context.progress.advance(job.length)
+
+        return compare
+
+    sections = _Sections(view, keep_going=shared.keep_going)
+    context.progress.begin("reading back", int(shared.touched.sum()) * PIECE_BYTES)
+    try:
+        workers.run(sections.pieces(shared.touched), make, workers=context.workers, check=context.check)
+    finally:
+        context.progress.end()
+    if differing:
+        raise VerificationFailed(path=target.path, blocks=len(differing), first=min(differing))
+    return sum(compared)
+
+
+assert PIECE_BYTES % MIB == 0  # noqa: S101 - a piece is whole windows, a section whole pieces
