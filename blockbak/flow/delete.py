@@ -117,8 +117,9 @@ def _spare_hopes(images: Sequence[Image], gone: Collection[str], broken: Collect
     Raises PointNeeded while a kept point still asks for one of the ``broken`` points.
     """
     whole = chains(images)
+    served = {image.point for image in images if image.file in whole}
     for image in images:
-        if image.point not in gone and image.file not in whole and image.opening.parent in broken:
+        if image.point not in gone and image.point not in served and image.opening.parent in broken:
             raise PointNeeded(point=image.opening.parent, needed_by=image.point)
 
 

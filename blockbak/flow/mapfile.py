@@ -73,12 +73,14 @@ def _check(place: str, target: str, repository: Repository, *, known: bool) -> N
         raise TargetHolds(path=place, what="a part of a repository")
     if not known:
         return
+    if not os.path.isfile(place):
+        raise BadTarget(path=place, reason="it exists, and is no mapfile")
     try:
         with open(place, "rb") as file:
             is_one = file.read(len(_BEGINS)) == _BEGINS.encode()
     except OSError as error:
         raise BadTarget(path=place, reason=error.strerror) from error
-    if not is_one or not os.path.isfile(place):
+    if not is_one:
         raise BadTarget(path=place, reason="it exists, and is no mapfile")
 
 

@@ -114,7 +114,11 @@ def is_stored(path: str, repository: Repository) -> bool:
     except OSError:
         return False
     places = [repository.path, *(volume.path for volume in repository.volumes())]
-    return any(os.path.samestat(mine, entry.stat()) for place in places for entry in os.scandir(place))
+    for place in places:
+        with os.scandir(place) as entries:
+            if any(os.path.samestat(mine, entry.stat(follow_symlinks=False)) for entry in entries):
+                return True
+    return False
 
 
 # --- opening it -----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import socket
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -140,6 +141,13 @@ def _open_to_read(path: str, error: OSError, *, exclusive: bool, kernel: Kernel)
     raise store_error(error, path, "opened") from error
 
 
+def _check_own(fd: int, path: str) -> None:
+    """It is written to, so it must be nothing but a lock file. Raises StoreFailed."""
+    info = os.fstat(fd)
+    if stat.S_ISREG(info.st_mode) and info.st_nlink > 1:
+        raise StoreFailed(path=path, action="locked", reason="it is another name of some other file")
+
+
 @contextmanager
 def held(
     path: str,
@@ -162,6 +170,7 @@ def held(
     except OSError as error:
         fd = _open_to_read(path, error, exclusive=exclusive, kernel=kernel)
     try:
+        _check_own(fd, path)
         with contextlib.suppress(OSError):
             os.fchmod(fd, 0o600)  # whatever the umask took from it; somebody else's file has its mode already
         deadline = clock() + wait

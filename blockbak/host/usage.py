@@ -373,9 +373,8 @@ def write_counters(device: Device, system: System | None = None) -> tuple[int, .
         counters += [*system.device_number(name), *counts]
     if whole != device.kname:
         counters += _past_partitions(whole, system)
-    if device.kname in system.loops and not _siblings(device.kname, system):
-        with contextlib.suppress(OSError):
-            counters += file_stamp(system.loops[device.kname])
+    if device.kname in system.loops:
+        counters += _past_loop(device.kname, system)
     return tuple(counters)
 
 
@@ -384,6 +383,21 @@ def _counts(name: str, system: System) -> tuple[int, ...] | None:
     if len(fields) < 7:
         return None
     return tuple(fields[at] if at < len(fields) else 0 for at in _COUNTED)
+
+
+def _past_loop(loop: str, system: System) -> list[int]:
+    """What tells of writes to a loop device's bytes by another way: the times of a file that it has to itself,
+    else the counts of the other loop devices over the same part of it.
+    """
+    siblings = _siblings(loop, system)
+    found: list[int] = []
+    if not siblings:
+        with contextlib.suppress(OSError):
+            found += file_stamp(system.loops[loop])
+    for other in siblings:
+        if _overlap(loop, other, system):
+            found += _counts(other, system) or ()
+    return found
 
 
 def _past_partitions(whole: str, system: System) -> list[int]:

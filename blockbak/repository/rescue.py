@@ -465,9 +465,13 @@ class Target:
 
     def check_links(self, repository: str) -> None:
         """A file of the repository may have another name elsewhere."""
+        own = self.real
+        if self.block:
+            with contextlib.suppress(OSError), open(f"/sys/block/{os.path.basename(own)}/loop/backing_file") as file:
+                own = file.read().rstrip("\n")
         for directory, _, names in os.walk(repository):
             for name in names:
-                if os.path.samefile(os.path.join(directory, name), self.real):
+                if os.path.exists(own) and os.path.samefile(os.path.join(directory, name), own):
                     raise Refused(f"{self.path} is another name of {name} in the repository")
 
     def check_loops(self) -> None:
@@ -477,8 +481,8 @@ class Target:
             with contextlib.suppress(OSError), open(f"/sys/block/{name}/loop/backing_file") as file:
                 files[name] = file.read().rstrip("\n")
         own = files.pop(os.path.basename(self.real), self.real) if self.block else self.real
-        for name, file in files.items():
-            if os.path.exists(file) and os.path.exists(own) and os.path.samefile(file, own):
+        for name, backing in files.items():
+            if os.path.exists(backing) and os.path.exists(own) and os.path.samefile(backing, own):
                 raise Refused(f"{self.path} is, or has, the file behind /dev/{name}")
 
     def begin(self) -> None:
@@ -567,7 +571,8 @@ def find_point(images: List[Image], damaged: List[Damage], name: str) -> str:
         if not points and f"/{name}" in flaw.image:
             raise flaw
         # What cannot be read may be what was meant: only a whole id is clear then.
-        hidden = flaw.image.split(".")[0] if "/" in flaw.image else ""
+        directory, _, file = flaw.image.rpartition("/")
+        hidden = directory + "/" + file.split(".")[0]
         if f"/{name}" in f"/{hidden}" and hidden not in points and not any(one.endswith(name) for one in points):
             points.append(hidden)
     if len(points) != 1:
