@@ -256,6 +256,13 @@ class DamagedManifest(Damage):
     advice = "If its image is whole, move the manifest away and run 'blockbak recover'."
 
 
+class Misplaced(Damage):
+    message = "{file} belongs to volume {belongs}, but lies in {here}."
+    advice = (
+        "Nothing is lost: move the files, or the directory, back to where they were; rescue.py restores them here too."
+    )
+
+
 class DamagedRepository(Damage):
     message = "{file} is damaged: {reason}."
 

@@ -67,13 +67,16 @@ def command(
 ) -> None:  # fmt: skip
     """Bring POINT back onto the device, or into the file, TARGET.
 
-    POINT is an id, a unique beginning of one, latest, VOLUME@latest or VOLUME@TIME. Index and structure
+    POINT is an id, a unique beginning of one, latest, VOLUME@latest or VOLUME@TIME: the newest made in or before
+    that second, minute or day, in UTC where no zone is given. Index and structure
     of all images needed are checked before the first byte is written, every block before it is.
     """
     from dataclasses import replace
 
     from blockbak.flow.restore import Request, restore
 
+    if mapfile is not None and not keep_going:
+        raise click.UsageError("--mapfile names what --keep-going leaves out, so it takes that too.")
     opened = common.open_repository(repository)
     request = Request(point, target, overwrite, verify, verify_first, keep_going, mapfile)
     try:

@@ -101,10 +101,12 @@ def check_block_size(size: int) -> None:
         raise BadBlockSize(size=size)
 
 
-def unlike(point: Point, identity: Identity, device_bytes: int, block_bytes: int | None) -> str:
+def unlike(point: Point, identity: Identity, host: str, device_bytes: int, block_bytes: int | None) -> str:
     """Why the source cannot be compared with a point, or an empty string."""
     opening = point.images[0].opening
-    if not opening.identity.same_as(identity):
+    if opening.identity.same_as(identity) and not opening.is_of(identity, host):
+        return f"the source is {identity} on {host}, the last point is of {opening.host}"
+    if not opening.is_of(identity, host):
         return f"the source is {identity}, the last point is of {opening.identity}"
     if opening.device_bytes != device_bytes:
         return f"the source has {device_bytes} bytes, the last point {opening.device_bytes}"
@@ -119,6 +121,7 @@ def choose(
     kind: str,
     points: Sequence[Point],
     identity: Identity,
+    host: str,
     device_bytes: int,
     block_bytes: int | None,
     volume: str,
@@ -134,7 +137,7 @@ def choose(
     if not candidates:
         reason = broken or ("the volume has no point yet" if not points else "the volume has no full")
     else:
-        reason = unlike(candidates[-1], identity, device_bytes, block_bytes)
+        reason = unlike(candidates[-1], identity, host, device_bytes, block_bytes)
     if not reason:
         return Choice(DIFFERENTIAL if kind == DIFFERENTIAL else INCREMENTAL, candidates[-1])
     return without_parent(kind, volume, reason)
@@ -191,17 +194,17 @@ def volume_name(device: Device, identity: Identity, repository: Repository, host
         if not usable_name(asked):
             raise VolumeExists(volume=asked, reason=f"it takes {NAME_RULE}")
         return asked
-    taken: dict[str, Identity | None] = {}
+    taken: dict[str, Opening | None] = {}
     claimed: set[str] = set()
     for volume in repository.volumes():
         catalog = volume.catalog()
-        images = (*catalog.images, *hidden_images(volume, catalog))
+        images = (*catalog.images, *(image for image in hidden_images(volume, catalog) if _is_own(image, volume)))
         newest = max(images, key=lambda image: image.opening.sequence, default=None)
-        taken[volume.name] = newest.opening.identity if newest else None
+        taken[volume.name] = newest.opening if newest else None
         if newest is None and volume.claimed_by_another(str(identity)):
             claimed.add(volume.name)
     for name, known in taken.items():
-        if known is not None and known.same_as(identity):
+        if known is not None and known.is_of(identity, host):
             return name
     base = "".join(c if (c.isalnum() and c.isascii()) or c in "._-" else "-" for c in f"{host}-{_short_name(device)}")
     base = base.lstrip(".-")[:180] or "volume"
@@ -210,6 +213,11 @@ def volume_name(device: Device, identity: Identity, repository: Repository, host
         number += 1
         name = f"{base}-{number}"
     return name
+
+
+def _is_own(image: Image, volume: Volume) -> bool:
+    """Not one of a directory that was renamed, or copied from elsewhere."""
+    return image.opening.volume == volume.name
 
 
 def _short_name(device: Device) -> str:
@@ -227,7 +235,10 @@ class _Watch:
     def _state(self) -> tuple[int, ...] | None:
         if self._device.is_block:
             return usage.write_counters(self._device)
-        return usage.file_stamp(self._device.path)
+        try:
+            return usage.file_stamp(self._device.path)
+        except OSError as error:
+            raise SourceVanished(path=self._device.path, reason="its name is gone") from error
 
     @property
     def blind(self) -> bool:
@@ -293,7 +304,7 @@ def backup(repository: Repository, request: Request, context: Context, *, dry_ru
         check_block_size(request.block_bytes)
     seen = _look(repository, request, context)
     if dry_run:
-        return _planned(repository, seen.name, seen.device, seen.identity, seen.mode, request)
+        return _planned(repository, seen.name, seen.device, seen.identity, context.host, seen.mode, request)
     with ExitStack() as stack:
         while True:
             volume = repository.make_volume(seen.name)
@@ -321,8 +332,10 @@ def _open_source(seen: _Seen, request: Request, context: Context) -> SourceReade
     with ExitStack() as stack:
         stack.push(source)
         now = devices.look(request.source)
-        same = (now.path, now.diskseq, devices.identity(now)) == (device.path, device.diskseq, seen.identity)
-        if not same or not source.is_of(device.path):
+        same = (now.path, now.diskseq, now.file_id, devices.identity(now)) == (
+            device.path, device.diskseq, device.file_id, seen.identity,
+        )  # fmt: skip
+        if not same or not source.is_of(device.path, device.file_id):
             raise SourceVanished(path=device.path, reason="another one has its name now")
         if source.size != device.size:
             raise SourceChangedSize(path=device.path, before=device.size, after=source.size)
@@ -348,7 +361,9 @@ def _locked(
     for orphan in catalog.orphans:
         context.say(f"{orphan} has no manifest; 'blockbak recover' brings it back.")
     points = catalog.points
-    choice = choose(request.kind, points, identity, device.size, request.block_bytes, volume.name, _broken(catalog))
+    choice = choose(
+        request.kind, points, identity, context.host, device.size, request.block_bytes, volume.name, _broken(catalog)
+    )
     with _parent_view(volume, catalog, choice, request) as (chosen, view):
         sequence = highest_sequence(volume, catalog, lock) + 1
         # Durable before the image that carries it: it must not be used again, whatever becomes of the image.
@@ -377,7 +392,7 @@ def _block_bytes(request: Request, view: PointView | None, points: Sequence[Poin
 
 
 def _planned(
-    repository: Repository, name: str, device: Device, identity: Identity, mode: str, request: Request
+    repository: Repository, name: str, device: Device, identity: Identity, host: str, mode: str, request: Request
 ) -> Report:
     """What ``backup`` would do, without a byte written."""
     points: list[Point] = []
@@ -386,7 +401,7 @@ def _planned(
         volume = repository.volume(name)
         catalog = volume.catalog()
         points = catalog.points
-    choice = choose(request.kind, points, identity, device.size, request.block_bytes, name, _broken(catalog))
+    choice = choose(request.kind, points, identity, host, device.size, request.block_bytes, name, _broken(catalog))
     if volume is not None:
         with _parent_view(volume, catalog, choice, request) as (checked, _):
             choice = checked

@@ -95,15 +95,15 @@ def _method(view: PointView, target: Device | None, path: str, context: Context)
     """How the target will be written."""
     if target is None:
         return "create"
-    if devices.identity(target).same_as(view.top.opening.identity):
+    if view.top.opening.is_of(devices.identity(target), context.host):
         return "differ"
     with TargetWriter(path, kernel=context.kernel) as opened:
         return "differ" if mostly_equal(view, opened) else "write"
 
 
-def _plan(opened: Opened, request: Request, target: Device | None, method: str) -> Plan:
+def _plan(opened: Opened, request: Request, target: Device | None, method: str, host: str) -> Plan:
     opening, notes = opened.view.top.opening, []
-    if target is not None and devices.identity(target).surely_same_as(opening.identity):
+    if target is not None and opening.surely_of(devices.identity(target), host):
         notes.append("The target is the volume itself: it is rolled back.")
     if target is not None and target.is_block and target.size > opening.device_bytes:
         notes.append(f"The target is larger by {target.size - opening.device_bytes} bytes; they are left alone.")
@@ -164,7 +164,7 @@ def restore(repository: Repository, request: Request, context: Context, *, dry_r
         target = look_at_target(request.target)
         check_target(request.target, target, view, repository, context, overwrite=request.overwrite or dry_run)
         method = _method(view, target, request.target, context)
-        planned = _plan(opened, request, target, method)
+        planned = _plan(opened, request, target, method, context.host)
         if dry_run:
             return planned
         if request.verify_first:

@@ -71,7 +71,7 @@ def check_target(
     if system := usage.holds_running_system(target):
         raise TargetHolds(path=path, what=f"the running system ({system})")
     users = usage.users(target)
-    if not devices.identity(target).surely_same_as(view.top.opening.identity):
+    if not view.top.opening.surely_of(devices.identity(target), context.host):
         # A disk of an inactive volume group may be rolled back onto itself; any other may not be lost to it.
         users += usage.memberships(target)
     if users:
@@ -98,18 +98,16 @@ def inside_repository(path: str) -> bool:
     """Whether a directory above ``path`` is a repository."""
     while path != os.path.dirname(path):
         path = os.path.dirname(path)
-        if os.path.isfile(os.path.join(path, "repository.json")) and os.path.isfile(os.path.join(path, "rescue.py")):
+        if os.path.isfile(os.path.join(path, "repository.json")):
             return True
     return False
 
 
 def is_stored(path: str, repository: Repository) -> bool:
-    """Whether ``path`` is another name (a hard link) of a file in the repository."""
+    """Whether ``path`` is another name of a file in the repository: a hard link, or a bind mount of one."""
     try:
         mine = os.stat(path)
     except OSError:
-        return False
-    if mine.st_nlink < 2:
         return False
     places = [repository.path, *(volume.path for volume in repository.volumes())]
     return any(os.path.samestat(mine, entry.stat()) for place in places for entry in os.scandir(place))
@@ -128,7 +126,7 @@ def existing(
     with TargetWriter(known.path, kernel=context.kernel) as target:
         # Between the look at it and now a node may have been handed on, a link turned, a file been mounted.
         now = look_at_target(given)
-        if now is None or _marks(now) != _marks(known) or not target.is_of(known.path):
+        if now is None or _marks(now) != _marks(known) or not target.is_of(known.path, known.file_id):
             raise BadTarget(path=given, reason="it is not what it was a moment ago")
         check_target(given, now, view, repository, context, overwrite=True)
         if not target.is_block:
@@ -137,7 +135,8 @@ def existing(
 
 
 def _marks(device: Device) -> tuple[object, ...]:
-    return device.path, device.size, device.diskseq, device.major, device.minor, devices.identity(device)
+    number = device.major, device.minor, device.diskseq
+    return device.path, device.size, number, device.file_id, devices.identity(device)
 
 
 @contextlib.contextmanager
@@ -153,17 +152,27 @@ def new_file(path: str, size: int, context: Context, *, overwrite: bool) -> Iter
             raise TargetExists(path=partial)
         with TargetWriter(partial, kernel=context.kernel):  # held by nobody, or it is refused
             context.kernel.unlink(partial)
-    with TargetWriter(partial, create=True, kernel=context.kernel) as target:
-        try:
+    writer = TargetWriter(partial, create=True, kernel=context.kernel)
+    held = os.dup(writer.fd)  # the lock lasts until the file has its name
+    try:
+        with writer as target:
             target.resize(size)
             yield target
-            if not target.is_of(partial):
-                raise BadTarget(path=path, reason=f"{partial} was taken away meanwhile")
-            context.kernel.rename(partial, path)
-            sync_directory(os.path.dirname(path), context.kernel)
-        except OSError as error:
-            raise BadTarget(path=path, reason=error.strerror) from error
-        finally:
-            if target.is_of(partial):
-                with contextlib.suppress(OSError):
-                    context.kernel.unlink(partial)
+        if not _is_named(held, partial):
+            raise BadTarget(path=path, reason=f"{partial} was taken away meanwhile")
+        context.kernel.rename(partial, path)
+        sync_directory(os.path.dirname(path), context.kernel)
+    except OSError as error:
+        raise BadTarget(path=path, reason=error.strerror) from error
+    finally:
+        if _is_named(held, partial):
+            with contextlib.suppress(OSError):
+                context.kernel.unlink(partial)
+        os.close(held)
+
+
+def _is_named(fd: int, path: str) -> bool:
+    """Whether the open file still has that name."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(fd), os.lstat(path))
+    return False

@@ -100,18 +100,22 @@ class _Opened:
         """Bytes now."""
         return self.kernel.device_size(self.fd) if self.is_block else os.fstat(self.fd).st_size
 
-    def is_of(self, path: str) -> bool:
-        """Whether ``path`` names what is open here: the same file, or a node of the same device."""
+    def is_of(self, path: str, file_id: tuple[int, int]) -> bool:
+        """Whether what is open here is what was looked at: the file of that st_dev and st_ino, or the device
+        that ``path`` is a node of.
+        """
+        mine = os.fstat(self.fd)
+        if not self.is_block:
+            return (mine.st_dev, mine.st_ino) == file_id
         try:
-            mine, other = os.fstat(self.fd), os.stat(path)
+            return mine.st_rdev == os.stat(path).st_rdev
         except OSError:
             return False
-        return mine.st_rdev == other.st_rdev if self.is_block else os.path.samestat(mine, other)
 
     def _buffered(self) -> int:
-        """A second descriptor without O_DIRECT, for what is not a whole sector."""
+        """A second descriptor without O_DIRECT, for what is not a whole sector; whatever the name says by now."""
         if self._plain < 0:
-            self._plain = self.kernel.open(self.path, self._access)
+            self._plain = self.kernel.open(f"/proc/self/fd/{self.fd}", self._access)
         return self._plain
 
     def close(self) -> None:
@@ -376,7 +380,8 @@ class StoredFile:
         self._kernel = kernel or Kernel()
         self._name = name
         self.path = path
-        self.fd = self._kernel.open(path, os.O_RDONLY)
+        # A pipe in its place would be waited for.
+        self.fd = self._kernel.open(path, os.O_RDONLY | os.O_NONBLOCK)
         self._size = os.fstat(self.fd).st_size
 
     @property

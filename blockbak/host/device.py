@@ -53,7 +53,7 @@ class Device:
     ``wwn`` and ``serial`` are those of the disk itself, so a partition has none. ``backing_file`` is a loop
     device's, ``mounts`` and ``holders`` (kernel names) are direct ones only: ``usage.users`` follows the
     whole stack. ``diskseq`` is the kernel's number of this instance; another one under the same name is
-    another device.
+    another device. ``file_id`` is a file's st_dev and st_ino.
     """
 
     path: str
@@ -83,6 +83,7 @@ class Device:
     backing_file: str = ""
     backing_start: int = 0
     diskseq: int = 0
+    file_id: tuple[int, int] = (0, 0)
     mounts: tuple[Mount, ...] = ()
     holders: tuple[str, ...] = ()
 
@@ -120,7 +121,7 @@ def look(path: str, system: System | None = None) -> Device:
         return block(name, system, given=path)
     kind = stat.S_IFMT(info.st_mode)
     if kind == stat.S_IFREG:
-        return _file(path, info.st_size)
+        return _file(path, info)
     if kind != stat.S_IFBLK:
         raise NotABlockSource(path=path, what=_NODE_KINDS.get(kind, "something else"))
     name = system.name_of(os.major(info.st_rdev), os.minor(info.st_rdev))
@@ -138,7 +139,8 @@ def _volume_name(path: str, system: System) -> str:
     return system.volume(group, volume) if group and slash else system.name_at(path)
 
 
-def _file(path: str, size: int) -> Device:
+def _file(path: str, info: os.stat_result) -> Device:
+    size = info.st_size
     return Device(
         path=os.path.realpath(path),
         given=path,
@@ -147,6 +149,7 @@ def _file(path: str, size: int) -> Device:
         kind="file",
         read_only=not os.access(path, os.W_OK),
         disk_id=marks.disk_id(path, SECTOR, size, guess=True),
+        file_id=(info.st_dev, info.st_ino),
     )
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from blockbak.errors import AmbiguousPoint, Gap, NoSuchPoint, NoSuchVolume
 from blockbak.model.facts import FULL, Closing, Opening
 
+_TIME = re.compile(
+    r"\d{4}-?\d\d-?\d\d(?:[T ]\d\d:?(?P<minute>\d\d)(?::?(?P<second>\d\d)(?P<fraction>\.\d+)?)?(?:Z|[+-]\d\d:?\d\d)?)?"
+)
 POINT_CHARS = 21
 """Of a point's id, with which the names of its files begin."""
 
@@ -145,8 +149,15 @@ def _only(name: str, found: Sequence[Point], names: Sequence[str]) -> Point:
 
 
 def moment(text: str) -> datetime | None:
-    """A time as people write it; local where no zone is given. None for what is none, or too far away."""
+    """The last moment of a time as people write it: of that day, minute or second, in UTC where no zone is
+    given, for so everything here is shown. None for what is no time.
+    """
+    if not (found := _TIME.fullmatch(text)):
+        return None
+    unit = timedelta(seconds=1) if found["second"] else timedelta(minutes=1) if found["minute"] else timedelta(days=1)
     try:
-        return datetime.fromisoformat(text).astimezone(UTC)
+        start = datetime.fromisoformat(text)
+        start = start.replace(tzinfo=UTC) if start.tzinfo is None else start.astimezone(UTC)
+        return start if found["fraction"] else start + unit - timedelta(microseconds=1)
     except (ValueError, OverflowError):
         return None

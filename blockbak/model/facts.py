@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from blockbak.model.hashmap import Geometry
-from blockbak.model.identity import Identity
+from blockbak.model.identity import WWN, Identity
 
 Kind: TypeAlias = Literal["full", "incremental", "differential"]
 
@@ -41,6 +41,18 @@ class Opening:
     created: str
     source: str = ""
     host: str = ""
+
+    def is_of(self, identity: Identity, host: str) -> bool:
+        """Whether it is of the volume that has ``identity`` on ``host``.
+
+        On another host the same path is another file, and the same id may be that of a machine made from the
+        same template.
+        """
+        return self.identity.same_as(identity) and (identity.kind == WWN or self.host == host)
+
+    def surely_of(self, identity: Identity, host: str) -> bool:
+        """The same, where a mistake would cost data."""
+        return self.identity.surely_same_as(identity) and self.is_of(identity, host)
 
     @property
     def geometry(self) -> Geometry:

@@ -11,9 +11,12 @@ VALUE_MAX = 512
 PATH = "path"
 """The kind of a device known by nothing but its node."""
 
+WWN = "wwn"
+"""The only kind that is given out once in the world."""
+
 _WORDS = {
     "lv-uuid": "logical volume",
-    "wwn": "WWN",
+    WWN: "WWN",
     "serial": "serial",
     "partuuid": "partition",
     "partition": "partition",

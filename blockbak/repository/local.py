@@ -24,6 +24,7 @@ from blockbak.errors import (
     DamagedManifest,
     DamagedRepository,
     Gap,
+    Misplaced,
     MissingImage,
     NewerFormat,
     NoPermission,
@@ -144,7 +145,7 @@ class Volume:
         found = Catalog()
         for name in sorted(self.names()):
             parts = _NAME.fullmatch(name)
-            if not parts:
+            if not parts or not self._is_file(name):
                 continue
             stem = name[: -len(parts["end"]) - 1]
             if parts["end"].endswith("partial"):
@@ -156,6 +157,13 @@ class Volume:
             elif self._is_orphan(name, stem):
                 found.orphans.append(name)
         return found
+
+    def _is_file(self, name: str) -> bool:
+        """What somebody else put here under a name of ours (a pipe, a link, a directory) is none of ours."""
+        try:
+            return stat.S_ISREG(os.lstat(self._at(name)).st_mode)
+        except OSError:
+            return False
 
     def _is_orphan(self, name: str, stem: str) -> bool:
         if any(os.path.lexists(self._at(stem + end)) for end in (".json", ".json.deleted")):
@@ -179,7 +187,8 @@ class Volume:
             if (opening.point, opening.kind) != (point, kind):
                 raise DamagedManifest(file=name, reason="it is of another point or kind than its name says")
             if (opening.repository, opening.volume) != (self._repository.id, self.name):
-                raise DamagedManifest(file=name, reason=f"it belongs to volume {opening.volume} of another place")
+                other = "" if opening.repository == self._repository.id else " of another repository"
+                raise Misplaced(file=name, belongs=f"{opening.volume}{other}", here=self.name)
             if size != image.image_bytes:
                 raise DamagedManifest(file=name, reason=f"its image has {size} bytes instead of {image.image_bytes}")
         except (Damage, NewerFormat, NoPermission) as error:

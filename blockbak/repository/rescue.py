@@ -83,7 +83,13 @@ class Damage(Trouble):
 
 def tell(text: str) -> None:
     """Speak to the person; standard output is for `list` alone."""
-    print(text, file=sys.stderr, flush=True)
+    print(plain(text, sys.stderr.encoding), file=sys.stderr, flush=True)
+
+
+def plain(text: str, encoding: Optional[str]) -> str:
+    """What any terminal can show: a name may hold anything."""
+    shown = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+    return shown.encode(encoding or "ascii", "backslashreplace").decode(encoding or "ascii")
 
 
 def sha256(data: bytes) -> bytes:
@@ -146,6 +152,8 @@ class Image:
 
     def open(self) -> BinaryIO:
         try:
+            if os.path.exists(self.path + ".zst") and not os.path.isfile(self.path + ".zst"):
+                raise self.damage("it is not a file")
             file = open(self.path + ".zst", "rb")  # noqa: SIM115 - whoever asks for it closes it
         except OSError as error:
             raise self.damage(f"it cannot be opened ({error.strerror})") from error
@@ -275,7 +283,8 @@ def find_images(repository: str) -> Tuple[List[Image], List[Damage]]:
     for volume in sorted(os.listdir(repository)):
         directory = os.path.join(repository, volume)
         for name in sorted(os.listdir(directory)) if os.path.isdir(directory) else []:
-            found = MANIFEST.fullmatch(name)
+            # A pipe of that name would be waited for.
+            found = MANIFEST.fullmatch(name) if os.path.isfile(os.path.join(directory, name)) else None
             try:
                 if found:
                     images.append(Image(repository, volume, found[1]))
@@ -561,13 +570,14 @@ def do_restore(repository: str, name: str, path: str, yes: bool) -> int:
         raise Trouble("the program zstd is needed; it is in the package of that name")
     point, without = points[0], set()  # type: str, Set[str]
     chain = find_chains(images, without).get(point)
-    target = Target(path, repository, chain[-1].device_bytes, yes) if chain else None
+    target, begun = Target(path, repository, chain[-1].device_bytes, yes) if chain else None, False
     try:
         while chain and target:
             bad: Dict[int, List[Range]] = {}
             try:
                 for image in chain:
                     image.check()
+                begun = True
                 target.begin()
                 for image in chain:
                     apply(image, target, bad, target.new and image is chain[0])
@@ -577,7 +587,8 @@ def do_restore(repository: str, name: str, path: str, yes: bool) -> int:
                 tell(str(error))
                 without.add(error.image)
                 chain = find_chains(images, without).get(point)
-                tell("Trying without it." if chain else f"{path} is not complete: do not use it.")
+                if chain or begun:
+                    tell("Trying without it." if chain else f"{path} is not complete: do not use it.")
     finally:
         if target:
             target.close()
@@ -602,7 +613,8 @@ def do_list(repository: str) -> int:
             damaged.append(error)
             word = "DAMAGED"
         kind, size, source = image.opening["kind"], image.device_bytes, image.opening["source"]
-        print(f"{image.volume:24} {image.point}  {kind:12} {size:>16} bytes  {source}  {word}")
+        line = f"{image.volume:24} {image.point}  {kind:12} {size:>16} bytes  {source}  {word}"
+        print(plain(line, sys.stdout.encoding))
     for flaw in damaged:
         tell(str(flaw))
     return 4 if damaged or any(image.place not in chains for image in images) else 0
