@@ -87,8 +87,9 @@ def backed_up_once(program, node):
             self.first = program.backup(node, "--name", "disk")["point"]
 
         def again(self, moment, act):
-            # Ids of this process's context must not meet that of the first point, which has the time of day.
-            world = replace(context(program.state), **MOMENTS[moment](self.repository, node, act))
+            # The same host as the first point's, or everything would be another volume.
+            host = program("show", self.first).document["host"]
+            world = replace(context(program.state), host=host, **MOMENTS[moment](self.repository, node, act))
             return backup.backup(self.repository, backup.Request(node, name="disk"), world)
 
     return Ready()
