@@ -56,7 +56,8 @@ def _row(point: Point) -> list[object]:
         first.opening.parent or "",
         render.size(first.opening.device_bytes),
         render.size(sum(image.image_bytes for image in point.images)),
-        first.closing.consistency,
+        first.closing.consistency
+        + (f", {render.size(first.closing.bad_bytes)} unreadable" if first.closing.bad_bytes else ""),
     ]
 
 

@@ -20,27 +20,20 @@ _METHODS = {
 }
 
 
-def describe(plan: Plan) -> None:
+def describe(plan: Plan) -> list[str]:
     """The plan for people, before anything is written."""
-    render.line(
-        f"{plan.point} of {plan.volume}, {render.size(plan.device_bytes)}, to {plan.target}: {_METHODS[plan.method]}."
-    )
-    render.line(f"From {', '.join(plan.images)}.")
-    for note in plan.notes:
-        render.line(note)
+    what = f"{plan.point} of {plan.volume}, {render.size(plan.device_bytes)}"
+    return [f"{what}, to {plan.target}: {_METHODS[plan.method]}.", f"From {', '.join(plan.images)}.", *plan.notes]
 
 
-def _confirmed(target: str) -> bool:
-    """A person at a terminal may type the target's name instead of ``--yes``."""
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        return False
+def _confirm(target: str) -> None:
+    """A person at a terminal may type the target's name instead of ``--yes``. Raises NotConfirmed, Interrupted."""
     try:
         typed = render.ask(f"Everything on {target} will be overwritten. Type its name to go on")
     except KeyboardInterrupt:
         raise Interrupted(state="nothing was changed") from None
     if typed != target:
         raise NotConfirmed(action=f"Overwriting {target}")
-    return True
 
 
 @click.command(
@@ -57,7 +50,10 @@ def _confirmed(target: str) -> bool:
 @click.option("--verify-first", is_flag=True, help="Read and check all images before the first byte.")
 @click.option("--keep-going", is_flag=True, help="Restore what can be; name the rest in a mapfile, exit 3.")
 @click.option(
-    "--mapfile", type=common.PATH, metavar="FILE", help="Where --keep-going writes its mapfile [TARGET.mapfile]."
+    "--mapfile",
+    type=common.PATH,
+    metavar="FILE",
+    help="Where --keep-going writes its mapfile [beside a file; for a device POINT.mapfile here].",
 )
 @common.repository_options
 @click.pass_context
@@ -73,7 +69,7 @@ def command(
     """
     from dataclasses import replace
 
-    from blockbak.flow.restore import Request, restore
+    from blockbak.flow.restore import Plan, Request, restore
 
     if mapfile is not None and not keep_going:
         raise click.UsageError("--mapfile names what --keep-going leaves out, so it takes that too.")
@@ -83,9 +79,14 @@ def command(
         with common.world(wait) as world:
             done = restore(opened, request, world, dry_run=dry_run)
     except TargetExists as error:
-        # Asked outside of a world: there a signal is a wish, and nobody would look for it.
-        if not _confirmed(str(error.fields["path"])):
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise
+        with common.world(wait) as world:
+            plan = restore(opened, request, world, dry_run=True)
+        for sentence in describe(plan) if isinstance(plan, Plan) else ():
+            render.say(sentence)
+        # Asked outside of a world: there a signal is a wish, and nobody would look for it.
+        _confirm(str(error.fields["path"]))
         request = replace(request, overwrite=True)
         with common.world(wait) as world:
             done = restore(opened, request, world)
@@ -101,8 +102,8 @@ def _show(done: Plan | Report, *, as_json: bool) -> None:
     if as_json:
         render.document({"plan": asdict(done)} if isinstance(done, Plan) else asdict(done))
     if isinstance(done, Plan):
-        if not as_json:
-            describe(done)
+        for sentence in describe(done) if not as_json else ():
+            render.line(sentence)
         return
     for flaw in done.flaws:
         render.say(
@@ -114,6 +115,8 @@ def _show(done: Plan | Report, *, as_json: bool) -> None:
         )
     if done.mapfile:
         render.say(f"What could not be restored is in {done.mapfile}.")
+    for note in done.plan.notes:
+        render.say(note)
     if not as_json:
         read_back = f", {render.size(done.verified_bytes)} read back and equal" if done.verified_bytes else ""
         render.line(

@@ -125,6 +125,19 @@ def _made(point: str) -> datetime:
     return datetime.strptime(point[:16], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
 
 
+def newer_orphans(volume: Volume, catalog: Catalog, point: Point, name: str) -> list[str]:
+    """A sentence for each image that is newer than ``point`` and has no manifest, where ``name`` asked for
+    the newest.
+    """
+    if name.rpartition("@")[2] != "latest" or not catalog.orphans:
+        return []
+    return [
+        f"{image.point} is newer and has no manifest: 'blockbak recover' brings it back."
+        for image in hidden_images(volume, catalog)
+        if image.file in catalog.orphans and image.opening.sequence > point.sequence
+    ]
+
+
 def highest_sequence(volume: Volume, catalog: Catalog, lock: Lock) -> int:
     """The highest sequence ever used in the volume: by images, with or without manifest, or deleted ones."""
     images = (*catalog.images, *hidden_images(volume, catalog))

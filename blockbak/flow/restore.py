@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 
@@ -12,7 +13,7 @@ import numpy as np
 from blockbak.errors import BlockbakError, Damage, Interrupted
 from blockbak.flow.context import Context
 from blockbak.flow.mapfile import Mapfile, mapfile
-from blockbak.flow.points import Opened, find, open_point, open_reader
+from blockbak.flow.points import Opened, find, newer_orphans, open_point, open_reader
 from blockbak.flow.target import check_target, existing, look_at_target, new_file
 from blockbak.flow.writing import Writing, mostly_equal, read_back, write_all
 from blockbak.host import device as devices
@@ -107,6 +108,7 @@ def _plan(opened: Opened, request: Request, target: Device | None, method: str, 
         notes.append("The target is the volume itself: it is rolled back.")
     if target is not None and target.is_block and target.size > opening.device_bytes:
         notes.append(f"The target is larger by {target.size - opening.device_bytes} bytes; they are left alone.")
+    notes += _doubts(opened, target)
     bad = extent.total(opened.summary.bad)
     if bad:
         notes.append(f"{bad} bytes could not be read from the source; they become zeros.")
@@ -117,28 +119,49 @@ def _plan(opened: Opened, request: Request, target: Device | None, method: str, 
     )  # fmt: skip
 
 
+def _doubts(opened: Opened, target: Device | None) -> list[str]:
+    """What whoever restores should know of the point, and was told to somebody else when it was made."""
+    opening, consistency = opened.view.top.opening, opened.view.top.closing.consistency
+    notes = []
+    if consistency == "none":
+        notes.append("The source was in use or written while it was read: the point may be torn.")
+    if target is not None and target.is_block and target.logical_sector != opening.logical_sector:
+        notes.append(f"The point is of {opening.logical_sector}-byte sectors, the target has {target.logical_sector}.")
+    return notes
+
+
 def _open_damaged(volume: Volume, catalog: Catalog, point: Point, stack: ExitStack) -> Opened:
     """For ``--keep-going``: the point as whole as it can be had, from the images that open at all."""
     try:
         return open_point(volume, catalog, point, stack)
-    except Damage:
-        chain = _remains(point, catalog)
-        layers: list[ImageReader] = []
-        for image in reversed(chain):
-            try:
-                layers.insert(0, open_reader(volume, image, stack))
-            except Damage:
-                if not layers:
-                    raise
-                break  # below it nothing is certain: what the newer images do not hold is lost
-        view = PointView(layers)
-        return Opened(view, chain[-len(layers) :], _surviving(view))
+    except Damage as error:
+        found: list[Opened] = []
+        for image in point.images:
+            with contextlib.suppress(Damage):
+                found.append(_open_remains(volume, _remains(image, catalog), stack))
+        if not found:
+            raise error from None
+        return max(found, key=lambda one: (one.view.complete, one.summary.stored_bytes))
 
 
-def _remains(point: Point, catalog: Catalog) -> list[Image]:
-    """The images from the nearest full, or the first gap, up to the point."""
+def _open_remains(volume: Volume, chain: Sequence[Image], stack: ExitStack) -> Opened:
+    """As much of a chain as opens, from its top on down. Raises Damage where not even the top does."""
+    layers: list[ImageReader] = []
+    for image in reversed(chain):
+        try:
+            layers.insert(0, open_reader(volume, image, stack))
+        except Damage:
+            if not layers:
+                raise
+            break  # below it nothing is certain: what the newer images do not hold is lost
+    view = PointView(layers)
+    return Opened(view, list(chain[-len(layers) :]), _surviving(view))
+
+
+def _remains(top: Image, catalog: Catalog) -> list[Image]:
+    """The images from the nearest full, or the first gap, up to one of the point."""
     by_key = {image.key: image for image in catalog.images}
-    at: Image | None = min(point.images, key=lambda image: image.opening.kind)
+    at: Image | None = top
     chain: list[Image] = []
     while at is not None:
         chain.insert(0, at)
@@ -165,6 +188,7 @@ def restore(repository: Repository, request: Request, context: Context, *, dry_r
         check_target(request.target, target, view, repository, context, overwrite=request.overwrite or dry_run)
         method = _method(view, target, request.target, context)
         planned = _plan(opened, request, target, method, context.host)
+        planned.notes.extend(newer_orphans(volume, catalog, point, request.point))
         if dry_run:
             return planned
         if request.verify_first:

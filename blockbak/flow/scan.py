@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from blockbak.errors import SourceVanished
 from blockbak.flow import workers
 from blockbak.flow.context import Context
 from blockbak.host.blockio import PIECE_BYTES, SourceReader, aligned
@@ -21,9 +22,14 @@ from blockbak.image.writer import ImageWriter, Piece, encode_windows
 from blockbak.model import extent, hashmap
 from blockbak.model.extent import ABSENT, BAD, DATA, ZERO, Extents, Kinds
 from blockbak.model.hashmap import BLOCKS_PER_SECTION, Geometry, Mask, Rows
+from blockbak.units import format_size
 
-_SECTIONS_KEPT = 4
-"""Parent sections in memory: workers are never further apart than a few pieces."""
+_UNREAD_MAX = 32
+"""Neighbouring pieces without one readable sector, after which a source is given up."""
+_SECTIONS_BESIDE = 2
+"""Parent sections in memory beyond one a worker: a section that lies in a hole is one piece, so each worker may
+be in another one.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,21 +41,24 @@ class _Job:
 
 
 class ParentMap:
-    """The parent point's map, a few sections at a time. Safe from several threads."""
+    """The parent point's map, ``most`` sections at a time. Safe from several threads."""
 
-    def __init__(self, view: PointView) -> None:
-        self._view = view
+    def __init__(self, view: PointView, most: int) -> None:
+        self._view, self._most = view, most
         self._kept: dict[int, SectionView] = {}
         self._guard = threading.Lock()
 
     def section(self, number: int) -> SectionView:
         """One section of the map. Raises DamagedImage or UnreadableStore."""
         with self._guard:
-            if number not in self._kept:
-                self._kept[number] = self._view.section(number)
-                for old in sorted(self._kept)[:-_SECTIONS_KEPT]:
-                    del self._kept[old]
-            return self._kept[number]
+            found = self._kept.pop(number, None)
+            if found is None:
+                # The frames of the layers are not asked for here, and would be most of the memory.
+                found = replace(self._view.section(number), layers=())
+            self._kept[number] = found  # last in order: used last
+            while len(self._kept) > self._most:
+                del self._kept[next(iter(self._kept))]
+            return found
 
 
 def _jobs(geometry: Geometry, source: SourceReader) -> Iterator[_Job]:
@@ -96,12 +105,13 @@ class Scanner:
         parent: ParentMap | None,
         compress: str,
         account: Callable[[int, int, int], None],
+        lost: Callable[[int], None],
     ) -> None:
         self._source, self._writer, self._parent = source, writer, parent
         self._geometry = writer.geometry
         self._encoder = codec.encoder(compress)
         self._buffer = aligned(PIECE_BYTES)
-        self._account = account
+        self._account, self._lost = account, lost
 
     def __call__(self, job: _Job) -> None:
         """Take one piece from the source to the image."""
@@ -117,6 +127,8 @@ class Scanner:
             kinds: Kinds = np.full(job.blocks, ZERO, np.uint8)
         else:
             bad = self._source.read(start, self._buffer, length)
+            if extent.total(bad) == length:
+                self._lost(job.number)
             data = self._buffer[:length]
             nonzero = hashmap.nonzero_blocks(data, geometry.block_bytes)
             rows = hashmap.digest_blocks(data, geometry.block_bytes, nonzero)
@@ -136,7 +148,7 @@ def scan(source: SourceReader, writer: ImageWriter, parent: PointView | None, co
 
     Raises SourceVanished, NoSpace, StoreFailed, DamagedImage (of the parent), Interrupted.
     """
-    known = None if parent is None else ParentMap(parent)
+    known = None if parent is None else ParentMap(parent, context.workers + _SECTIONS_BESIDE)
     guard = threading.Lock()
     total = 0
 
@@ -146,9 +158,24 @@ def scan(source: SourceReader, writer: ImageWriter, parent: PointView | None, co
             total += read
         context.progress.advance(done, changed)
 
+    unread: set[int] = set()
+
+    def lost(number: int) -> None:
+        """A disk that fell off its bus answers every read with an error: it would be asked for each sector."""
+        with guard:
+            unread.add(number)
+            low = high = number
+            while low - 1 in unread:
+                low -= 1
+            while high + 1 in unread:
+                high += 1
+        if high - low + 1 >= _UNREAD_MAX:
+            size = format_size((high - low + 1) * PIECE_BYTES)
+            raise SourceVanished(path=source.path, reason=f"not one sector of {size} could be read")
+
     workers.run(
         _jobs(writer.geometry, source),
-        lambda: Scanner(source, writer, known, compress, account),
+        lambda: Scanner(source, writer, known, compress, account, lost),
         workers=context.workers,
         check=context.check,
         stop=writer.stop,

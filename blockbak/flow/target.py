@@ -25,6 +25,7 @@ from blockbak.host.blockio import TargetWriter, sync_directory
 from blockbak.host.device import Device
 from blockbak.image.view import PointView
 from blockbak.repository.local import Repository
+from blockbak.units import align_down
 
 
 def look_at_target(path: str) -> Device | None:
@@ -58,8 +59,9 @@ def check_target(
     overwrite: bool,
 ) -> None:
     """Refuse every target that must not be written. Raises a Refused, naming the reason."""
-    if inside_repository(os.path.realpath(path)) or is_stored(path, repository):
-        raise TargetHolds(path=path, what="a part of a repository")
+    for place in (path, *(usage.files_below(target) if target else ())):
+        if inside_repository(os.path.realpath(place)) or is_stored(place, repository):
+            raise TargetHolds(path=path, what="a part of a repository")
     if target is None:
         return
     for place, what in (
@@ -87,8 +89,10 @@ def _check_device(path: str, target: Device, view: PointView) -> None:
     if target.read_only:
         raise BadTarget(path=path, reason="it is read-only")
     need = view.geometry.device_bytes
-    if target.size < need:
-        raise TargetTooSmall(path=path, have=target.size, need=need)
+    # What is left over behind the last whole sector cannot be written.
+    room = align_down(target.size, target.logical_sector)
+    if room < need:
+        raise TargetTooSmall(path=path, have=room, need=need)
     have, want = target.logical_sector, view.top.opening.logical_sector
     if have != want and partition_table(view) is not None:
         raise TargetSectorSize(path=path, have=have, need=want)

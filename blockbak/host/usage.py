@@ -264,6 +264,14 @@ def _member_uses(path: str, start: int, length: int, where: str) -> list[Use]:
     return []
 
 
+def files_below(device: Device, system: System | None = None) -> list[str]:
+    """The files of the loop devices that a device is, or is stacked on."""
+    system = system or System()
+    if not device.kname:
+        return []
+    return [system.loops[loop] for loop in sorted(system.below(device.kname) & set(system.loops))]
+
+
 def carries(device: Device, path: str, system: System | None = None) -> bool:
     """Whether ``path`` lies on the device, or in the image file, however many layers are in between.
 
@@ -273,7 +281,11 @@ def carries(device: Device, path: str, system: System | None = None) -> bool:
     system = system or System()
     names, files = _foundations(path, system)
     if device.is_block:
-        return device.kname in names
+        loops = system.below(device.kname) & set(system.loops)
+        # Another loop device over the same file leads to the same bytes.
+        return device.kname in names or any(
+            other in names and _overlap(loop, other, system) for loop in loops for other in _siblings(loop, system)
+        )
     with contextlib.suppress(OSError):
         info = Path(device.path).stat()
         return (info.st_dev, info.st_ino) in files

@@ -8,7 +8,7 @@ and block by block; frames of zeros and padding by being the one form the format
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -83,8 +83,10 @@ def check_span(reader: ImageReader, span: Span) -> list[Flaw]:
     try:
         data = memoryview(reader.source.read(span.start, span.end - span.start))
     except Damage as error:
-        every = range(span.high - span.low)
-        return [_flaw(reader, span, index, str(error)) for index in every]
+        if span.high - span.low > 1:
+            # One bad sector must not condemn its neighbours.
+            return [flaw for one in _singly(span) for flaw in check_span(reader, one)]
+        return [_flaw(reader, span, index, str(error)) for index in range(span.high - span.low)]
     if _is_canonical(reader, span, data):
         return []
     checked = _Checked(reader, span, data)
@@ -93,6 +95,17 @@ def check_span(reader: ImageReader, span: Span) -> list[Flaw]:
         start, end = reader.geometry.section_range(span.section.number)
         flaws.append(Flaw(start, end - start, checked.after, reader.name))
     return flaws
+
+
+def _singly(span: Span) -> Iterator[Span]:
+    """The same bytes, a frame at a time."""
+    frames = span.section.frames[span.low : span.high]
+    ends = (frames["offset"].astype(np.int64) + frames["stored"]).tolist()
+    ends[-1] = span.end
+    start = span.start
+    for index, end in enumerate(ends):
+        yield replace(span, low=span.low + index, high=span.low + index + 1, start=start, end=end)
+        start = end
 
 
 def _is_canonical(reader: ImageReader, span: Span, data: memoryview) -> bool:

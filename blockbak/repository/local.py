@@ -347,6 +347,8 @@ class Repository:
         if not path:
             raise RepositoryExists(path="''", reason="an empty name names no directory")
         path = os.path.abspath(path)
+        if (outer := _repository_above(os.path.realpath(path))) is not None:
+            raise RepositoryExists(path=path, reason=f"it lies in the repository {outer}")
         if not os.path.isdir(os.path.dirname(path)):
             raise RepositoryExists(path=path, reason=f"there is no directory {os.path.dirname(path)}")
         shipped = {name: files("blockbak.repository").joinpath(name).read_bytes() for name in _SHIPPED}
@@ -418,6 +420,14 @@ def _names_in(path: str) -> set[str]:
         return set(os.listdir(path))
     except OSError as error:
         raise read_error(error, path, path) from error
+
+
+def _repository_above(path: str) -> str | None:
+    while path != os.path.dirname(path):
+        path = os.path.dirname(path)
+        if os.path.isfile(os.path.join(path, FILE)):
+            return path
+    return None
 
 
 def _is_directory(path: str) -> bool:

@@ -554,8 +554,8 @@ def follow_bad(image: Image, section: Section, bad: Dict[int, List[Range]]) -> N
         bad[section.number] = sorted(ranges)
 
 
-def do_restore(repository: str, name: str, path: str, yes: bool) -> int:
-    images, damaged = find_images(repository)
+def find_point(images: List[Image], damaged: List[Damage], name: str) -> str:
+    """The one point of that name: its id, or the beginning of it, with its volume before it if need be."""
     points = sorted({image.place for image in images if name and f"/{image.place}".find(f"/{name}") >= 0})
     for flaw in damaged:
         if not points and f"/{name}" in flaw.image:
@@ -566,9 +566,15 @@ def do_restore(repository: str, name: str, path: str, yes: bool) -> int:
             points.append(hidden)
     if len(points) != 1:
         raise Trouble(f"{name} may be " + ", ".join(points) if points else f"there is no point {name}; see list")
+    return points[0]
+
+
+def do_restore(repository: str, name: str, path: str, yes: bool) -> int:
+    images, damaged = find_images(repository)
+    point = find_point(images, damaged, name)
     if not shutil.which("zstd"):
         raise Trouble("the program zstd is needed; it is in the package of that name")
-    point, without = points[0], set()  # type: str, Set[str]
+    without: Set[str] = set()
     chain = find_chains(images, without).get(point)
     target, begun = Target(path, repository, chain[-1].device_bytes, yes) if chain else None, False
     try:
@@ -597,6 +603,8 @@ def do_restore(repository: str, name: str, path: str, yes: bool) -> int:
             tell(str(flaw))
         raise Damage(point, "no whole chain of images holds this point")
     tell(f"{point} is on {path}, {chain[-1].device_bytes} bytes: metadata checked by SHA-256, data by zstd.")
+    if chain[-1].closing["consistency"] == "none":
+        tell("The source was in use or written while it was read: the point may be torn.")
     for start, end in (part for number in sorted(bad) for part in bad[number]):
         tell(f"Could not be read from the source, so zeros instead: bytes {start} to {end}.")
     return 3 if bad else 0
