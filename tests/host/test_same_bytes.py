@@ -219,6 +219,24 @@ def test_a_loop_device_whose_file_is_written_is_torn(loop, program):
     assert (made.consistency, made.attention) == ("none", True)
 
 
+def test_a_loop_device_whose_file_is_written_through_another_is_torn(loop, program):
+    disk = loop(SIZE)
+    with attached(disk.file, f"--offset={MIB}") as part:
+        made = backed_up_while(program, part, lambda: put(disk, 9 * MIB, b"x" * 4096))
+        assert (made.consistency, made.attention) == ("none", True)
+        made = backed_up_while(program, disk, lambda: put(part, 9 * MIB, b"y" * 4096))
+        assert (made.consistency, made.attention) == ("none", True)
+
+
+def test_a_loop_device_is_not_torn_by_what_is_written_to_another_part_of_its_file(program, tmp_path, as_root):
+    file = tmp_path / "disk.img"
+    file.write_bytes(bytes(2 * SIZE))
+    halves = [f"--offset={start} --sizelimit={SIZE}".split() for start in (0, SIZE)]
+    with attached(file, *halves[0]) as low, attached(file, *halves[1]) as high:
+        made = backed_up_while(program, low, lambda: put(high, MIB, b"x" * 4096))
+        assert (made.consistency, made.attention) == ("cold", False)
+
+
 def test_reading_a_loop_device_through_its_file_is_no_write(loop, program):
     disk = loop(SIZE)
     made = backed_up_while(program, disk, disk.file.read_bytes)
