@@ -378,9 +378,16 @@ def test_a_member_of_an_array_or_a_group_is_rolled_back_onto_itself(loop, progra
 
 
 @pytest.mark.parametrize(
-    ("boot", "seq", "same"), [("this", 0, True), ("this", 1, False), ("another", 0, False), ("another", 1, False)]
+    ("boot", "seq", "host", "same"),
+    [
+        ("this", 0, "host", True),
+        ("this", 1, "host", False),
+        ("another", 0, "host", False),
+        ("another", 1, "host", False),
+        ("this", 0, "elsewhere", False),
+    ],
 )
-def test_a_member_of_a_group_is_not_lost_to_what_once_had_its_node(loop, program, tmp_path, boot, seq, same):
+def test_a_member_of_a_group_is_not_lost_to_what_once_had_its_node(loop, program, tmp_path, boot, seq, host, same):
     """A disk without a serial is known by its node alone, and after a reboot another one may have that."""
     disk = loop(SIZE)
     put(disk, 0, pv_label("vg-data"))
@@ -390,7 +397,7 @@ def test_a_member_of_a_group_is_not_lost_to_what_once_had_its_node(loop, program
     assert (now.kind, now.value, now.diskseq > 0) == ("path", disk.path, True)
     then = replace(now, diskseq=now.diskseq + seq, boot=now.boot if boot == "this" else "another")
     content = images.state(disk.file.read_bytes())
-    about = images.opening("vol", "20260101T000000Z-abcd", 1, content, 4 * KIB, None, identity=then)
+    about = images.opening("vol", "20260101T000000Z-abcd", 1, content, 4 * KIB, None, identity=then, host=host)
     view = PointView([images.build(images.Memory(), about, content)])
     world = context(tmp_path / "state")
     repository = Repository(str(program.repository))
