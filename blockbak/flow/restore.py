@@ -92,13 +92,13 @@ def _surviving(view: PointView) -> Summary:
     return Summary(min(stored, view.geometry.device_bytes), extent.coalesce(np.concatenate(bad)))
 
 
-def _method(view: PointView, target: Device | None, path: str, context: Context) -> str:
+def _method(view: PointView, target: Device | None, context: Context) -> str:
     """How the target will be written."""
     if target is None:
         return "create"
     if view.top.opening.is_of(devices.identity(target), context.host):
         return "differ"
-    with TargetWriter(path, kernel=context.kernel) as opened:
+    with TargetWriter(target.path, kernel=context.kernel) as opened:
         return "differ" if mostly_equal(view, opened) else "write"
 
 
@@ -186,7 +186,7 @@ def restore(repository: Repository, request: Request, context: Context, *, dry_r
         view = opened.view
         target = look_at_target(request.target)
         check_target(request.target, target, view, repository, context, overwrite=request.overwrite or dry_run)
-        method = _method(view, target, request.target, context)
+        method = _method(view, target, context)
         planned = _plan(opened, request, target, method, context.host)
         planned.notes.extend(newer_orphans(volume, catalog, point, request.point))
         if dry_run:

@@ -155,9 +155,9 @@ def _check_composed(partial: PartialFile, layers: PointView, whole: PointView) -
 
     Raises ComposeFailed.
     """
-    reader = ImageReader(partial)
     below = whole.layers[: len(whole.layers) - len(layers.layers)]
     try:
+        reader = ImageReader(partial)
         PointView([*below, reader]).check()
     except Damage as error:
         raise ComposeFailed(point=whole.top.opening.point) from error

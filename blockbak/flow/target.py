@@ -169,10 +169,12 @@ def new_file(path: str, size: int, context: Context, *, overwrite: bool) -> Iter
     except OSError as error:
         raise BadTarget(path=path, reason=error.strerror) from error
     finally:
-        if _is_named(held, partial):
-            with contextlib.suppress(OSError):
-                context.kernel.unlink(partial)
-        os.close(held)
+        try:
+            if _is_named(held, partial):
+                with contextlib.suppress(OSError):
+                    context.kernel.unlink(partial)
+        finally:
+            os.close(held)
 
 
 def _is_named(fd: int, path: str) -> bool:

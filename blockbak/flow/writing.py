@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from blockbak.errors import Damage, DamagedImage, VerificationFailed
+from blockbak.errors import Damage, DamagedImage, TargetFailed, VerificationFailed
 from blockbak.flow import workers
 from blockbak.flow.context import Context
 from blockbak.host.blockio import PIECE_BYTES, TargetWriter, aligned
@@ -42,7 +42,10 @@ def mostly_equal(view: PointView, target: TargetWriter) -> bool:
             start = block * geometry.block_bytes
             if start + length > target.size:
                 return False
-            target.read(start, buffer, length)
+            try:
+                target.read(start, buffer, length)
+            except TargetFailed:
+                return False  # a sector that cannot be read may well be written
             row = np.frombuffer(hashmap.digest(buffer[:length]), "<u8")
             equal += bool((row == section.rows[index]).all())
             seen += 1
@@ -167,7 +170,11 @@ class _Writer:
         their row is that of the zeros a restore puts there.
         """
         data = self._buffer[: job.length]
-        self._shared.target.read(job.start, self._buffer, job.length)
+        try:
+            self._shared.target.read(job.start, self._buffer, job.length)
+        except TargetFailed:
+            # A disk gives a sector that it cannot read another place when it is written.
+            return np.ones(job.blocks, bool)
         nonzero = hashmap.nonzero_blocks(data, self._block)
         rows = hashmap.digest_blocks(data, self._block, nonzero)
         return hashmap.changed_rows(rows, job.section.rows[job.low : job.low + job.blocks])

@@ -489,7 +489,11 @@ class PartialFile:
         if not isinstance(source, StoredFile) or os.fstat(source.fd).st_dev != os.fstat(self.fd).st_dev:
             return 0
         unit = os.fstatvfs(self.fd).f_bsize
-        return unit if source.size > unit and self.clone(source, 0, 0, unit) else 0
+        if source.size <= unit or not self.clone(source, 0, 0, unit):
+            return 0
+        with self._failing("written"):
+            self._kernel.truncate(self.fd, 0)  # what is written may be less than a unit of it
+        return unit
 
     def clone(self, source: ByteSource, source_offset: int, offset: int, length: int) -> bool:
         if not self._cloning or not isinstance(source, StoredFile):
