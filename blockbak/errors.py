@@ -265,6 +265,7 @@ class Misplaced(Damage):
 
 class DamagedRepository(Damage):
     message = "{file} is damaged: {reason}."
+    advice = "Bring it back from a copy; rescue.py beside it restores without it."
 
 
 class MissingImage(Damage):

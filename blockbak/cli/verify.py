@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from blockbak.cli import common, render
-from blockbak.errors import Damage, NewerFormat
+from blockbak.errors import Damage, Failed
 
 
 def _share(_: click.Context, __: click.Parameter, value: str) -> float:
@@ -55,10 +55,13 @@ def command(
     with common.world(wait) as world:
         report = verify(opened, points, world, share=share, pick=random.SystemRandom().random)
     if as_json:
-        render.document(
-            {"ok": report.ok, "images": [asdict(verdict) for verdict in report.images],
-             "leftovers": report.leftovers, "seconds": report.seconds}
-        )  # fmt: skip
+        document: dict[str, object] = {
+            "ok": report.ok, "images": [asdict(verdict) for verdict in report.images],
+            "leftovers": report.leftovers, "seconds": report.seconds,
+        }  # fmt: skip
+        render.document({**document, "error": report.locked.as_dict()} if report.locked else document)
+    if report.locked is not None:
+        render.failure(report.locked, as_json=False)
     for file in report.leftovers:
         render.say(f"{file} is left over from a run that did not end; 'blockbak recover' treats it.")
     for verdict in report.images:
@@ -76,4 +79,5 @@ def command(
             f"{len(report.images)} images checked in {render.seconds(report.seconds)}, "
             f"{render.size(read)} read: {result}."
         )
-    context.exit(Damage.exit_code if report.damaged else 0 if report.ok else NewerFormat.exit_code)
+    # A newer image and a volume that is held are both a plain failure.
+    context.exit(Damage.exit_code if report.damaged else 0 if report.ok else Failed.exit_code)

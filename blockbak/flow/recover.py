@@ -31,6 +31,7 @@ def recover(repository: Repository, context: Context) -> Report:
     NoSpace, StoreFailed, Interrupted; a damaged image is reported and left as it is.
     """
     report = Report()
+    report.done += [f"{name} was missing or another one, and is there again." for name in repository.refresh()]
     for volume in repository.volumes():
         try:
             with volume.locked(exclusive=True, wait=context.wait, check=context.check):

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Self
 
-from blockbak.errors import BlockbakError, Damage, DamagedImage, Gap, NewerFormat
+from blockbak.errors import BlockbakError, Damage, DamagedImage, Gap, NewerFormat, VolumeLocked
 from blockbak.flow import workers
 from blockbak.flow.context import Context
 from blockbak.flow.points import find, open_reader
@@ -38,16 +38,19 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All verdicts, and the leftovers that ``recover`` would treat (they are no damage)."""
+    """All verdicts, and the leftovers that ``recover`` would treat (they are no damage). ``locked`` is the error
+    of the first volume that another run held; the others were checked all the same.
+    """
 
     images: list[Verdict]
     leftovers: list[str]
     seconds: float
+    locked: VolumeLocked | None = None
 
     @property
     def ok(self) -> bool:
-        """Whether everything that was looked at is whole."""
-        return all(verdict.ok for verdict in self.images)
+        """Whether everything that was to be looked at was, and is whole."""
+        return self.locked is None and all(verdict.ok for verdict in self.images)
 
     @property
     def damaged(self) -> bool:
@@ -266,16 +269,22 @@ def verify(
     pick: Callable[[], float],
 ) -> Report:
     """Check the named points with all images they need, or everything. Damage is in the report, not
-    raised; NoSuchPoint, AmbiguousPoint and VolumeLocked are.
+    raised, and a volume that another run holds is left out; NoSuchPoint and AmbiguousPoint are raised.
     """
     clock = context.timer()
     verdicts: list[Verdict] = []
     points = _named(repository, names, verdicts) if names else None
     leftovers: list[str] = []
     wanted_volumes = {point.volume for point in points} if points is not None else set(repository.volume_names())
+    locked: VolumeLocked | None = None
     for name in sorted(wanted_volumes):
         volume = repository.volume(name)
-        with volume.locked(exclusive=False, wait=context.wait, check=context.check):
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(volume.locked(exclusive=False, wait=context.wait, check=context.check))
+            except VolumeLocked as error:
+                locked = locked or error
+                continue
             catalog = volume.catalog()
             if points is None:
                 verdicts += [_unusable(error) for error in catalog.damage]
@@ -289,4 +298,4 @@ def verify(
                         verdicts.append(_verify_image(readers, image, whole.get(image.file), context, share, pick))
             finally:
                 context.progress.end()
-    return Report(verdicts, leftovers, round(context.timer() - clock, 3))
+    return Report(verdicts, leftovers, round(context.timer() - clock, 3), locked)

@@ -119,16 +119,11 @@ class _Opened:
         return self._plain
 
     def close(self) -> None:
-        """Release the descriptors, all of them; closing twice is harmless. Raises the first OSError."""
-        fds, self.fd, self._plain = [fd for fd in (self._plain, self.fd) if fd >= 0], -1, -1
-        first: OSError | None = None
-        for fd in fds:
-            try:
-                self.kernel.close(fd)
-            except OSError as error:
-                first = first or error
-        if first is not None:
-            raise first
+        """Release the descriptors, all of them; closing twice is harmless. Raises OSError."""
+        fds, self.fd, self._plain = [fd for fd in (self.fd, self._plain) if fd >= 0], -1, -1
+        with contextlib.ExitStack() as stack:
+            for fd in fds:
+                stack.callback(self.kernel.close, fd)
 
     def __enter__(self) -> Self:
         return self

@@ -351,7 +351,7 @@ class Repository:
             raise RepositoryExists(path=path, reason=f"it lies in the repository {outer}")
         if not os.path.isdir(os.path.dirname(path)):
             raise RepositoryExists(path=path, reason=f"there is no directory {os.path.dirname(path)}")
-        shipped = {name: files("blockbak.repository").joinpath(name).read_bytes() for name in _SHIPPED}
+        shipped = _shipped()
         try:
             if os.path.lexists(path):
                 _check_empty(path)
@@ -368,6 +368,29 @@ class Repository:
         except OSError as error:
             raise store_error(error, path, "made") from error
         return cls(path, kernel)
+
+    def refresh(self) -> list[str]:
+        """Put RESTORE.txt and rescue.py back as this program has them; the names of those it wrote.
+
+        Raises NoSpace, StoreFailed, NoPermission.
+        """
+        written = []
+        for name, data in _shipped().items():
+            path = os.path.join(self.path, name)
+            try:
+                with open(path, "rb") as file:
+                    if file.read() == data:
+                        continue
+            except OSError:
+                pass  # not there, or not to be read: written anew
+            try:
+                if os.path.lexists(path):
+                    self.kernel.unlink(path)
+                write_durably(path, name, data, self.kernel)
+            except OSError as error:
+                raise store_error(error, path, "written") from error
+            written.append(name)
+        return written
 
     def volume_names(self) -> list[str]:
         """The volumes, by name. Raises NoPermission, UnreadableStore."""
@@ -420,6 +443,11 @@ def _names_in(path: str) -> set[str]:
         return set(os.listdir(path))
     except OSError as error:
         raise read_error(error, path, path) from error
+
+
+def _shipped() -> dict[str, bytes]:
+    """What every repository carries, so that it can be restored from without blockbak."""
+    return {name: files("blockbak.repository").joinpath(name).read_bytes() for name in _SHIPPED}
 
 
 def _repository_above(path: str) -> str | None:

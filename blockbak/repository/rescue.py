@@ -290,6 +290,8 @@ def find_images(repository: str) -> Tuple[List[Image], List[Damage]]:
                     images.append(Image(repository, volume, found[1]))
             except Damage as error:
                 damaged.append(error)
+            except Trouble as error:
+                tell(str(error))  # of a newer blockbak: the others are no worse for it
             except (KeyError, TypeError, ValueError):
                 damaged.append(Damage(f"{volume}/{name}", "it is not a manifest"))
     return sorted(images, key=lambda image: (image.volume, image.opening["sequence"], not image.full)), damaged
@@ -469,11 +471,15 @@ class Target:
                     raise Refused(f"{self.path} is another name of {name} in the repository")
 
     def check_loops(self) -> None:
-        """A file that a loop device stands on is in use."""
+        """A file that a loop device stands on is in use; and so is a loop device whose file has another one."""
+        files = {}
         for name in os.listdir("/sys/block") if os.path.isdir("/sys/block") else []:
             with contextlib.suppress(OSError), open(f"/sys/block/{name}/loop/backing_file") as file:
-                if os.path.samefile(file.read().rstrip("\n"), self.real):
-                    raise Refused(f"{self.path} is the file behind /dev/{name}")
+                files[name] = file.read().rstrip("\n")
+        own = files.pop(os.path.basename(self.real), self.real) if self.block else self.real
+        for name, file in files.items():
+            if os.path.exists(file) and os.path.exists(own) and os.path.samefile(file, own):
+                raise Refused(f"{self.path} is, or has, the file behind /dev/{name}")
 
     def begin(self) -> None:
         """Before the first byte, and again before another chain is tried."""
