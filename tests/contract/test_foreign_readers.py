@@ -207,6 +207,25 @@ def test_rescue_lists_points_and_takes_the_beginning_of_an_id(rescue, tmp_path):
     assert (tmp_path / "target").read_bytes() == rescue.shelf.states[SECOND].content
 
 
+@pytest.mark.parametrize("volume", ["volume", "db.example.org"])
+@pytest.mark.parametrize("part", ["json", "zst"])
+def test_rescue_takes_no_other_point_for_one_that_cannot_be_read(volume, part, seed, tmp_path):
+    rescue = shelve(make(volume, 300 * KIB, 4 * KIB, "zstd", seed), tmp_path / "repository")
+    for path in (rescue.file(f"{SECOND}.differential.{part}"), rescue.file(f"{THIRD}.incremental.{part}")):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2 if part == "json" else 100] ^= 0x10
+        path.write_bytes(data)
+    for name in ("20260301", f"{volume}/20260301", SECOND[:15], SECOND):
+        done = rescue.restore(name, tmp_path / "target")
+        assert done.returncode in (1, 4), (name, done.stderr)
+        assert not (tmp_path / "target").exists()
+    # Its whole id is clear, and so is a beginning that no other has.
+    for name in (FIRST, FIRST[:16], f"{volume}/{FIRST}"):
+        assert rescue.restore(name, tmp_path / "target").returncode == 0, name
+        assert (tmp_path / "target").read_bytes() == rescue.shelf.states[FIRST].content
+        (tmp_path / "target").unlink()
+
+
 def test_rescue_tells_wrong_usage_and_unknown_points(rescue, tmp_path):
     assert rescue.run().returncode == 2
     assert rescue.run("restore", FIRST).returncode == 2
@@ -382,6 +401,19 @@ def test_a_target_in_a_repository_is_refused(rescue, tmp_path):
     assert not list(rescue.repository.glob("target*")) + list(other.glob("target*"))
 
 
+@pytest.mark.parametrize("name", [f"volume/{FIRST}.full.zst", f"volume/{FIRST}.full.json", "rescue.py"])
+def test_another_name_of_a_file_in_the_repository_is_refused(rescue, tmp_path, name):
+    """It would be cut before anything of it was read."""
+    stored = rescue.repository / name
+    held = stored.read_bytes()
+    os.link(stored, tmp_path / "hard")
+    (tmp_path / "soft").symlink_to(tmp_path / "hard")
+    for target in ("hard", "soft"):
+        assert rescue.restore(FIRST, tmp_path / target, "--yes").returncode == 5
+        assert stored.read_bytes() == held
+    assert rescue.restore(FIRST, tmp_path / "target").returncode == 0
+
+
 def test_a_partial_of_an_earlier_run_is_left_alone(rescue, tmp_path):
     (tmp_path / "target.partial").write_bytes(b"someone's")
     assert rescue.restore(FIRST, tmp_path / "target").returncode == 5
@@ -410,6 +442,30 @@ def test_a_device_in_use_or_too_small_is_refused(rescue, loop, ext4):
     assert done.returncode == 5
     assert "in use" in done.stderr
     assert mounted.device.file.read_bytes() == before
+
+
+def test_a_device_over_a_file_that_is_mounted_by_another_is_refused(rescue, loop, ext4):
+    """The kernel grants exclusive use of one loop device, whatever the other ones over its file are used for."""
+    disk = loop(64 * MIB)
+    mounted = ext4(loop(64 * MIB, file=disk.file))
+    before = disk.file.read_bytes()
+    done = rescue.restore(FIRST, disk, "--yes")
+    assert done.returncode == 5, done.stderr
+    assert disk.file.read_bytes() == before
+    mounted.unmount()
+    assert rescue.restore(FIRST, disk, "--yes").returncode == 0
+
+
+def test_a_device_over_a_file_of_the_repository_is_refused(loop, rng, tmp_path):
+    """The image is larger than the point, so nothing but what it is speaks against it."""
+    shelf = Shelf("volume", 4 * KIB, "none")
+    shelf.add(FIRST, state(rng.randbytes(256 * KIB)))
+    rescue = shelve(shelf, tmp_path / "repository")
+    stored = rescue.file(f"{FIRST}.full.zst")
+    held = stored.read_bytes()
+    assert len(held) > 256 * KIB + 512
+    assert rescue.restore(FIRST, loop(len(held), file=stored), "--yes").returncode == 5
+    assert stored.read_bytes() == held
 
 
 @pytest.mark.slow

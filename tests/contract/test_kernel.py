@@ -11,6 +11,7 @@ from blockbak.host.kernel import Kernel
 from blockbak.units import KIB, MIB
 from tests.doubles import Killed, MortalKernel
 from tests.faults import BadMedium, FaultyKernel, PowerCut, QuickKernel, QuickMortal, ShortKernel
+from tests.moments import AtOpening, Once
 
 KERNELS = {
     "the kernel": Kernel,
@@ -21,6 +22,7 @@ KERNELS = {
     "FaultyKernel": FaultyKernel,
     "ShortKernel": lambda: ShortKernel(random.Random(1)),
     "BadMedium": lambda: BadMedium("/nothing", []),
+    "AtOpening": lambda: AtOpening("/nothing", Once(lambda: None)),
 }
 
 

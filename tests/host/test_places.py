@@ -89,6 +89,27 @@ def test_a_device_that_takes_no_more_fails_the_restore(program, loop, ext4, sour
         assert sha(node) == sha(source)
 
 
+@pytest.mark.parametrize("options", [[], ["--no-verify"]])
+def test_a_file_that_was_overwritten_until_the_disk_was_full_is_said_to_be_unusable(program, room, source, options):
+    """It is sparse, so it takes room as it is written; nothing of it is what it was, nor what it should be."""
+    point = program.backup(source)["point"]
+    target = room / "target.img"
+    with target.open("xb") as file:
+        file.truncate(8 * MIB)
+    (room / "filler").write_bytes(bytes(6 * MIB))
+    done = program.restore(point, target, *options, expect=1)
+    assert done.error["name"] in ("TargetFull", "TargetFailed")
+    assert "earlier points" not in done.said
+    said = " ".join(done.error["notes"])
+    assert f"{target} is not to be used" in said
+    assert "written:" in said
+    assert said in done.said
+    # With room it is mended.
+    (room / "filler").unlink()
+    program.restore(point, target, *options)
+    assert sha(target) == sha(source)
+
+
 # --- read-only --------------------------------------------------------------------------------------------
 
 

@@ -5,10 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from blockbak.errors import TargetInUse
+from blockbak.flow.target import check_target
+from blockbak.host import device as devices
+from blockbak.image.view import PointView
+from blockbak.repository.local import Repository
+from tests import images
+from tests.doubles import context
 from tests.host.stage import (
     KIB,
     LOCKERS,
@@ -273,6 +281,18 @@ def member_of_a_group(loop, where):
 
 
 @contextlib.contextmanager
+def member_of_a_group_named_elsewhere(loop, where):
+    """As ``pvcreate --metadatacopies 0`` and ``vgcreate`` leave the second disk of a group."""
+    disk = loop(SIZE)
+    label = bytearray(pv_label("vg")[:KIB])
+    # After the two lists of areas, the second one empty, come version and flags: 1 is "in use".
+    label[584 + 48 : 584 + 56] = (2).to_bytes(4, "little") + (1).to_bytes(4, "little")
+    label[584 + 16 : 584 + 48] = bytes(32)
+    put(disk, 0, bytes(label))
+    yield disk.path, "part of volume group"
+
+
+@contextlib.contextmanager
 def disk_with_a_member_of_a_group(loop, where):
     disk = loop(64 * MIB)
     with partitioned(disk, "size=8M", "size=16M") as (_, second):
@@ -294,6 +314,7 @@ USED_TARGETS = {
     **{name: make for name, make in USES.items() if "ofd" not in name},
     "a partition of a mounted disk": partition_of_a_mounted_disk,
     "a member of a group": member_of_a_group,
+    "a member of a group that is named on another disk": member_of_a_group_named_elsewhere,
     "a disk with a member of a group": disk_with_a_member_of_a_group,
     "a member of an array, 1.2": member_of_an_array(4096),
     "a member of an array, 1.1": member_of_an_array(0),
@@ -354,6 +375,34 @@ def test_a_member_of_an_array_or_a_group_is_rolled_back_onto_itself(loop, progra
     put(disk, 8 * MIB, b"x" * 512)
     program.restore(point, disk)
     assert sha(disk) == held
+
+
+@pytest.mark.parametrize(
+    ("boot", "seq", "host", "same"),
+    [
+        ("this", 0, "host", True),
+        ("this", 1, "host", False),
+        ("another", 0, "host", False),
+        ("another", 1, "host", False),
+        ("this", 0, "elsewhere", False),
+    ],
+)
+def test_a_member_of_a_group_is_not_lost_to_what_once_had_its_node(loop, program, tmp_path, boot, seq, host, same):
+    """A disk without a serial is known by its node alone, and after a reboot another one may have that."""
+    disk = loop(SIZE)
+    put(disk, 0, pv_label("vg-data"))
+    # The loop device as a disk that has no name but its node.
+    target = replace(devices.look(disk.path), kind="disk", backing_file="")
+    now = devices.identity(target)
+    assert (now.kind, now.value, now.diskseq > 0) == ("path", disk.path, True)
+    then = replace(now, diskseq=now.diskseq + seq, boot=now.boot if boot == "this" else "another")
+    content = images.state(disk.file.read_bytes())
+    about = images.opening("vol", "20260101T000000Z-abcd", 1, content, 4 * KIB, None, identity=then, host=host)
+    view = PointView([images.build(images.Memory(), about, content)])
+    world = context(tmp_path / "state")
+    repository = Repository(str(program.repository))
+    with contextlib.nullcontext() if same else pytest.raises(TargetInUse, match="part of volume group vg-data"):
+        check_target(disk.path, target, view, repository, world, overwrite=True)
 
 
 def test_a_smaller_target_is_refused_and_a_larger_one_is_not(loop, program, point):

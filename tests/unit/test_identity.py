@@ -122,6 +122,28 @@ def test_a_node_is_another_disk_when_its_sequence_number_is(first, second, same)
     assert Identity("serial", "A", *first).same_as(Identity("serial", "A", *second))
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "sure"),
+    [
+        ((3, "x"), (3, "x"), True),
+        ((3, "x"), (4, "x"), False),
+        ((3, "x"), (3, "y"), False),
+        ((3, "x"), (4, "y"), False),
+        ((0, "x"), (0, "x"), False),
+        ((3, "x"), (0, "x"), False),
+        ((3, ""), (3, ""), False),
+    ],
+)
+def test_a_node_is_surely_the_same_disk_only_within_its_boot(first, second, sure):
+    one, other = Identity("path", "/dev/sdb", *first), Identity("path", "/dev/sdb", *second)
+    assert one.surely_same_as(other) is other.surely_same_as(one) is sure
+    assert one.same_as(other) or not sure
+    assert not one.surely_same_as(Identity("path", "/dev/sdc", *second))
+    # A name of its own proves as much as ever.
+    assert Identity("serial", "A", *first).surely_same_as(Identity("serial", "A", *second))
+    assert not Identity("serial", "A", *first).surely_same_as(Identity("serial", "B", *first))
+
+
 @given(st.text(min_size=513), st.text(min_size=513))
 def test_a_long_value_is_replaced_by_its_digest(one, other):
     made = Identity("file", one)

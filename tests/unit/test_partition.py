@@ -353,6 +353,30 @@ def test_a_physical_volume_tells_its_group(group):
     assert found.uuid == "abcdef-ghij-klmn-opqr-stuv-wxyz-012345"
 
 
+def lvm_without_text(*, areas, version, flags):
+    """A physical volume of which no metadata area names a group: there is none, an empty one, or one with damage."""
+    data = lvm("vg")
+    locations = [MIB // 2, 0, 0, 0] + ([4096, 65536] if areas else []) + [0, 0]
+    struct.pack_into(f"<{len(locations)}QII", data, 512 + 72, *locations, version, flags)
+    if areas == "empty":
+        struct.pack_into("<QQ", data, 4096 + 40, 0, 0)
+    elif areas == "damaged":
+        data[4096 : 4096 + 1024] = b"\xff" * 1024
+    return data
+
+
+@pytest.mark.parametrize("version", [0, 1, 2, 3])
+@pytest.mark.parametrize("used", [True, False])
+@pytest.mark.parametrize("areas", ["", "empty", "damaged"])
+def test_a_physical_volume_is_free_only_where_that_is_certain(areas, used, version):
+    """A group may keep its metadata on some of its disks only; since version 2 the header says whether it is used."""
+    found = filesystem(reader(lvm_without_text(areas=areas, version=version, flags=int(used))), MIB)
+    assert found.type == "LVM2_member"
+    free = not used if version >= 2 else areas == "empty"
+    assert (found.label == "") is free
+    assert free or "another disk" in found.label
+
+
 def test_squashfs_and_iso9660():
     data = bytearray(MIB)
     data[32768:32774] = b"\x01CD001"
