@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -475,15 +476,24 @@ class Target:
                     raise Refused(f"{self.path} is another name of {name} in the repository")
 
     def check_loops(self) -> None:
-        """A file that a loop device stands on is in use; and so is a loop device whose file has another one."""
+        """A file that a loop device stands on is in use; and so is a loop device whose file another one has,
+        if that is used: to the kernel they are two devices.
+        """
         files = {}
         for name in os.listdir("/sys/block") if os.path.isdir("/sys/block") else []:
             with contextlib.suppress(OSError), open(f"/sys/block/{name}/loop/backing_file") as file:
                 files[name] = file.read().rstrip("\n")
         own = files.pop(os.path.basename(self.real), self.real) if self.block else self.real
         for name, backing in files.items():
-            if os.path.exists(backing) and os.path.exists(own) and os.path.samefile(backing, own):
-                raise Refused(f"{self.path} is, or has, the file behind /dev/{name}")
+            if not (os.path.exists(backing) and os.path.exists(own) and os.path.samefile(backing, own)):
+                continue
+            if not self.block:
+                raise Refused(f"{self.path} is the file behind /dev/{name}")
+            for node in glob.glob(f"/dev/{name}") + glob.glob(f"/dev/{name}p*"):
+                try:
+                    os.close(os.open(node, os.O_RDONLY | os.O_EXCL))
+                except OSError as error:
+                    raise Refused(f"{self.path} has one file with {node}, which is in use") from error
 
     def begin(self) -> None:
         """Before the first byte, and again before another chain is tried."""

@@ -171,7 +171,7 @@ def test_a_failing_call_costs_no_more_than_the_restore_to_a_device(call, roomy, 
     assert all_numbers(DEEDS["restore-to-a-device"], history, memory, call) == ""
 
 
-@pytest.mark.parametrize("call", ["clone_range", "copy_range", "pwritev"])
+@pytest.mark.parametrize("call", ["clone_range", "pwritev"])
 def test_a_failing_call_costs_no_more_than_the_synthesis_where_blocks_are_shared(call, loop, xfs):
     where = xfs(loop(300 * MIB)).where
     history = Scene.make(where / "history", seed=1, size=5 * 256 * KIB + 700, noise=True)
