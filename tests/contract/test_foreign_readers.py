@@ -18,6 +18,7 @@ import pyzstd
 
 from blockbak.image.reader import ImageReader
 from blockbak.image.view import PointView
+from tests.host.stage import attached, mounted, run
 from tests.images import DIFFERENTIAL, INCREMENTAL, Memory, Shelf, state
 
 KIB, MIB = 1024, 1024 * 1024
@@ -444,15 +445,17 @@ def test_a_device_in_use_or_too_small_is_refused(rescue, loop, ext4):
     assert mounted.device.file.read_bytes() == before
 
 
-def test_a_device_over_a_file_that_is_mounted_by_another_is_refused(rescue, loop, ext4):
+def test_a_device_over_a_file_that_is_mounted_by_another_is_refused(rescue, loop, tmp_path):
     """The kernel grants exclusive use of one loop device, whatever the other ones over its file are used for."""
     disk = loop(64 * MIB)
-    mounted = ext4(loop(64 * MIB, file=disk.file))
-    before = disk.file.read_bytes()
-    done = rescue.restore(FIRST, disk, "--yes")
-    assert done.returncode == 5, done.stderr
-    assert disk.file.read_bytes() == before
-    mounted.unmount()
+    with attached(disk.file) as other:
+        run("mkfs.ext4", "-q", "-F", other)
+        with mounted(other, tmp_path / "used"):
+            os.sync()
+            before = disk.file.read_bytes()
+            done = rescue.restore(FIRST, disk, "--yes")
+            assert done.returncode == 5, done.stderr
+            assert disk.file.read_bytes() == before
     assert rescue.restore(FIRST, disk, "--yes").returncode == 0
 
 
