@@ -53,8 +53,9 @@ def paragraphs(text: str) -> Iterator[str]:
 def options(command: click.Command) -> Iterator[str]:
     """Each option with what it takes, its help and its default."""
     context = click.Context(command)
-    for parameter in command.get_params(context):
-        record = parameter.get_help_record(context) if isinstance(parameter, click.Option) else None
+    # click adds the option for help itself, and names it as the context in which it was first asked for.
+    records = [one.get_help_record(context) for one in command.params if isinstance(one, click.Option)]
+    for record in (*records, ("-h, --help", "Show this message and exit.")):
         if record is not None:
             yield f".TP\n.B {escaped(record[0])}\n{escaped(record[1])}"
 

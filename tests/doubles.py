@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -167,6 +168,6 @@ def context(
     ids = iter(range(1, 1 << 30))
     return Context(
         now=clock.now, timer=clock.timer, hex_id=lambda digits: f"{next(ids):032x}"[-digits:],
-        say=say or (lambda sentence: None), progress=Quiet(), check=never, workers=workers, host="host",
+        say=say or (lambda sentence: None), progress=Quiet(), check=never, workers=workers, host=socket.gethostname(),
         program="blockbak test", state_dir=str(state_dir), kernel=kernel or Kernel(),
     )  # fmt: skip

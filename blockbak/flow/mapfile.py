@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterator, Sequence
 
 from blockbak.errors import BadTarget, TargetHolds
-from blockbak.flow.target import inside_repository, is_stored
+from blockbak.flow.target import is_stored
 from blockbak.image.view import Flaw
 from blockbak.model import extent
 from blockbak.model.extent import BAD, Extents
-from blockbak.repository.local import Repository
+from blockbak.repository.local import Repository, repository_above
 
 _BEGINS = "# Mapfile."
 
@@ -69,7 +69,7 @@ def _check(place: str, target: str, repository: Repository, *, known: bool) -> N
     names = (target, f"{target}.partial")
     if place in names or (known and os.path.lexists(target) and os.path.samefile(place, target)):
         raise BadTarget(path=place, reason="it is the target of the restore")
-    if inside_repository(place) or is_stored(place, repository):
+    if repository_above(place) or is_stored(place, repository):
         raise TargetHolds(path=place, what="a part of a repository")
     if not known:
         return

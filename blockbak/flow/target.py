@@ -24,7 +24,7 @@ from blockbak.host import usage
 from blockbak.host.blockio import TargetWriter, sync_directory
 from blockbak.host.device import Device
 from blockbak.image.view import PointView
-from blockbak.repository.local import Repository
+from blockbak.repository.local import Repository, repository_above
 from blockbak.units import align_down
 
 
@@ -60,7 +60,7 @@ def check_target(
 ) -> None:
     """Refuse every target that must not be written. Raises a Refused, naming the reason."""
     for place in (path, *(usage.files_below(target) if target else ())):
-        if inside_repository(os.path.realpath(place)) or is_stored(place, repository):
+        if repository_above(os.path.realpath(place)) or is_stored(place, repository):
             raise TargetHolds(path=path, what="a part of a repository")
     if target is None:
         return
@@ -98,15 +98,6 @@ def _check_device(path: str, target: Device, view: PointView) -> None:
         raise TargetSectorSize(path=path, have=have, need=want)
 
 
-def inside_repository(path: str) -> bool:
-    """Whether a directory above ``path`` is a repository."""
-    while path != os.path.dirname(path):
-        path = os.path.dirname(path)
-        if os.path.isfile(os.path.join(path, "repository.json")):
-            return True
-    return False
-
-
 def is_stored(path: str, repository: Repository) -> bool:
     """Whether ``path`` is another name of a file in the repository: a hard link, or a bind mount of one."""
     try:
@@ -116,8 +107,10 @@ def is_stored(path: str, repository: Repository) -> bool:
     places = [repository.path, *(volume.path for volume in repository.volumes())]
     for place in places:
         with os.scandir(place) as entries:
-            if any(os.path.samestat(mine, entry.stat(follow_symlinks=False)) for entry in entries):
-                return True
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):  # deleted by another run meanwhile
+                    if os.path.samestat(mine, entry.stat(follow_symlinks=False)):
+                        return True
     return False
 
 

@@ -347,7 +347,7 @@ class Repository:
         if not path:
             raise RepositoryExists(path="''", reason="an empty name names no directory")
         path = os.path.abspath(path)
-        if (outer := _repository_above(os.path.realpath(path))) is not None:
+        if (outer := repository_above(os.path.realpath(path))) is not None:
             raise RepositoryExists(path=path, reason=f"it lies in the repository {outer}")
         if not os.path.isdir(os.path.dirname(path)):
             raise RepositoryExists(path=path, reason=f"there is no directory {os.path.dirname(path)}")
@@ -450,7 +450,8 @@ def _shipped() -> dict[str, bytes]:
     return {name: files("blockbak.repository").joinpath(name).read_bytes() for name in _SHIPPED}
 
 
-def _repository_above(path: str) -> str | None:
+def repository_above(path: str) -> str | None:
+    """The repository that ``path`` lies in, if it does."""
     while path != os.path.dirname(path):
         path = os.path.dirname(path)
         if os.path.isfile(os.path.join(path, FILE)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,7 @@ def test_another_window_size_makes_a_full(program, source):
     opening = images.opening(
         "vol", point, 1, state, 64 * KIB, None,
         repository="1f" * 16, identity=Identity("file", str(source)), window_bytes=fmt.WINDOW_MAX,
+        host=socket.gethostname(),
     )  # fmt: skip
     memory = images.Memory(name=f"{point}.full.zst")
     reader = images.build(memory, opening, state)
