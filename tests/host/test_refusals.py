@@ -380,10 +380,10 @@ def test_a_member_of_an_array_or_a_group_is_rolled_back_onto_itself(loop, progra
 @pytest.mark.parametrize(
     ("boot", "seq", "host", "same"),
     [
-        ("this", 0, "host", True),
-        ("this", 1, "host", False),
-        ("another", 0, "host", False),
-        ("another", 1, "host", False),
+        ("this", 0, "here", True),
+        ("this", 1, "here", False),
+        ("another", 0, "here", False),
+        ("another", 1, "here", False),
         ("this", 0, "elsewhere", False),
     ],
 )
@@ -397,9 +397,10 @@ def test_a_member_of_a_group_is_not_lost_to_what_once_had_its_node(loop, program
     assert (now.kind, now.value, now.diskseq > 0) == ("path", disk.path, True)
     then = replace(now, diskseq=now.diskseq + seq, boot=now.boot if boot == "this" else "another")
     content = images.state(disk.file.read_bytes())
-    about = images.opening("vol", "20260101T000000Z-abcd", 1, content, 4 * KIB, None, identity=then, host=host)
-    view = PointView([images.build(images.Memory(), about, content)])
     world = context(tmp_path / "state")
+    made_on = world.host if host == "here" else "elsewhere"
+    about = images.opening("vol", "20260101T000000Z-abcd", 1, content, 4 * KIB, None, identity=then, host=made_on)
+    view = PointView([images.build(images.Memory(), about, content)])
     repository = Repository(str(program.repository))
     with contextlib.nullcontext() if same else pytest.raises(TargetInUse, match="part of volume group vg-data"):
         check_target(disk.path, target, view, repository, world, overwrite=True)
