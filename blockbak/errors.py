@@ -196,6 +196,67 @@ class ComposeFailed(RepositoryError):
     advice = "Run 'blockbak verify': an image it was made from may be damaged."
 
 
+# --- snapshots and hooks -------------------------------------------------------------------
+
+
+class SnapshotError(Failed):
+    """No snapshot could be made, or it did not last until it was read. The origin goes on as before."""
+
+
+class MapperFailed(SnapshotError):
+    message = "Device-mapper could not {action} {device}: {reason}."
+
+
+class NoSnapshotRoom(SnapshotError):
+    message = "Volume group {group} has {free} bytes free, a snapshot of {volume} needs {needed}."
+    advice = "Make room with lvremove, lvreduce or vgextend, or ask for less with --snapshot-size."
+
+
+class NoPoolRoom(SnapshotError):
+    message = "Thin pool {pool} is {used} % full ({what}): a snapshot of {volume} could fill it."
+    advice = "Extend the pool with lvextend, or free room in it."
+
+
+class NotSnapshotable(SnapshotError):
+    message = "{volume} cannot be snapshotted: {reason}."
+    advice = "Stop what uses it and take it cold, or as it is with --mode live."
+
+
+class SnapshotOverflowed(SnapshotError):
+    message = "The snapshot of {volume} overflowed: more was written to the volume than the snapshot's {size} bytes hold."
+    advice = "No point was made, the volume is unharmed. Run again at a quieter time, or with a larger --snapshot-size."
+
+
+class PoolFull(SnapshotError):
+    message = "Thin pool {pool} became {used} % full ({what}) while {volume} was read, so its snapshot was given up."
+    advice = "No point was made. Extend the pool with lvextend before it is full, then run again."
+
+
+class SnapshotLost(SnapshotError):
+    message = "The snapshot of {volume} is no longer there: {reason}."
+    advice = "No point was made. Something else removed it or took it down; run again."
+
+
+class SnapshotSeen(SnapshotError):
+    message = "udev does not hide the snapshot of {volume}: {reason}."
+    advice = "A scanner could mistake it for its origin. Look for other rules about {device} in /etc/udev/rules.d."
+
+
+class SetVoid(SnapshotError):
+    message = "The volumes were let go before all snapshots were made: {reason}."
+    advice = "No point was made, all volumes run. Try again with a longer --together-deadline, or fewer volumes."
+
+
+class HookFailed(SnapshotError):
+    message = "Hook {hook} failed in its phase {phase}: {reason}."
+    advice = "No point was made. The hook's own messages stand above; it is tried again until its deadline."
+
+
+class HookStopped(SnapshotError):
+    message = "Hook {hook} said to stop (exit status 63) in its phase {phase}."
+    advice = "No point was made."
+
+
 # --- the rest of exit 1 ---------------------------------------------------------------------
 
 
@@ -339,6 +400,16 @@ class PointNeeded(Refused):
 class NotConfirmed(Refused):
     message = "{action} was not confirmed."
     advice = "Give '--yes', or type the name at the prompt."
+
+
+class NotTogether(Refused):
+    message = "{volume} cannot be suspended together with others: {reason}."
+    advice = "Leave --together out: each volume is then imaged from a snapshot of its own; --freeze-with brings an application to rest meanwhile."
+
+
+class UnsafeHook(Refused):
+    message = "Hook {path} is not run: {reason}."
+    advice = "A hook runs as root, so root must own it and its directories, and nobody else may write them."
 
 
 class Interrupted(BlockbakError):
