@@ -223,7 +223,9 @@ class NotSnapshotable(SnapshotError):
 
 
 class SnapshotOverflowed(SnapshotError):
-    message = "The snapshot of {volume} overflowed: more was written to the volume than the snapshot's {size} bytes hold."
+    message = (
+        "The snapshot of {volume} overflowed: more was written to the volume than the snapshot's {size} bytes hold."
+    )
     advice = "No point was made, the volume is unharmed. Run again at a quieter time, or with a larger --snapshot-size."
 
 
@@ -404,7 +406,7 @@ class NotConfirmed(Refused):
 
 class NotTogether(Refused):
     message = "{volume} cannot be suspended together with others: {reason}."
-    advice = "Leave --together out: each volume is then imaged from a snapshot of its own; --freeze-with brings an application to rest meanwhile."
+    advice = "Leave --together out: each volume then has a snapshot of its own; --freeze-with rests applications."
 
 
 class UnsafeHook(Refused):

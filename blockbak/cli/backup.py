@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from blockbak.cli import common, render
-from blockbak.errors import ATTENTION, BlockbakError, Interrupted
+from blockbak.errors import ATTENTION, BlockbakError
 
 if TYPE_CHECKING:
     from blockbak.flow.backup import Report
@@ -25,6 +25,34 @@ def _block_size(_: click.Context, __: click.Parameter, value: str | None) -> int
     if not 4096 <= size <= 1 << 20 or size & (size - 1):
         raise click.BadParameter("take a power of two from 4K to 1M")
     return size
+
+
+def _store_size(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    from blockbak.model.snapshot import parse_size as parse_store
+    from blockbak.units import parse_size
+
+    if value is None:
+        return None
+    try:
+        if parse_store(value, 1 << 40, parse_size) <= 0:
+            raise ValueError(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is neither a size like 20G nor a share like 15%") from error
+    return value
+
+
+def _rate(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    from blockbak.units import parse_size
+
+    if value is None:
+        return None
+    try:
+        rate = parse_size(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not a size; take 50M for 50 MiB a second") from error
+    if rate < 64 << 10:
+        raise click.BadParameter("take at least 64K")
+    return rate
 
 
 def _name(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
@@ -49,6 +77,8 @@ def summary(report: Report) -> str:
     epilog="\b\nExamples:\n"
     "  blockbak -r /srv/backup backup /dev/sdb\n"
     "  blockbak -r /srv/backup backup --kind differential --name web /dev/sdb1\n"
+    "  blockbak -r /srv/backup backup vg/root\n"
+    "  blockbak -r /srv/backup backup --together --freeze-with postgresql vg/data vg/wal\n"
     "  blockbak -r /srv/backup backup --dry-run /var/lib/images/vm.img",
 )
 @click.argument("sources", nargs=-1, required=True, type=common.PATH, metavar="SOURCE...")
@@ -61,10 +91,11 @@ def summary(report: Report) -> str:
 )
 @click.option(
     "--mode",
-    type=click.Choice(["auto", "cold", "live"]),
+    type=click.Choice(["auto", "hot", "cold", "live"]),
     default="auto",
     show_default=True,
-    help="cold: only a device that nothing uses. live: as it is, consistency none.",
+    help="hot: a logical volume, from a snapshot. cold: only a device that nothing uses. live: as it is, "
+    "consistency none. auto: hot for a logical volume in use, else cold.",
 )
 @click.option("--name", callback=_name, metavar="VOLUME", help="The volume's name in the repository.")
 @click.option(
@@ -75,12 +106,57 @@ def summary(report: Report) -> str:
     help="Unit of change detection [64K].",
 )
 @common.compress_option
+@click.option(
+    "--snapshot-size",
+    callback=_store_size,
+    metavar="SIZE|SHARE%",
+    help="Room for what is written to the volume while it is read [10%, at least 1G, as far as there is room]. "
+    "Of a thin pool it must be free.",
+)
+@click.option(
+    "--snapshot-limit",
+    callback=_store_size,
+    metavar="SIZE|SHARE%",
+    help="How far a snapshot that fills is extended [until it cannot overflow].",
+)
+@click.option(
+    "--freeze-with",
+    multiple=True,
+    metavar="HOOK",
+    help="A program that rests an application around the snapshot, or postgresql, mariadb, mysql; may be repeated.",
+)
+@click.option(
+    "--freeze-deadline",
+    type=click.FloatRange(min=1),
+    default=60,
+    show_default=True,
+    metavar="SECONDS",
+    help="After this the application goes on, whatever happens, and no point is made.",
+)
+@click.option("--together", is_flag=True, help="Snapshot all volumes at one instant; thick ones only.")
+@click.option(
+    "--together-deadline",
+    type=click.FloatRange(min=1),
+    default=10,
+    show_default=True,
+    metavar="SECONDS",
+    help="After this the volumes go on, whatever happens, and no point is made.",
+)
+@click.option("--limit", callback=_rate, metavar="SIZE", help="Read at most so many bytes a second.")
+@click.option("--idle", is_flag=True, help="Read only when nobody else wants the disk, as far as its scheduler can.")
+@click.option(
+    "--holds-repository",
+    is_flag=True,
+    help="Take a volume hot although the repository lies on it: what is written there fills its snapshot.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
 @common.repository_options
 @click.pass_context
 def command(
     context: click.Context, sources: tuple[str, ...], kind: str, mode: str, name: str | None,
-    block_bytes: int | None, compress: str, dry_run: bool, repository: str | None, as_json: bool, wait: float,
+    block_bytes: int | None, compress: str, snapshot_size: str | None, snapshot_limit: str | None,
+    freeze_with: tuple[str, ...], freeze_deadline: float, together: bool, together_deadline: float, limit: int | None,
+    idle: bool, holds_repository: bool, dry_run: bool, repository: str | None, as_json: bool, wait: float,
 ) -> None:  # fmt: skip
     """Make a restore point of each SOURCE: a disk, partition, logical volume or image file.
 
@@ -88,30 +164,38 @@ def command(
     """
     from dataclasses import asdict
 
-    from blockbak.flow.backup import Request, backup
+    from blockbak.flow.backup import backup_all
+    from blockbak.flow.hot import HotOptions
+    from blockbak.flow.source import Request
+    from blockbak.host.system import read_idly
 
     if name is not None and len(sources) > 1:
         raise click.UsageError("--name names one volume, so it takes one SOURCE.")
     opened = common.open_repository(repository)
     reports: list[Report] = []
     errors: list[BlockbakError] = []
+
+    def tell(result: Report | BlockbakError) -> None:
+        if isinstance(result, BlockbakError):
+            errors.append(result)
+            render.failure(result, as_json=False)
+            return
+        reports.append(result)
+        for note in result.notes:
+            if result.attention or dry_run:
+                render.say(note)
+        if not as_json:
+            render.line(_would(result) if dry_run else summary(result))
+
+    requests = [Request(source, kind, mode, name, block_bytes, compress, limit, holds_repository) for source in sources]
+    hot = HotOptions(
+        size=snapshot_size, limit=snapshot_limit, freeze_with=freeze_with, freeze_seconds=freeze_deadline,
+        together=together, together_seconds=together_deadline,
+    )  # fmt: skip
+    if idle:
+        read_idly()
     with common.world(wait) as world:
-        for source in sources:
-            request = Request(source, kind, mode, name, block_bytes, compress)
-            try:
-                report = backup(opened, request, world, dry_run=dry_run)
-            except BlockbakError as error:
-                errors.append(error)
-                render.failure(error, as_json=False)
-                if isinstance(error, Interrupted):
-                    break
-                continue
-            reports.append(report)
-            for note in report.notes:
-                if report.attention or dry_run:
-                    render.say(note)
-            if not as_json:
-                render.line(_would(report) if dry_run else summary(report))
+        backup_all(opened, requests, world, tell, hot=hot, dry_run=dry_run)
     if as_json:
         document: dict[str, object] = {
             "points": [asdict(report) for report in reports],

@@ -180,4 +180,5 @@ def world(wait: float = 0) -> Iterator[Context]:
             state_dir=state_dir(),
             kernel=Kernel(),
             wait=wait,
+            run_dir=os.environ.get("BLOCKBAK_RUN_DIR") or "/run/blockbak",
         )

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from typing import TypeAlias
 
 from blockbak.errors import (
     BadBlockSize,
     BlockbakError,
     Damage,
-    DuplicateIdentity,
+    Interrupted,
     NewerFormat,
+    NotTogether,
     NoUsableParent,
-    SourceChangedSize,
-    SourceEmpty,
-    SourceHoldsRepository,
-    SourceInUse,
-    SourceVanished,
-    VolumeExists,
 )
 from blockbak.flow.context import Context, iso
-from blockbak.flow.points import damage_since, hidden_images, highest_sequence, open_chain
+from blockbak.flow.hot import HotOptions, Member, foreseen, snapshots
+from blockbak.flow.points import damage_since, highest_sequence, open_chain
 from blockbak.flow.scan import scan
+from blockbak.flow.source import AtRest, Request, Seen, Source, look, resolve_mode
 from blockbak.host import device as devices
-from blockbak.host import usage
-from blockbak.host.blockio import SourceReader
-from blockbak.host.device import Device
 from blockbak.host.lock import Lock
 from blockbak.image.format import BLOCK_DEFAULT, BLOCK_MAX, BLOCK_MIN, window_for
 from blockbak.image.view import PointView
@@ -37,24 +31,10 @@ from blockbak.model.chain import POINT_CHARS, Image, Point, plan
 from blockbak.model.extent import BAD
 from blockbak.model.facts import DIFFERENTIAL, FULL, INCREMENTAL, Closing, Kind, Opening
 from blockbak.model.identity import Identity, ending, plain
-from blockbak.repository.local import NAME_RULE, Catalog, Repository, Volume, usable_name
+from blockbak.repository.local import Catalog, Repository, Volume
 
 _SOURCE_MAX = 1000
 """Characters of the source's path that the header repeats, for people."""
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What a person asked for. ``kind`` and ``mode`` may be ``auto``; ``block_bytes`` None keeps the
-    volume's, or takes the default.
-    """
-
-    source: str
-    kind: str = "auto"
-    mode: str = "auto"
-    name: str | None = None
-    block_bytes: int | None = None
-    compress: str = "zstd"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +59,7 @@ class Report:
     source: str
     file: str
     root: str
+    set_id: str = ""
     notes: list[str] = field(default_factory=list)
     attention: bool = False
 
@@ -158,98 +139,6 @@ def point_id(now: datetime, hex_id: Callable[[int], str], taken: Callable[[str],
             return name
 
 
-# --- the source ------------------------------------------------------------------------------------
-
-
-def resolve_mode(device: Device, mode: str) -> str:
-    """``cold`` or ``live``. Raises SourceInUse where ``auto`` or ``cold`` meets a user."""
-    if mode == "live":
-        return "live"
-    users = usage.users(device)
-    if users:
-        raise SourceInUse(path=device.path, holders=", ".join(str(use) for use in users))
-    return "cold"
-
-
-def check_source(device: Device, repository: Repository, context: Context) -> None:
-    """Refuse a source that would contain its own image. Raises SourceEmpty, SourceHoldsRepository,
-    DuplicateIdentity.
-    """
-    if device.size == 0:
-        raise SourceEmpty(path=device.path)
-    for path, what in (
-        (repository.path, "the repository"),
-        (context.state_dir, "blockbak's state directory"),
-    ):
-        if usage.carries(device, path):
-            raise SourceHoldsRepository(path=device.path, what=what)
-    twin = devices.find_twin(device)
-    if twin is not None:
-        raise DuplicateIdentity(first=device.path, second=twin.path, identity=devices.identity(device))
-
-
-def volume_name(device: Device, identity: Identity, repository: Repository, host: str, asked: str | None) -> str:
-    """The volume that has this identity, or a new name for it; ``asked`` wins. Raises VolumeExists."""
-    if asked is not None:
-        if not usable_name(asked):
-            raise VolumeExists(volume=asked, reason=f"it takes {NAME_RULE}")
-        return asked
-    taken: dict[str, Opening | None] = {}
-    claimed: set[str] = set()
-    for volume in repository.volumes():
-        catalog = volume.catalog()
-        images = (*catalog.images, *(image for image in hidden_images(volume, catalog) if _is_own(image, volume)))
-        newest = max(images, key=lambda image: image.opening.sequence, default=None)
-        taken[volume.name] = newest.opening if newest else None
-        if newest is None and volume.claimed_by_another(str(identity)):
-            claimed.add(volume.name)
-    for name, known in taken.items():
-        if known is not None and known.is_of(identity, host):
-            return name
-    base = "".join(c if (c.isalnum() and c.isascii()) or c in "._-" else "-" for c in f"{host}-{_short_name(device)}")
-    base = base.lstrip(".-")[:180] or "volume"
-    number, name = 1, base
-    while taken.get(name) is not None or name in claimed:
-        number += 1
-        name = f"{base}-{number}"
-    return name
-
-
-def _is_own(image: Image, volume: Volume) -> bool:
-    """Not one of a directory that was renamed, or copied from elsewhere."""
-    return image.opening.volume == volume.name
-
-
-def _short_name(device: Device) -> str:
-    """``vg-lv``, the node's or the file's own name."""
-    return f"{device.vg}-{device.lv}" if device.is_lv else device.dm_name or os.path.basename(device.path)
-
-
-class _Watch:
-    """Notices writes to the source while it is read: the kernel's counters, a file's times."""
-
-    def __init__(self, device: Device) -> None:
-        self._device = device
-        self._before = self._state()
-
-    def _state(self) -> tuple[int, ...] | None:
-        if self._device.is_block:
-            return usage.write_counters(self._device)
-        try:
-            return usage.file_stamp(self._device.path)
-        except OSError as error:
-            raise SourceVanished(path=self._device.path, reason="its name is gone") from error
-
-    @property
-    def blind(self) -> bool:
-        """Whether the kernel keeps no count for this device: then a write could not be noticed."""
-        return self._before is None
-
-    def written(self) -> bool:
-        """Whether anything was written since it was made."""
-        return usage.written(self._before, self._state())
-
-
 # --- the use-case ----------------------------------------------------------------------------------
 
 
@@ -277,101 +166,231 @@ def _parent_view(
         yield choice, view
 
 
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """The source as it was looked at, and what follows from that."""
-
-    device: Device
-    identity: Identity
-    mode: str
-    name: str
+Result: TypeAlias = Report | BlockbakError
 
 
-def _look(repository: Repository, request: Request, context: Context) -> _Seen:
-    """Look at the source. Raises every error of the source and refusal trees, VolumeExists."""
-    device = devices.look(request.source)
-    check_source(device, repository, context)
-    mode = resolve_mode(device, request.mode)
-    identity = devices.identity(device)
-    name = volume_name(device, identity, repository, context.host, request.name)
-    return _Seen(device, identity, mode, name)
-
-
-def backup(repository: Repository, request: Request, context: Context, *, dry_run: bool = False) -> Report:
-    """Make one point. Raises every error of the source, repository, damage and refusal trees."""
-    clock = context.timer()
-    if request.block_bytes is not None:
-        check_block_size(request.block_bytes)
-    seen = _look(repository, request, context)
-    if dry_run:
-        return _planned(repository, seen.name, seen.device, seen.identity, context.host, seen.mode, request)
-    with ExitStack() as stack:
-        while True:
-            volume = repository.make_volume(seen.name)
-            with ExitStack() as holding:
-                lock = holding.enter_context(volume.locked(exclusive=True, wait=context.wait, check=context.check))
-                # While it was waited for, the source may have become another one, or in use; and another
-                # identity may have taken a name that was free.
-                again = _look(repository, request, context)
-                if again.name == seen.name:
-                    stack.push(holding.pop_all())
-                    break
-            seen = again
-        source = stack.enter_context(_open_source(again, request, context))
-        made = _locked(repository, volume, lock, again, source, request, context)
-    return replace(made, seconds=round(context.timer() - clock, 3))
-
-
-def _open_source(seen: _Seen, request: Request, context: Context) -> SourceReader:
-    """Open what was looked at, and nothing else: a node is handed on, a file replaced, in a moment.
-
-    From here on it is held. Raises SourceVanished, SourceChangedSize, and what opening it raises.
-    """
-    device = seen.device
-    source = SourceReader(device.path, exclusive=seen.mode == "cold", kernel=context.kernel)
-    with ExitStack() as stack:
-        stack.push(source)
-        now = devices.look(request.source)
-        same = (now.path, now.diskseq, now.file_id, devices.identity(now)) == (
-            device.path, device.diskseq, device.file_id, seen.identity,
-        )  # fmt: skip
-        if not same or not source.is_of(device.path, device.file_id):
-            raise SourceVanished(path=device.path, reason="another one has its name now")
-        if source.size != device.size:
-            raise SourceChangedSize(path=device.path, before=device.size, after=source.size)
-        stack.pop_all()
-    return source
-
-
-def _locked(
+def backup_all(
     repository: Repository,
-    volume: Volume,
-    lock: Lock,
-    seen: _Seen,
-    source: SourceReader,
+    requests: Sequence[Request],
+    context: Context,
+    tell: Callable[[Result], None],
+    *,
+    hot: HotOptions | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Make a point of each source, and tell each outcome as it comes: all are tried, but after Interrupted.
+
+    With hooks, or together, the snapshots of all hot sources are made before the first is read.
+    """
+    hot = hot or HotOptions()
+    try:
+        grouped = hot.grouped()
+    except BlockbakError as error:
+        tell(error)
+        return
+    waiting: list[Request] = []
+    for request in requests:
+        try:
+            context.check()
+            if hot.together or (grouped and _is_hot(request)):
+                waiting.append(request)
+                continue
+            result: Result = backup(repository, request, context, hot=hot, dry_run=dry_run)
+        except BlockbakError as error:
+            result = error
+        tell(result)
+        if isinstance(result, Interrupted):
+            return
+    if waiting:
+        _backup_group(repository, waiting, hot, context, tell, dry_run=dry_run)
+
+
+def _is_hot(request: Request) -> bool:
+    return resolve_mode(devices.look(request.source), request.mode) == "hot"
+
+
+def backup(
+    repository: Repository,
     request: Request,
     context: Context,
+    *,
+    hot: HotOptions | None = None,
+    dry_run: bool = False,
 ) -> Report:
+    """Make one point. Raises every error of the source, repository, damage, snapshot and refusal trees."""
+    results: list[Result] = []
+    _backup_group(repository, [request], hot or HotOptions(), context, results.append, dry_run=dry_run)
+    (result,) = results
+    if isinstance(result, BlockbakError):
+        raise result
+    return result
+
+
+@dataclass(slots=True)
+class _Held:
+    """A volume that is locked, and the source whose point it gets."""
+
+    request: Request
+    seen: Seen
+    volume: Volume
+    lock: Lock
+
+
+def _backup_group(
+    repository: Repository,
+    requests: Sequence[Request],
+    hot: HotOptions,
+    context: Context,
+    tell: Callable[[Result], None],
+    *,
+    dry_run: bool,
+) -> None:
+    """Points of sources that are all held before the first is read. A set that is taken together is told one
+    error, and no point is made; otherwise each source has its own outcome.
+    """
+    if dry_run:
+        _plan_group(repository, requests, hot, context, tell)
+        return
+    clock = context.timer()
+    with ExitStack() as stack:
+        held: list[_Held] = []
+        for request in requests:
+            try:
+                held.append(_hold(repository, request, context, stack))
+                if hot.together:
+                    _check_member(held[-1].seen)
+            except BlockbakError as error:
+                tell(error)
+                if hot.together or isinstance(error, Interrupted):
+                    return
+        try:
+            _read_held(repository, held, hot, clock, context, tell)
+        except BlockbakError as error:
+            tell(error)
+
+
+def _plan_group(
+    repository: Repository,
+    requests: Sequence[Request],
+    hot: HotOptions,
+    context: Context,
+    tell: Callable[[Result], None],
+) -> None:
+    """What would be done for each source, and all snapshots at once."""
+    planned: list[tuple[Seen, Report]] = []
+    for request in requests:
+        try:
+            if request.block_bytes is not None:
+                check_block_size(request.block_bytes)
+            seen = look(repository, request, context)
+            if hot.together:
+                _check_member(seen)
+            planned.append((seen, _planned(repository, seen, request, context)))
+        except BlockbakError as error:
+            tell(error)
+            if hot.together:
+                return
+    members = [Member(seen, "") for seen, _ in planned if seen.mode == "hot"]
+    try:
+        rooms = iter(foreseen(members, hot, repository.path, context.state_dir) if members else ())
+    except BlockbakError as error:
+        tell(error)
+        rooms, planned = iter(()), [(seen, made) for seen, made in planned if seen.mode != "hot"]
+    for seen, made in planned:
+        tell(replace(made, notes=[*made.notes, next(rooms)]) if seen.mode == "hot" else made)
+
+
+def _check_member(seen: Seen) -> None:
+    if seen.mode != "hot":
+        reason = "it is not in use: a cold image of it needs no other's company"
+        raise NotTogether(volume=seen.device.label, reason=reason if seen.device.is_lv else "it is no logical volume")
+
+
+def _hold(repository: Repository, request: Request, context: Context, stack: ExitStack) -> _Held:
+    """Look at a source, and lock its volume until ``stack`` is closed."""
+    if request.block_bytes is not None:
+        check_block_size(request.block_bytes)
+    seen = look(repository, request, context)
+    while True:
+        volume = repository.make_volume(seen.name)
+        with ExitStack() as holding:
+            lock = holding.enter_context(volume.locked(exclusive=True, wait=context.wait, check=context.check))
+            # While it was waited for, the source may have become another one, or in use; and another
+            # identity may have taken a name that was free.
+            again = look(repository, request, context)
+            if again.name == seen.name:
+                stack.push(holding.pop_all())
+                return _Held(request, again, volume, lock)
+        seen = again
+
+
+def _read_held(
+    repository: Repository,
+    held: Sequence[_Held],
+    hot: HotOptions,
+    clock: float,
+    context: Context,
+    tell: Callable[[Result], None],
+) -> None:
+    """The points of sources that are held: the hot ones from snapshots that are all made first."""
+    members = [Member(one.seen, _newest(one.volume)) for one in held if one.seen.mode == "hot"]
+    with ExitStack() as stack:
+        sources = iter(stack.enter_context(snapshots(members, hot, repository.path, context)) if members else ())
+        for one in held:
+            left = ""
+            try:
+                if one.seen.mode == "hot":
+                    source = next(sources)
+                    try:
+                        report = _locked(repository, one, source, context)
+                    finally:
+                        left = source.release()
+                else:
+                    with closing(AtRest(one.seen, one.request, context)) as resting:
+                        report = _locked(repository, one, resting, context)
+            except BlockbakError as error:
+                if left:
+                    error.add_note(left)
+                tell(error)
+                if isinstance(error, Interrupted):
+                    return
+                continue
+            if left:
+                report = replace(report, notes=[*report.notes, left], attention=True)
+            tell(replace(report, seconds=round(context.timer() - clock, 3)))
+            clock = context.timer()
+
+
+def _newest(volume: Volume) -> str:
+    points = volume.catalog().points
+    return points[-1].id if points else ""
+
+
+def _locked(repository: Repository, held: _Held, source: Source, context: Context) -> Report:
     """Make one point in a volume that is held, of a source that is open."""
-    device, identity = seen.device, seen.identity
-    lock.claim(str(identity))
+    request, volume, seen = held.request, held.volume, held.seen
+    held.lock.claim(str(seen.identity))
     catalog = volume.catalog()
     for line in volume.tidy(catalog):
         context.say(line)
     for orphan in catalog.orphans:
         context.say(f"{orphan} has no manifest; 'blockbak recover' brings it back.")
     points = catalog.points
-    choice = choose(
-        request.kind, points, identity, context.host, device.size, request.block_bytes, volume.name, _broken(catalog)
-    )
+    choice = _choose(request, seen, points, catalog, volume.name, context)
     with _parent_view(volume, catalog, choice, request) as (chosen, view):
-        sequence = highest_sequence(volume, catalog, lock) + 1
+        sequence = highest_sequence(volume, catalog, held.lock) + 1
         # Durable before the image that carries it: it must not be used again, whatever becomes of the image.
-        lock.remember(sequence)
-        return _make(
-            repository, volume, seen, source, request, chosen, view, sequence,
-            _block_bytes(request, view, points), context,
-        )  # fmt: skip
+        held.lock.remember(sequence)
+        block = _block_bytes(request, view, points)
+        return _make(repository, held, source, chosen, view, sequence, block, context)
+
+
+def _choose(
+    request: Request, seen: Seen, points: Sequence[Point], catalog: Catalog, name: str, context: Context
+) -> Choice:
+    return choose(
+        request.kind, points, seen.identity, context.host, seen.device.size, request.block_bytes, name, _broken(catalog)
+    )
 
 
 def _broken(catalog: Catalog) -> str:
@@ -391,26 +410,26 @@ def _block_bytes(request: Request, view: PointView | None, points: Sequence[Poin
     return request.block_bytes or (points[-1].images[0].opening.block_bytes if points else BLOCK_DEFAULT)
 
 
-def _planned(
-    repository: Repository, name: str, device: Device, identity: Identity, host: str, mode: str, request: Request
-) -> Report:
+def _planned(repository: Repository, seen: Seen, request: Request, context: Context) -> Report:
     """What ``backup`` would do, without a byte written."""
+    device, name = seen.device, seen.name
     points: list[Point] = []
     volume, catalog = None, Catalog()
     if name in repository.volume_names():
         volume = repository.volume(name)
         catalog = volume.catalog()
         points = catalog.points
-    choice = choose(request.kind, points, identity, host, device.size, request.block_bytes, name, _broken(catalog))
+    choice = _choose(request, seen, points, catalog, name, context)
     if volume is not None:
         with _parent_view(volume, catalog, choice, request) as (checked, _):
             choice = checked
     notes = [f"A full is made: {choice.reason}."] if choice.reason else []
+    consistency = {"cold": "cold", "hot": "filesystem" if device.mounts else "crash"}.get(seen.mode, "none")
     return Report(
         point="", volume=name, kind=choice.kind, synthetic=False,
         parent=choice.parent.id if choice.parent else None,
         sequence=points[-1].sequence + 1 if points else 1,
-        mode=mode, consistency="cold" if mode == "cold" else "none", change_source="scan",
+        mode=seen.mode, consistency=consistency, change_source="scan",
         device_bytes=device.size, read_bytes=device.size, changed_bytes=0, stored_bytes=0, bad_bytes=0,
         seconds=0.0, source=device.path, file="", root="", notes=notes,
     )  # fmt: skip
@@ -418,67 +437,72 @@ def _planned(
 
 def _make(
     repository: Repository,
-    volume: Volume,
-    seen: _Seen,
-    source: SourceReader,
-    request: Request,
+    held: _Held,
+    source: Source,
     choice: Choice,
     view: PointView | None,
     sequence: int,
     block: int,
     context: Context,
 ) -> Report:
-    device, identity, mode = seen.device, seen.identity, seen.mode
+    volume, reader = held.volume, source.reader
     notes = [f"A full is made: {choice.reason}."] if choice.reason else []
     for line in notes:
         context.say(line)
     started, clock = context.now(), context.timer()
+    moment = source.moment or started
+    context = replace(context, check=_both(context.check, source.check))
     with ExitStack() as stack:
-        watch = _Watch(device)
-        point = point_id(started, context.hex_id, _taken(repository))
+        point = point_id(moment, context.hex_id, _taken(repository))
         opening = Opening(
             repository=repository.id, image=context.hex_id(32), volume=volume.name, point=point,
             sequence=sequence, kind=choice.kind, synthetic=False,
             parent=view.top.opening.point if view else None,
             parent_root=view.top.closing.root if view else None,
-            identity=identity, device_bytes=source.size, block_bytes=block,
-            window_bytes=window_for(source.size, block),
-            logical_sector=source.logical, physical_sector=source.physical,
-            created=iso(started), source=ending(plain(device.path), _SOURCE_MAX), host=context.host,
+            identity=held.seen.identity, device_bytes=reader.size, block_bytes=block,
+            window_bytes=window_for(reader.size, block),
+            logical_sector=reader.logical, physical_sector=reader.physical,
+            created=iso(moment), source=ending(plain(held.seen.device.path), _SOURCE_MAX), host=context.host,
         )  # fmt: skip
         file = volume.free_name(point, choice.kind)
         partial = stack.enter_context(volume.begin(file))
         writer = ImageWriter(partial, opening, view.claimed_digests() if view else None)
-        context.progress.begin(f"{volume.name} {choice.kind}", source.size)
+        context.progress.begin(f"{volume.name} {choice.kind}", reader.size)
         try:
-            read_bytes = scan(source, writer, view, request.compress, context)
+            read_bytes = scan(reader, writer, view, held.request.compress, context, held.request.limit)
         finally:
             context.progress.end()
-        after = source.current_size()
-        if after != source.size:
-            raise SourceChangedSize(path=device.path, before=source.size, after=after)
-        written = watch.written() if mode == "cold" else False
-        consistency = "cold" if mode == "cold" and not written else "none"
-        if mode == "cold" and watch.blind:
-            notes.append(f"The kernel counts no writes to {device.path}: one by a process without a lock went unseen.")
-        if written:
-            notes.append(f"{device.path} was written while it was read: the image may be torn.")
+        settled = source.settle()
+        notes += settled.notes
         if writer.counts.by_kind[BAD]:
             notes.append(f"{writer.counts.by_kind[BAD]} bytes could not be read.")
         context.check()
-        closing = Closing(
-            root=writer.root, mode=mode, consistency=consistency, change_source="scan",
+        facts = Closing(
+            root=writer.root, mode=held.seen.mode, consistency=settled.consistency, change_source="scan",
             read_bytes=read_bytes, changed_bytes=writer.counts.changed_bytes,
             **writer.counts.by_name(), frames=writer.counts.frames,
             started=iso(started), finished=iso(context.now()), seconds=round(context.timer() - clock, 3),
-            program=context.program, notes=notes,
+            program=context.program, notes=notes, set_id=source.circumstances.set_id,
+            lvm_metadata=source.circumstances.lvm_metadata, hooks=source.circumstances.hooks,
         )  # fmt: skip
-        size, digest = writer.finish(closing)
+        size, digest = writer.finish(facts)
         # The image must be durable under its own name before a manifest names it.
         partial.seal()
-        image = Image(file, size, digest, opening, closing, writer.listed)
+        image = Image(file, size, digest, opening, facts, writer.listed)
         volume.commit(image)
-    return replace(report(image), seconds=round(context.timer() - clock, 3), attention=written or closing.bad_bytes > 0)
+    return replace(
+        report(image),
+        seconds=round(context.timer() - clock, 3),
+        attention=settled.attention or facts.bad_bytes > 0,
+    )
+
+
+def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
+    def check() -> None:
+        first()
+        second()
+
+    return check
 
 
 def _taken(repository: Repository) -> Callable[[str], bool]:
@@ -495,5 +519,5 @@ def report(image: Image) -> Report:
         change_source=closing.change_source, device_bytes=opening.device_bytes, read_bytes=closing.read_bytes,
         changed_bytes=closing.changed_bytes, stored_bytes=image.image_bytes, bad_bytes=closing.bad_bytes,
         seconds=closing.seconds, source=opening.source, file=image.file, root=closing.root,
-        notes=list(closing.notes),
+        set_id=closing.set_id, notes=list(closing.notes),
     )  # fmt: skip

@@ -44,7 +44,8 @@ def never() -> None:
 class Context:
     """``now`` is the wall clock in UTC, ``timer`` a monotonic one in seconds. ``hex_id(n)`` gives n random
     hex digits. ``check`` raises Interrupted once someone asked to stop; it is called where stopping leaves
-    nothing half-made. ``say`` takes sentences for people. ``workers`` is a number of threads.
+    nothing half-made. ``say`` takes sentences for people. ``workers`` is a number of threads,
+    ``run_dir`` a place that does not outlive the boot.
     """
 
     now: Callable[[], datetime]
@@ -59,6 +60,7 @@ class Context:
     state_dir: str
     kernel: Kernel
     wait: float = 0
+    run_dir: str = "/run/blockbak"
 
 
 def iso(moment: datetime) -> str:

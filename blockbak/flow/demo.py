@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from blockbak.errors import BlockbakError, DemoFailed, NoSpace
 from blockbak.flow import backup, restore, synthesize
 from blockbak.flow.context import Context, iso
+from blockbak.flow.source import Request
 from blockbak.host import runner, scratch
 from blockbak.host.blockio import store_error
 from blockbak.host.signals import undisturbed
@@ -77,7 +78,7 @@ class _Stage:
 
     def point(self, kind: str) -> str:
         """Make a point and remember what the device held."""
-        request = backup.Request(self.device, kind=kind, name=VOLUME)
+        request = Request(self.device, kind=kind, name=VOLUME)
         made = backup.backup(self.repository, request, self.context)
         self.held[made.point] = self.digest(self.device)
         changed = None if made.kind == "full" else made.changed_bytes

@@ -7,6 +7,7 @@ compare with the parent's map, compress, append.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -26,6 +27,7 @@ from blockbak.units import format_size
 
 _UNREAD_MAX = 32
 """Neighbouring pieces without one readable sector, after which a source is given up."""
+_NAP_SECONDS = 0.2
 _SECTIONS_BESIDE = 2
 """Parent sections in memory beyond one a worker: a section that lies in a hole is one piece, so each worker may
 be in another one.
@@ -95,6 +97,34 @@ def changes(new: Rows, bad: Extents, old: SectionView, low: int, geometry: Geome
     return mask
 
 
+class Pace:
+    """Keeps all workers together to a number of bytes a second; None lets them go. ``sleep`` takes seconds,
+    ``check`` may raise while they wait.
+    """
+
+    def __init__(
+        self,
+        limit: int | None,
+        clock: Callable[[], float],
+        sleep: Callable[[float], None],
+        check: Callable[[], None],
+    ) -> None:
+        self._limit, self._clock, self._sleep, self._check = limit, clock, sleep, check
+        self._free_at = clock()
+        self._guard = threading.Lock()
+
+    def wait(self, length: int) -> None:
+        """Return when ``length`` more bytes may be read."""
+        if self._limit is None:
+            return
+        with self._guard:
+            begin = max(self._clock(), self._free_at)
+            self._free_at = begin + length / self._limit
+        while (left := begin - self._clock()) > 0:
+            self._check()
+            self._sleep(min(left, _NAP_SECONDS))
+
+
 class Scanner:
     """One worker's hands: its buffer and its compressor."""
 
@@ -106,7 +136,9 @@ class Scanner:
         compress: str,
         account: Callable[[int, int, int], None],
         lost: Callable[[int], None],
+        pace: Pace,
     ) -> None:
+        self._pace = pace
         self._source, self._writer, self._parent = source, writer, parent
         self._geometry = writer.geometry
         self._encoder = codec.encoder(compress)
@@ -126,6 +158,7 @@ class Scanner:
             rows = geometry.zero_rows(section)[low : low + job.blocks]
             kinds: Kinds = np.full(job.blocks, ZERO, np.uint8)
         else:
+            self._pace.wait(length)
             bad = self._source.read(start, self._buffer, length)
             if extent.total(bad) == length:
                 self._lost(job.number)
@@ -143,8 +176,16 @@ class Scanner:
         self._account(0 if job.hole else length, length, changed)
 
 
-def scan(source: SourceReader, writer: ImageWriter, parent: PointView | None, compress: str, context: Context) -> int:
-    """Read the source into the writer; bytes that were read. ``parent`` makes it a delta.
+def scan(
+    source: SourceReader,
+    writer: ImageWriter,
+    parent: PointView | None,
+    compress: str,
+    context: Context,
+    limit: int | None = None,
+) -> int:
+    """Read the source into the writer; bytes that were read. ``parent`` makes it a delta, ``limit`` is the most
+    bytes to read a second.
 
     Raises SourceVanished, NoSpace, StoreFailed, DamagedImage (of the parent), Interrupted.
     """
@@ -158,6 +199,7 @@ def scan(source: SourceReader, writer: ImageWriter, parent: PointView | None, co
             total += read
         context.progress.advance(done, changed)
 
+    pace = Pace(limit, context.timer, time.sleep, context.check)
     unread: set[int] = set()
 
     def lost(number: int) -> None:
@@ -175,7 +217,7 @@ def scan(source: SourceReader, writer: ImageWriter, parent: PointView | None, co
 
     workers.run(
         _jobs(writer.geometry, source),
-        lambda: Scanner(source, writer, known, compress, account, lost),
+        lambda: Scanner(source, writer, known, compress, account, lost, pace),
         workers=context.workers,
         check=context.check,
         stop=writer.stop,

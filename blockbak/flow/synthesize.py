@@ -138,7 +138,8 @@ def _compose(
             root=writer.root, mode=said.mode, consistency=said.consistency, change_source="images", read_bytes=0,
             changed_bytes=counts.changed_bytes, **counts.by_name(), frames=counts.frames,
             started=iso(started), finished=iso(context.now()), seconds=round(context.timer() - clock, 3),
-            program=context.program, notes=list(said.notes),
+            program=context.program, notes=list(said.notes), set_id=said.set_id,
+            lvm_metadata=said.lvm_metadata, hooks=dict(said.hooks),
         )  # fmt: skip
         size, digest = writer.finish(closing)
         _check_composed(partial, layers, whole)

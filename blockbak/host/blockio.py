@@ -7,7 +7,7 @@ import errno
 import mmap
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -156,11 +156,13 @@ class _Opened:
 class SourceReader(_Opened):
     """What is backed up: opened read-only, never written, past the page cache.
 
-    ``exclusive`` opens a block device with O_EXCL: nothing can mount or claim it while it is read, and a
-    device in use is refused. Raises NoSuchSource, NoPermission, NotABlockSource, SourceInUse.
+    ``doubt`` is called at every read error, and may raise what it knows of the reason: an overflowed snapshot
+    answers with the errors of a failing disk. ``exclusive`` opens a block device with O_EXCL: nothing can mount or
+    claim it while it is read, and a device in use is refused. Raises NoSuchSource, NoPermission, NotABlockSource, SourceInUse.
     """
 
     def __init__(self, path: str, *, exclusive: bool, kernel: Kernel | None = None) -> None:
+        self.doubt: Callable[[], None] = lambda: None
         try:
             is_block = stat.S_ISBLK(os.stat(path).st_mode)
             super().__init__(kernel or Kernel(), path, os.O_RDONLY | (os.O_EXCL if exclusive and is_block else 0))
@@ -231,6 +233,7 @@ class SourceReader(_Opened):
 
     def _check_present(self, error: OSError) -> None:
         """An error of the medium goes on; anything else, or a device that is gone, ends the run."""
+        self.doubt()
         if error.errno in _GONE or error.errno not in _READ_ERRORS:
             raise SourceVanished(path=self.path, reason=error.strerror) from error
         try:

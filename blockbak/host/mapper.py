@@ -141,7 +141,7 @@ class Mapper:
                 buffer, 0, *_VERSION, size, _HEADER.size, 0, 0, flags, 0, 0, 0, os.fsencode(name), b"", b""
             )
             try:
-                fcntl.ioctl(self._fd, _request(number), buffer, True)
+                fcntl.ioctl(self._fd, _request(number), buffer)
             except OSError as error:
                 raise MapperFailed(
                     action=action, device=name or "devices", reason=error.strerror, errno=error.errno

@@ -358,3 +358,14 @@ def _mount_id(path: str) -> int | None:
 def without_deleted(file: str) -> str | None:
     """The name of a loop device's file, or None where the file has no name any more."""
     return None if file.endswith(_DELETED) and not Path(file).exists() else file
+
+
+def read_idly() -> None:
+    """Ask for the disk only when nobody else does: for this thread, and those it starts from now on.
+
+    Not every scheduler heeds it, and where it may not be asked nothing happens.
+    """
+    import psutil
+
+    with contextlib.suppress(OSError, psutil.Error):
+        psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)

@@ -432,7 +432,7 @@ def file_stamp(path: str) -> tuple[int, int, int, int]:
 
 
 def mode_auto(device: Device, system: System | None = None) -> tuple[str, str]:
-    """How ``--mode auto`` takes a device: ('cold' or 'refused', and why)."""
+    """How ``--mode auto`` takes a device: ('cold', 'hot' or 'refused', and why)."""
     return decide_mode(device, users(device, system))
 
 
@@ -442,7 +442,5 @@ def decide_mode(device: Device, uses: list[Use]) -> tuple[str, str]:
         return "cold", "not in use" if device.is_block else "image file"
     told = "in use: " + ", ".join(map(str, uses))
     if device.is_lv:
-        return "refused", (
-            f"{told}; logical volumes in use need a snapshot, which this version cannot make; or --mode live"
-        )
+        return "hot", told
     return "refused", f"{told}; stop that, or --mode live"

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -153,6 +154,15 @@ class Turns:
             self._condition.notify_all()
 
 
+class KindBytes(TypedDict):
+    """Bytes of each kind of extent."""
+
+    data_bytes: int
+    zero_bytes: int
+    hole_bytes: int
+    bad_bytes: int
+
+
 @dataclass(slots=True)
 class Counts:
     """Bytes by kind and frames, summed while writing."""
@@ -165,9 +175,15 @@ class Counts:
         """Bytes that the image claims anything about."""
         return sum(self.by_kind.values())
 
-    def by_name(self) -> dict[str, int]:
+    def by_name(self) -> KindBytes:
         """Bytes by kind, as the closing record names them."""
-        return {f"{extent.KIND_NAMES[kind]}_bytes": count for kind, count in self.by_kind.items()}
+        kinds = self.by_kind
+        return {
+            "data_bytes": kinds[extent.DATA],
+            "zero_bytes": kinds[extent.ZERO],
+            "hole_bytes": kinds[extent.HOLE],
+            "bad_bytes": kinds[extent.BAD],
+        }
 
 
 class _OpenSection:

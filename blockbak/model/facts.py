@@ -67,7 +67,9 @@ class Closing:
     ``root`` is the hex root of the point's hash map. ``read_bytes`` were read from the source,
     ``changed_bytes`` are claimed by this image, by kind in ``data_bytes`` … ``bad_bytes``. ``frames``
     counts the zstd frames. ``started`` and ``finished`` are ISO 8601 in UTC; ``notes`` are sentences
-    for people (why a full was made, what was wrong with the source).
+    for people (why a full was made, what was wrong with the source). Points taken at one instant share
+    ``set_id``; ``lvm_metadata`` is the volume group's, as vgcfgbackup writes it; ``hooks`` is what each hook
+    said, which a restore may need. All three are empty where there is nothing to say.
     """
 
     root: str
@@ -86,3 +88,6 @@ class Closing:
     seconds: float
     program: str
     notes: list[str] = field(default_factory=list)
+    set_id: str = ""
+    lvm_metadata: str = ""
+    hooks: dict[str, str] = field(default_factory=dict)

@@ -1,0 +1,270 @@
+"""Hot sources: logical volumes read from snapshots that last only as long as the reading."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+from blockbak.errors import NotTogether, SetVoid, SourceChangedSize
+from blockbak.flow.context import Context
+from blockbak.flow.source import Circumstances, Seen, Settled, group_metadata
+from blockbak.host import hooks, lvm, scanners, usage
+from blockbak.host.blockio import SourceReader
+from blockbak.host.device import Device
+from blockbak.host.hooks import Rest
+from blockbak.host.lvm import Run, Snapshot
+from blockbak.host.mapper import Mapper
+from blockbak.host.system import System
+from blockbak.model import snapshot as plan
+from blockbak.model.snapshot import LogicalVolume
+from blockbak.units import format_size, parse_size
+
+TOGETHER_SECONDS = 10.0
+"""How long volumes are held back at most while the snapshots of a set are made."""
+FREEZE_SECONDS = 60.0
+"""How long hooks may keep applications at rest."""
+HOOKS_FOLDER = "/etc/blockbak/hooks.d"
+_LIVE_PLACES = ("/", "/usr", "/etc", "/var", "/tmp", "/etc/lvm", "/var/log", "/run")  # noqa: S108 - looked at, not used
+"""Where the commands that make snapshots, and what they wait for, read and write."""
+_RUN_DIGITS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class HotOptions:
+    """How snapshots are made. ``size`` and ``limit`` are those of a thick one's exception store: bytes as
+    ``units.parse_size`` takes them, or a share of the origin (``20%``). Times are seconds.
+    """
+
+    size: str | None = None
+    limit: str | None = None
+    freeze_with: tuple[str, ...] = ()
+    freeze_seconds: float = FREEZE_SECONDS
+    hooks_folder: str = HOOKS_FOLDER
+    together: bool = False
+    together_seconds: float = TOGETHER_SECONDS
+
+    def grouped(self) -> bool:
+        """Whether all snapshots are made at one time, before the first is read."""
+        return self.together or bool(hooks.find(self.freeze_with, self.hooks_folder))
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A volume to snapshot, and the point that was its newest, or an empty string."""
+
+    seen: Seen
+    previous: str
+
+
+class HotSource:
+    """A snapshot that is read in place of its origin."""
+
+    def __init__(
+        self, device: Device, snapshot: Snapshot, moment: datetime, circumstances: Circumstances, settled: Settled
+    ) -> None:
+        self.circumstances = circumstances
+        self.moment: datetime | None = moment
+        self._snapshot, self._settled = snapshot, settled
+        self.reader = SourceReader(snapshot.path, exclusive=True)
+        self.reader.doubt = snapshot.look
+        if self.reader.size != device.size:
+            after = self.reader.size
+            self.reader.close()
+            raise SourceChangedSize(path=device.label, before=device.size, after=after)
+
+    def check(self) -> None:
+        """Raise SnapshotOverflowed, PoolFull or SnapshotLost once it is known."""
+        self._snapshot.check()
+
+    def settle(self) -> Settled:
+        """Whether the snapshot held until now. Raises as ``check``."""
+        self._snapshot.look()
+        notes = list(self._settled.notes)
+        if self._snapshot.extended:
+            notes.append(f"The snapshot was extended by {format_size(self._snapshot.extended)} while it was read.")
+        return replace(self._settled, notes=notes)
+
+    def release(self) -> str:
+        """Close and remove the snapshot; what to tell a person where that cannot be done. Once is enough."""
+        self.reader.__exit__(None, None, None)
+        return self._snapshot.release()
+
+
+# --- decisions ------------------------------------------------------------------------------------------------
+
+
+def sizes(origins: Sequence[LogicalVolume], options: HotOptions) -> list[int]:
+    """The room of each snapshot, all at one time in their groups. Raises NoSnapshotRoom, NoPoolRoom,
+    NotSnapshotable.
+    """
+    taken: dict[tuple[str, str], int] = {}
+    found = []
+    for origin in origins:
+        place = (origin.group, origin.pool if origin.is_thin else "")
+        asked = None if options.size is None else plan.parse_size(options.size, origin.size, parse_size)
+        size = lvm.planned_size(origin, asked, beside=taken.get(place, 0))
+        taken[place] = taken.get(place, 0) + size
+        found.append(size)
+    return found
+
+
+def check_together(members: Sequence[Member], origins: Sequence[LogicalVolume], repository: str, state: str) -> None:
+    """Raises NotTogether for a volume that must not be suspended while commands run: they would wait for it, and
+    it for them.
+    """
+    system = System()
+    own = [
+        (place, place)
+        for place in (*_LIVE_PLACES, *_program_places())
+        if os.path.lexists(place)
+    ]  # fmt: skip
+    kept = [(repository, "the repository"), (state, "blockbak's state directory")]
+    for member, origin in zip(members, origins, strict=True):
+        if origin.is_thin:
+            raise NotTogether(volume=origin.label, reason="it is thin, and its pool would not survive it")
+        for path, what in (*kept, *own):
+            if usage.carries(member.seen.device, path, system):
+                raise NotTogether(volume=origin.label, reason=f"it carries {what}")
+        if any(usage.carries(member.seen.device, swap, system) for swap in system.swaps):
+            raise NotTogether(volume=origin.label, reason="it carries swap")
+
+
+def _program_places() -> list[str]:
+    """Where blockbak itself and its Python are."""
+    return [str(Path(__file__).resolve().parent.parent), sys.prefix, sys.base_prefix, sys.executable]
+
+
+def consistency(device: Device, *, hooked: bool) -> str:
+    """What a snapshot of it is worth: LVM freezes a file system that is mounted from the volume itself."""
+    if hooked:
+        return "application"
+    return "filesystem" if device.mounts else "crash"
+
+
+def foreseen(members: Sequence[Member], options: HotOptions, repository: str, state: str) -> list[str]:
+    """What would be made for each member, in a sentence. Raises what making them would, as far as it shows."""
+    origins = [lvm.origin_of(member.seen.device) for member in members]
+    if options.together:
+        check_together(members, origins, repository, state)
+    found = []
+    for origin, room in zip(origins, sizes(origins, options), strict=True):
+        if origin.is_thin:
+            found.append(f"A thin snapshot of {origin.label} is made in pool {origin.group}/{origin.pool}.")
+        else:
+            found.append(f"A snapshot of {origin.label} is made, with {format_size(room)} of {origin.group} for it.")
+    return found
+
+
+# --- doing it ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def snapshots(
+    members: Sequence[Member], options: HotOptions, repository: str, context: Context
+) -> Iterator[list[HotSource]]:
+    """Snapshots of all members, open for reading; removed at the latest when the ``with`` is over.
+
+    With hooks or together they are all made within one rest, and the rest ends before the first is read.
+    Raises SnapshotError, NotTogether, UnsafeHook, CommandFailed, MissingProgram, with nothing left behind.
+    """
+    boot = System().boot
+    for line in lvm.sweep(context.run_dir, context.host, boot):
+        context.say(line)
+    scanners.ensure()
+    origins = [lvm.origin_of(member.seen.device) for member in members]
+    if options.together:
+        check_together(members, origins, repository, context.state_dir)
+    rooms = sizes(origins, options)
+    metadata = {origin.group: "" for origin in origins}
+    for member in members:
+        group = member.seen.device.vg
+        metadata[group] = metadata[group] or group_metadata(member.seen.device, context)
+    run_id = context.hex_id(_RUN_DIGITS)
+    with lvm.alive(run_id, context.host, boot, context.run_dir) as run, ExitStack() as stack:
+        run.touches([(member.seen.device.dm_name, member.seen.device.dm_uuid) for member in members])
+        made: list[Snapshot] = []
+
+        def give_back() -> None:
+            for one in reversed(made):
+                left = one.release()
+                if left:
+                    context.say(left)
+
+        stack.callback(give_back)
+        moment = context.now()
+        rest = _take(members, origins, rooms, options, run, made, context)
+        set_id = run_id if options.together else ""
+        sources = []
+        for member, snapshot in zip(members, made, strict=True):
+            device = member.seen.device
+            hooked = rest is not None and rest.applied
+            settled = Settled(consistency(device, hooked=hooked), list(rest.notes) if rest else [])
+            outputs = dict(rest.outputs) if rest else {}
+            circumstances = Circumstances(set_id, metadata[device.vg], outputs)
+            sources.append(HotSource(device, snapshot, moment, circumstances, settled))
+            stack.callback(sources[-1].reader.__exit__, None, None, None)
+        yield sources
+
+
+def _take(
+    members: Sequence[Member],
+    origins: Sequence[LogicalVolume],
+    rooms: Sequence[int],
+    options: HotOptions,
+    run: Run,
+    made: list[Snapshot],
+    context: Context,
+) -> Rest | None:
+    """Fill ``made``, within a rest where there is one. Raises SetVoid where it ended too soon."""
+    wanted = hooks.find(options.freeze_with, options.hooks_folder)
+    if not wanted and not options.together:
+        _make(origins, rooms, options, run, made, None, context)
+        return None
+    devices = [(one.seen.device.dm_name, one.seen.device.dm_uuid) for one in members] if options.together else []
+    deadline = options.together_seconds if options.together and not wanted else options.freeze_seconds
+    with hooks.at_rest(
+        wanted, _facts(members, options, run), deadline=deadline, run_dir=context.run_dir, boot=run.boot,
+        devices=devices, say=context.say,
+    ) as rest:  # fmt: skip
+        if devices:
+            with Mapper() as mapper:
+                for name, _ in devices:
+                    mapper.suspend(name)
+        _make(origins, rooms, options, run, made, rest, context)
+    if not rest.in_time:
+        raise SetVoid(reason="; ".join(rest.reasons) or "the deadline passed")
+    return rest
+
+
+def _make(
+    origins: Sequence[LogicalVolume],
+    rooms: Sequence[int],
+    options: HotOptions,
+    run: Run,
+    made: list[Snapshot],
+    rest: Rest | None,
+    context: Context,
+) -> None:
+    for number, (origin, room) in enumerate(zip(origins, rooms, strict=True)):
+        context.check()
+        if rest is not None and rest.over():
+            raise SetVoid(reason="the deadline passed")
+        name = f"{plan.PREFIX}{run.id}" + (f"-{number}" if number else "")
+        limit = None if options.limit is None else plan.parse_size(options.limit, origin.size, parse_size)
+        made.append(lvm.take(origin, run, name, room, limit=limit))
+
+
+def _facts(members: Sequence[Member], options: HotOptions, run: Run) -> Mapping[str, str]:
+    """What hooks are told."""
+    return {
+        "BLOCKBAK_VOLUME": " ".join(one.seen.name for one in members),
+        "BLOCKBAK_SOURCES": " ".join(one.seen.device.label for one in members),
+        "BLOCKBAK_PREVIOUS_POINT": " ".join(one.previous or "-" for one in members),
+        "BLOCKBAK_TOGETHER": "1" if options.together else "0",
+        "BLOCKBAK_RUN": run.id,
+    }

@@ -1,0 +1,442 @@
+"""Logical volumes and their snapshots, through LVM's own commands; watched while they are read.
+
+Whatever is made here carries our tags from its first moment, and each run holds a lock file that says it is
+alive. So what a killed run left is known by its tag and its missing lock, and nothing else is ever touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from blockbak.errors import (
+    BlockbakError,
+    CommandFailed,
+    MapperFailed,
+    NoPoolRoom,
+    NoSnapshotRoom,
+    NotSnapshotable,
+    PoolFull,
+    SnapshotError,
+    SnapshotLost,
+    SnapshotOverflowed,
+    SnapshotSeen,
+)
+from blockbak.host import scanners
+from blockbak.host.device import Device
+from blockbak.host.mapper import Mapper
+from blockbak.host.runner import Completed, run
+from blockbak.host.system import System, lvm_names
+from blockbak.model import snapshot as plan
+from blockbak.model.snapshot import LogicalVolume
+
+CHANGE_SECONDS = 600.0
+"""A command that changes a group is in the middle of suspended devices: it is not ended before it must hang."""
+POLL_SECONDS = 0.25
+_METADATA_MOST = 4 << 20
+"""Bytes of a group's metadata text that a point keeps."""
+_REMOVE_TRIES = 10
+
+
+def _lvm(*arguments: str, deadline: float = CHANGE_SECONDS) -> Completed:
+    return run(list(arguments), deadline=deadline, env={"LVM_SUPPRESS_FD_WARNINGS": "1"})
+
+
+def _report(*arguments: str) -> list[LogicalVolume]:
+    """What ``lvs`` tells. A volume that is not there makes it fail, and yet print what it has."""
+    done = run(
+        ["lvs", "--reportformat", "json", "--units", "b", "--nosuffix", "-o", ",".join(plan.VOLUME_FIELDS), *arguments],
+        deadline=CHANGE_SECONDS,
+        env={"LVM_SUPPRESS_FD_WARNINGS": "1"},
+        accept=(0, 5),
+    )
+    try:
+        return plan.parse_volumes(done.stdout)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CommandFailed(program="lvs", status=done.status, stderr=done.stderr or str(error)) from error
+
+
+def volumes() -> list[LogicalVolume]:
+    """Every logical volume that is not an inner part of another. Raises MissingProgram, CommandFailed."""
+    return _report()
+
+
+def by_uuid(uuid: str) -> LogicalVolume | None:
+    """The volume of a UUID, or None."""
+    found = _report("-a", "--select", f"lv_uuid={uuid}")
+    return found[0] if found else None
+
+
+def pool_bytes(group: str, pool: str) -> int:
+    """How much data a thin pool holds."""
+    found = _report("-a", f"{group}/{pool}")
+    return found[0].size if found else 0
+
+
+def group_metadata(group: str, run_dir: str) -> str:
+    """The group's metadata as ``vgcfgbackup`` writes it; empty where LVM does not tell."""
+    path = os.path.join(run_dir, f".metadata-{os.getpid()}-{threading.get_ident()}")
+    try:
+        _private(run_dir)
+        _lvm("vgcfgbackup", "-q", "-q", "-f", path, group)
+        return Path(path).read_text(encoding="utf-8", errors="replace")[:_METADATA_MOST]
+    except (OSError, BlockbakError):
+        return ""
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+# --- a run, for as long as it is alive --------------------------------------------------------------------
+
+
+def _private(run_dir: str) -> None:
+    os.makedirs(run_dir, mode=0o700, exist_ok=True)
+
+
+def _lock_path(run_dir: str, run_id: str) -> str:
+    return os.path.join(run_dir, f"run-{run_id}.lock")
+
+
+class _Note(msgspec.Struct):
+    """What a run's lock file says: the volumes whose snapshots it makes, by device-mapper name and UUID."""
+
+    origins: list[tuple[str, str]] = msgspec.field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Run:
+    """A run that makes snapshots: who it is, and the lock that says it lives."""
+
+    id: str
+    host: str
+    boot: str
+    run_dir: str
+    _fd: int = field(default=-1, repr=False)
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """For everything it makes."""
+        return plan.tags(self.id, self.host, self.boot)
+
+    def touches(self, origins: Sequence[tuple[str, str]]) -> None:
+        """Note whose tables LVM is about to exchange: a command that is killed meanwhile leaves them suspended."""
+        text = msgspec.json.encode(_Note(list(origins)))
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, text, 0)
+
+
+@contextmanager
+def alive(run_id: str, host: str, boot: str, run_dir: str) -> Iterator[Run]:
+    """Be a run, until the ``with`` is over. Raises SnapshotError where the directory cannot be used."""
+    path = _lock_path(run_dir, run_id)
+    try:
+        _private(run_dir)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise MapperFailed(action="lock", device=path, reason=error.strerror, errno=error.errno) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield Run(run_id, host, boot, run_dir, fd)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        os.close(fd)
+
+
+@contextmanager
+def _dead_runs(run_dir: str) -> Iterator[tuple[set[str], list[_Note]]]:
+    """The runs that are alive, and the notes of those that are over, whose files go when this is over."""
+    living, notes = set[str](), list[_Note]()
+    with ExitStack() as stack:
+        for path in sorted(Path(run_dir).glob("run-*.lock")):
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            except OSError:
+                continue
+            stack.callback(os.close, fd)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                living.add(path.name.removeprefix("run-").removesuffix(".lock"))
+                continue
+            with contextlib.suppress(OSError, ValueError):
+                notes.append(msgspec.json.decode(os.pread(fd, 1 << 20, 0) or b"{}", type=_Note))
+            stack.callback(_unlink, path)
+        yield living, notes
+
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+# --- what killed runs left --------------------------------------------------------------------------------
+
+
+def sweep(run_dir: str, host: str, boot: str) -> list[str]:
+    """Remove the snapshots, and resume the volumes, of this host's runs that are over; sentences about it.
+
+    Raises MissingProgram, CommandFailed where LVM cannot be asked; what cannot be removed is only told.
+    """
+    said = []
+    with _dead_runs(run_dir) as (living, notes):
+        # Asking waits for LVM's own lock: an lvcreate that outlived its blockbak has come to its end then.
+        found = volumes()
+        said += _resume(notes)
+        for one in plan.leftovers(found, host, boot, living):
+            what = "unfinished restore" if plan.RESTORE_TAG in one.tags else "snapshot"
+            try:
+                remove(one.label)
+                said.append(f"Removed {one.label}, the {what} of a run that did not end.")
+            except CommandFailed as error:
+                said.append(
+                    f"{one.label}, the {what} of a run that did not end, cannot be removed: {error.fields['stderr']}"
+                )
+    return said
+
+
+def _resume(notes: Sequence[_Note]) -> list[str]:
+    """Let volumes go on that a killed LVM command left suspended."""
+    origins = [origin for note in notes for origin in note.origins]
+    if not origins:
+        return []
+    said = []
+    with Mapper() as mapper:
+        for name, uuid in origins:
+            # The command suspends what lies below and beside the volume as well.
+            for one in mapper.devices():
+                if one.suspended and (_same_volume(one.uuid, uuid) or _is_ours(one.name, name)):
+                    mapper.resume(one.name)
+                    said.append(f"Resumed {one.name}, which was left suspended while {name} was snapshotted.")
+    return said
+
+
+def _same_volume(uuid: str, other: str) -> bool:
+    """Whether two device-mapper UUIDs (``LVM-``, group and volume, and a suffix) are parts of one volume."""
+    return uuid.split("-", 2)[:2] == other.split("-", 2)[:2]
+
+
+def _is_ours(name: str, origin: str) -> bool:
+    """Whether it is a part of one of our snapshots in the group of a volume."""
+    return name.startswith(plan.dm_name(lvm_names(origin)[0], plan.PREFIX))
+
+
+def remove(label: str) -> None:
+    """Remove a volume; tried again while something has it open for a moment. Raises CommandFailed."""
+    for left in reversed(range(_REMOVE_TRIES)):
+        try:
+            _lvm("lvremove", "-q", "-q", "-y", label)
+        except CommandFailed as error:
+            text = str(error.fields["stderr"])
+            if "Failed to find logical volume" in text or "not found" in text:
+                return
+            if left == 0 or ("in use" not in text and "is used by" not in text):
+                raise
+            threading.Event().wait(POLL_SECONDS)
+        else:
+            return
+
+
+# --- snapshots --------------------------------------------------------------------------------------------
+
+
+class Snapshot:
+    """A read-only snapshot that is there, watched by a thread of its own.
+
+    ``path`` is its node. ``check`` raises what went wrong: SnapshotOverflowed, PoolFull, SnapshotLost.
+    """
+
+    def __init__(self, origin: LogicalVolume, name: str, size: int, limit: int | None, pool: int) -> None:
+        self.origin = origin
+        self.label = f"{origin.group}/{name}"
+        self.dm_name = plan.dm_name(origin.group, name)
+        self.path = f"/dev/mapper/{self.dm_name}"
+        self.size = size
+        self.extended = 0
+        self._limit, self._pool_bytes = limit, pool
+        self._stuck = self._gone = False
+        self._error: SnapshotError | None = None
+        self._guard = threading.Lock()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name=f"watch-{name}", daemon=True)
+
+    def watch(self) -> None:
+        """Start looking after it."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop looking after it; harmless where that was never begun."""
+        self._over.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def release(self) -> str:
+        """Remove it; what to tell a person where that cannot be done, else an empty string. Once is enough."""
+        self.stop()
+        if self._gone:
+            return ""
+        try:
+            remove(self.label)
+        except BlockbakError as error:
+            return f"{self.label} could not be removed ({error}); 'blockbak recover' tries again."
+        self._gone = True
+        return ""
+
+    def check(self) -> None:
+        """Raise what went wrong so far, by the thread's last look."""
+        if self._error is not None:
+            raise self._error
+
+    def look(self) -> None:
+        """Look now, and raise what is wrong: asked at a read error, and before the image is sealed."""
+        self._look()
+        self.check()
+
+    def _watch(self) -> None:
+        while not self._over.wait(POLL_SECONDS) and self._error is None:
+            self._look()
+
+    def _look(self) -> None:
+        with self._guard:
+            try:
+                error = self._look_thin() if self.origin.is_thin else self._look_thick()
+            except MapperFailed as failed:
+                error = SnapshotLost(volume=self.origin.label, reason=str(failed.fields["reason"]))
+            self._error = self._error or error
+
+    def _look_thick(self) -> SnapshotError | None:
+        with Mapper() as mapper:
+            targets = mapper.status(self.dm_name)
+        use = plan.parse_thick(targets[0].kind, targets[0].parameters) if targets else "lost"
+        if isinstance(use, plan.ThickUse):
+            if use.percent >= plan.EXTEND_AT and not self._stuck:
+                self._extend(use)
+            return None
+        if use == "overflowed":
+            return SnapshotOverflowed(volume=self.origin.label, size=self.size)
+        return SnapshotLost(volume=self.origin.label, reason="another device has its place")
+
+    def _extend(self, use: plan.ThickUse) -> None:
+        """Make it larger. Where that cannot be, it may last until the end all the same."""
+        try:
+            now = by_uuid(self.origin.uuid)
+            free = now.free if now else 0
+            more = plan.extension(use, self.origin.size, self.origin.lvm_extent, free, self._limit)
+            if not more:
+                self._stuck = use.total >= plan.full_size(self.origin.size, self.origin.lvm_extent) or free == 0
+                return
+            _lvm("lvextend", "-q", "-q", "-y", "-L", f"+{more}b", self.label)
+        except BlockbakError:
+            self._stuck = True
+            return
+        self.extended += more
+        self.size += more
+
+    def _look_thin(self) -> SnapshotError | None:
+        pool = plan.dm_name(self.origin.group, self.origin.pool)
+        with Mapper() as mapper:
+            mine = mapper.status(self.dm_name)
+            targets = mapper.status(f"{pool}-tpool")
+        if not mine or mine[0].kind != "thin" or mine[0].parameters.startswith(("Fail", "Error")):
+            return SnapshotLost(volume=self.origin.label, reason="another device has its place")
+        use = plan.parse_pool(targets[0].kind, targets[0].parameters) if targets else None
+        label = f"{self.origin.group}/{self.origin.pool}"
+        if use is None:
+            return SnapshotLost(volume=self.origin.label, reason=f"thin pool {label} failed")
+        short = plan.pool_gives_out(use, self._pool_bytes)
+        if short:
+            percent = use.metadata_percent if short == "metadata" else use.data_percent
+            return PoolFull(pool=label, used=round(percent, 1), what=short, volume=self.origin.label)
+        return None
+
+
+def origin_of(device: Device) -> LogicalVolume:
+    """The logical volume that a device is. Raises NotSnapshotable where none of it can be snapshotted."""
+    if not device.is_lv:
+        raise NotSnapshotable(volume=device.label, reason="it is not a logical volume")
+    found = by_uuid(device.lv_uuid)
+    if found is None:
+        raise NotSnapshotable(volume=device.label, reason="LVM does not know it")
+    reason = plan.unfit(found)
+    if reason:
+        raise NotSnapshotable(volume=found.label, reason=reason)
+    return found
+
+
+def planned_size(origin: LogicalVolume, asked: int | None, *, beside: int = 0) -> int:
+    """How large its snapshot will be; for a thin one, how much room there must be in the pool.
+
+    ``beside`` bytes of the group are for other snapshots of the same run. Raises NoSnapshotRoom, NoPoolRoom
+    with the numbers.
+    """
+    if not origin.is_thin:
+        size, needed = plan.thick_size(origin, asked, beside)
+        if not size:
+            raise NoSnapshotRoom(
+                group=origin.group, free=max(0, origin.free - beside), volume=origin.label, needed=needed
+            )
+        return size
+    needed = plan.thin_need(origin, asked)
+    pool = pool_bytes(origin.group, origin.pool)
+    label = f"{origin.group}/{origin.pool}"
+    with Mapper() as mapper:
+        targets = mapper.status(f"{plan.dm_name(origin.group, origin.pool)}-tpool")
+    use = plan.parse_pool(targets[0].kind, targets[0].parameters) if targets else None
+    if use is None or not use.writable:
+        raise NotSnapshotable(volume=origin.label, reason=f"thin pool {label} does not take writes")
+    short = plan.pool_short(use, pool, needed + beside)
+    if short:
+        percent = use.metadata_percent if short == "metadata" else use.data_percent
+        raise NoPoolRoom(pool=label, used=round(percent, 1), what=short, volume=origin.label)
+    return needed
+
+
+def take(origin: LogicalVolume, run_now: Run, name: str, size: int, *, limit: int | None = None) -> Snapshot:
+    """Make a read-only snapshot of ``origin`` and watch it; ``release`` it in every case.
+
+    LVM itself freezes a mounted file system for the moment. ``size`` is from ``planned_size``, ``limit`` the
+    most bytes that a thick one is extended to. Raises CommandFailed, SnapshotSeen, SnapshotLost, with nothing
+    left behind.
+    """
+    pool = pool_bytes(origin.group, origin.pool) if origin.is_thin else 0
+    made = Snapshot(origin, name, size, limit, pool)
+    try:
+        _create(origin, run_now, name, size)
+        _check_hidden(made)
+    except BaseException as error:
+        left = made.release()
+        if left:
+            error.add_note(left)
+        raise
+    made.watch()
+    return made
+
+
+def _create(origin: LogicalVolume, run_now: Run, name: str, size: int) -> None:
+    tags = [word for tag in run_now.tags for word in ("--addtag", tag)]
+    common = ["lvcreate", "-q", "-q", "-y", "--snapshot", "--permission", "r", "--name", name, *tags]
+    if origin.is_thin:
+        # The skip flag stays: nothing but this command activates it, after a reboot neither.
+        own = ["--setactivationskip", "y", "--ignoreactivationskip", "--activate", "y"]
+    else:
+        own = ["--size", f"{size}b"]
+    _lvm(*common, *own, origin.label)
+
+
+def _check_hidden(made: Snapshot) -> None:
+    system = System()
+    name = system.mapped.get(made.dm_name, "")
+    if not name:
+        raise SnapshotLost(volume=made.origin.label, reason="its device did not appear")
+    reason = scanners.seen(name, system)
+    if reason:
+        raise SnapshotSeen(volume=made.origin.label, reason=reason, device=made.label)

@@ -1,0 +1,68 @@
+"""The udev rule that keeps scanners away from our snapshots: put in place, and its work checked."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from blockbak.errors import BlockbakError
+from blockbak.host.runner import run
+from blockbak.host.system import System
+
+RULE_NAME = "12-blockbak.rules"
+RULE_PATH = Path(__file__).with_name(RULE_NAME)
+"""The package's own copy."""
+FOLDERS = (
+    "/etc/udev/rules.d",
+    "/run/udev/rules.d",
+    "/usr/local/lib/udev/rules.d",
+    "/usr/lib/udev/rules.d",
+    "/lib/udev/rules.d",
+)
+"""udev(7): where rules lie, the first of a name wins."""
+_VOLATILE = "/run/udev/rules.d"
+_WANTED = {"DM_UDEV_DISABLE_OTHER_RULES_FLAG": "1", "SYSTEMD_READY": "0", "UDISKS_IGNORE": "1"}
+
+
+def udev_runs() -> bool:
+    """Whether there is anybody to hide from."""
+    return os.path.exists("/run/udev/control")
+
+
+def ensure() -> bool:
+    """The rule is in force afterwards; whether it had to be put there.
+
+    A package puts it into udev's own folders; where it came without one (a virtual environment), it is put into
+    /run until the next boot. Without permission nothing happens: ``seen`` tells then.
+    """
+    if not udev_runs():
+        return False
+    wanted = RULE_PATH.read_bytes()
+    for folder in FOLDERS:
+        with contextlib.suppress(OSError):
+            if Path(folder, RULE_NAME).read_bytes() == wanted:
+                return False
+            if folder != _VOLATILE:
+                return False  # somebody's own version of it: ``seen`` tells whether it does its work
+    try:
+        os.makedirs(_VOLATILE, exist_ok=True)
+        fresh = Path(_VOLATILE, f".{RULE_NAME}.new")
+        fresh.write_bytes(wanted)
+        fresh.chmod(0o644)
+        fresh.replace(Path(_VOLATILE, RULE_NAME))
+        run(["udevadm", "control", "--reload"])
+    except (OSError, BlockbakError):
+        return False
+    return True
+
+
+def seen(name: str, system: System | None = None) -> str:
+    """Why scanners may look into the device of a kernel name; empty if they are kept out, or there are none."""
+    if not udev_runs():
+        return ""
+    known = (system or System()).udev(name)
+    if not known or "DM_NAME" not in known:
+        return "udev knows nothing of it yet"
+    wrong = [f"{key} is {known.get(key, 'not set')}" for key, value in _WANTED.items() if known.get(key) != value]
+    return ", ".join(wrong)
