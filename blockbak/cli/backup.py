@@ -34,10 +34,11 @@ def _store_size(_: click.Context, __: click.Parameter, value: str | None) -> str
     if value is None:
         return None
     try:
-        if parse_store(value, 1 << 40, parse_size) <= 0:
-            raise ValueError(value)
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} is neither a size like 20G nor a share like 15%") from error
+        size = parse_store(value, 1 << 40, parse_size)
+    except ValueError:
+        size = 0
+    if size <= 0:
+        raise click.BadParameter(f"{value!r} is neither a size like 20G nor a share like 15%")
     return value
 
 

@@ -158,7 +158,8 @@ class SourceReader(_Opened):
 
     ``doubt`` is called at every read error, and may raise what it knows of the reason: an overflowed snapshot
     answers with the errors of a failing disk. ``exclusive`` opens a block device with O_EXCL: nothing can mount or
-    claim it while it is read, and a device in use is refused. Raises NoSuchSource, NoPermission, NotABlockSource, SourceInUse.
+    claim it while it is read, and a device in use is refused. Raises NoSuchSource, NoPermission, NotABlockSource,
+    SourceInUse.
     """
 
     def __init__(self, path: str, *, exclusive: bool, kernel: Kernel | None = None) -> None:

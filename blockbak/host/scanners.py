@@ -10,8 +10,9 @@ from blockbak.errors import BlockbakError
 from blockbak.host.runner import run
 from blockbak.host.system import System
 
-RULE_NAME = "12-blockbak.rules"
-RULE_PATH = Path(__file__).with_name(RULE_NAME)
+RULE_NAMES = ("12-blockbak.rules", "57-blockbak.rules")
+"""One rule, twice: LVM's own rules are numbered from 10 to 13, Debian's from 55 to 60."""
+RULE_PATH = Path(__file__).with_name("blockbak.rules")
 """The package's own copy."""
 FOLDERS = (
     "/etc/udev/rules.d",
@@ -39,22 +40,28 @@ def ensure() -> bool:
     if not udev_runs():
         return False
     wanted = RULE_PATH.read_bytes()
-    for folder in FOLDERS:
-        with contextlib.suppress(OSError):
-            if Path(folder, RULE_NAME).read_bytes() == wanted:
-                return False
-            if folder != _VOLATILE:
-                return False  # somebody's own version of it: ``seen`` tells whether it does its work
+    missing = [name for name in RULE_NAMES if not _in_force(name, wanted)]
     try:
-        os.makedirs(_VOLATILE, exist_ok=True)
-        fresh = Path(_VOLATILE, f".{RULE_NAME}.new")
-        fresh.write_bytes(wanted)
-        fresh.chmod(0o644)
-        fresh.replace(Path(_VOLATILE, RULE_NAME))
-        run(["udevadm", "control", "--reload"])
+        for name in missing:
+            os.makedirs(_VOLATILE, exist_ok=True)
+            fresh = Path(_VOLATILE, f".{name}.new")
+            fresh.write_bytes(wanted)
+            fresh.chmod(0o644)
+            fresh.replace(Path(_VOLATILE, name))
+        if missing:
+            run(["udevadm", "control", "--reload"])
     except (OSError, BlockbakError):
         return False
-    return True
+    return bool(missing)
+
+
+def _in_force(name: str, wanted: bytes) -> bool:
+    """Whether udev has the rule, or somebody's own version of it: ``seen`` tells whether that does its work."""
+    for folder in FOLDERS:
+        with contextlib.suppress(OSError):
+            text = Path(folder, name).read_bytes()
+            return text == wanted or folder != _VOLATILE
+    return False
 
 
 def seen(name: str, system: System | None = None) -> str:
