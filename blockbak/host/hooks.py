@@ -83,7 +83,7 @@ class Rest:
     in_time: bool = True
     reasons: list[str] = field(default_factory=list)
 
-    def acted(self) -> bool:
+    def over(self) -> bool:
         """Whether all was let go already: whoever is at work inside may give up."""
         return self.guardian is not None and self.guardian.acted()
 
@@ -189,24 +189,6 @@ def unsafe(steps: Sequence[Step]) -> str:
 # --- running them --------------------------------------------------------------------------------
 
 
-def facts(
-    *, volume: str, source: str, sources: Sequence[str], together: bool, previous: str, run: str
-) -> dict[str, str]:
-    """What hooks are told of a backup, as they see it in their environment.
-
-    ``source`` is the device or ``vg/lv`` that is imaged, ``sources`` all of this run's; ``previous`` is the
-    point before this one, or "".
-    """
-    return {
-        "BLOCKBAK_VOLUME": volume,
-        "BLOCKBAK_SOURCE": source,
-        "BLOCKBAK_SOURCES": " ".join(sources),
-        "BLOCKBAK_TOGETHER": "1" if together else "0",
-        "BLOCKBAK_PREVIOUS_POINT": previous,
-        "BLOCKBAK_RUN": run,
-    }
-
-
 def after_begin(status: int | None, tried: int, left: float) -> Next:
     """What follows a begin that ended with ``status`` (None: not by itself) at its ``tried``-th time, with
     ``left`` seconds until the deadline.
@@ -270,6 +252,7 @@ def at_rest(
 ) -> Iterator[Rest]:
     """The begin of every hook, then the body, then every end in reverse, all within ``deadline`` seconds.
 
+    ``facts`` are the variables that tell a hook of the backup: all those of docs/hooks.md that are not set here.
     ``devices`` (name and uuid in device-mapper) are resumed before the ends, where the body suspended them. The
     ends are always run, once, by the guardian: also that of a hook whose begin failed half-way, or of one that
     was never begun because an earlier one failed. ``say`` is called with each note as it comes.
@@ -343,7 +326,7 @@ def _begun(
     tried = 0
     while True:
         seconds = begin_seconds(deadline, until - clock())
-        if seconds <= 0 or rest.acted():
+        if seconds <= 0 or rest.over():
             raise HookFailed(hook=hook.name, phase="begin", reason=f"no time was left of its {deadline:g} s")
         tried += 1
         status, why, output = _run_begin(hook, env, seconds, until - clock())
