@@ -249,6 +249,16 @@ class SetVoid(SnapshotError):
     advice = "No point was made, all volumes run. Try again with a longer --together-deadline, or fewer volumes."
 
 
+class NoGuardian(SnapshotError):
+    message = "The process that lets go at the deadline, whatever becomes of blockbak, could not be used: {reason}."
+    advice = "No point was made; nothing was suspended and no hook was run."
+
+
+class NoSuchHook(SnapshotError):
+    message = "There is no hook {hook}."
+    advice = "Give the path of a program, or a ready-made hook's name: {ready}."
+
+
 class HookFailed(SnapshotError):
     message = "Hook {hook} failed in its phase {phase}: {reason}."
     advice = "No point was made. The hook's own messages stand above; it is tried again until its deadline."
