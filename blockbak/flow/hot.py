@@ -12,6 +12,7 @@ from pathlib import Path
 
 from blockbak.errors import NotTogether, SetVoid, SourceChangedSize
 from blockbak.flow.context import Context
+from blockbak.flow.leftovers import settle
 from blockbak.flow.source import Circumstances, Seen, Settled, group_metadata
 from blockbak.host import hooks, lvm, scanners, usage
 from blockbak.host.blockio import SourceReader
@@ -173,7 +174,7 @@ def snapshots(
     Raises SnapshotError, NotTogether, UnsafeHook, CommandFailed, MissingProgram, with nothing left behind.
     """
     boot = System().boot
-    for line in lvm.sweep(context.run_dir, context.host, boot):
+    for line in settle(context):
         context.say(line)
     scanners.ensure()
     origins = [lvm.origin_of(member.seen.device) for member in members]
@@ -232,6 +233,7 @@ def _take(
         devices=devices, say=context.say,
     ) as rest:  # fmt: skip
         if devices:
+            rest.within(options.together_seconds)
             with Mapper() as mapper:
                 for name, _ in devices:
                     mapper.suspend(name)

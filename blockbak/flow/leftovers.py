@@ -1,0 +1,26 @@
+"""What killed runs left on the machine itself: volumes held back, applications at rest, snapshots."""
+
+from __future__ import annotations
+
+import os
+
+from blockbak.flow.context import Context
+from blockbak.host import guardian, lvm
+from blockbak.host.mapper import CONTROL
+from blockbak.host.runner import which
+from blockbak.host.system import System
+
+
+def settle(context: Context) -> list[str]:
+    """Let go of all that no living run holds, and remove its snapshots; sentences about it.
+
+    Only root can, and only root leaves such things. What is not ours is never touched. Raises NoGuardian,
+    MapperFailed, CommandFailed.
+    """
+    if os.geteuid() != 0:
+        return []
+    boot = System().boot
+    said = [line for journal in guardian.leftovers(context.run_dir, boot) for line in guardian.settle(journal)]
+    if os.path.exists(CONTROL) and which("lvs") is not None:
+        said += lvm.sweep(context.run_dir, context.host, boot)
+    return said
