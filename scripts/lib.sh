@@ -85,6 +85,16 @@ need() {
     done
 }
 
+# The servers of the ready-made hooks' tests, which start instances of their own: what the packages start is not wanted.
+need_servers() {
+    local packages=()
+    compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || packages+=(postgresql)
+    command -v mariadbd >/dev/null || packages+=(mariadb-server)
+    if [ ${#packages[@]} -eq 0 ]; then return; fi
+    apt_install "${packages[@]}"
+    if [ -d /run/systemd/system ]; then quietly systemctl disable --now "${packages[@]%-server}"; fi
+}
+
 # Sets `python` to a Python of 3.11 or later that can make virtual environments. PYTHON names one.
 find_python() {
     local candidate bare=

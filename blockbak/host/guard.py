@@ -285,7 +285,7 @@ class _Channel:
 
 def main(open_mapper: Callable[[], Resumer] = Control) -> int:
     """A guardian's life, from its orders to its end. Gives its exit status."""
-    _detach()
+    score = _detach()
     channel = _Channel(0)
     orders = channel.next(time.monotonic() + 10)
     if orders is None:
@@ -315,7 +315,7 @@ def main(open_mapper: Callable[[], Resumer] = Control) -> int:
         said, left = resume_all(mapper, devices)
         reasons += said
     # Programs are loaded from disks: only now, when all that can run runs.
-    _be_mortal()
+    _score(score)
     ended = [run_ending(end) for end in orders["ends"]]
     clear(orders["scratch"])
     channel.say({"in_time": in_time, "reasons": reasons, "ended": ended})
@@ -332,32 +332,32 @@ def main(open_mapper: Callable[[], Resumer] = Control) -> int:
     return 0
 
 
-def _detach() -> None:
-    """Nothing of whoever started it can end it, be kept busy by it, or be stopped with it."""
+def _detach() -> str:
+    """Nothing of whoever started it can end it, be kept busy by it, or be stopped with it.
+
+    Gives what ``_score`` must set before other programs are run: they would inherit what is set here.
+    """
     # Handlers, not SIG_IGN: an end command starts with the defaults again.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
-    os.closerange(3, 1 << 16)
     os.chdir("/")
     os.umask(0o077)
     with contextlib.suppress(OSError):  # it is a session's first process already when started so
         os.setsid()
-    with contextlib.suppress(OSError):  # only root may
-        _write_score("-1000")
+    return _score("-1000")
 
 
-def _be_mortal() -> None:
-    # End commands would inherit it.
-    with contextlib.suppress(OSError):
-        _write_score("0")
-
-
-def _write_score(score: str) -> None:
-    fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(fd, score.encode())
-    finally:
-        os.close(fd)
+def _score(score: str) -> str:
+    """Set how readily the kernel kills this process when memory is short (-1000: never); gives what it was."""
+    before = score
+    with contextlib.suppress(OSError):  # only root may, and not in every container
+        fd = os.open("/proc/self/oom_score_adj", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            before = os.read(fd, 16).decode().strip()
+            os.pwrite(fd, score.encode(), 0)
+        finally:
+            os.close(fd)
+    return before
 
 
 def _lock_memory(*, needed: bool) -> None:

@@ -316,7 +316,7 @@ def _unattended(path: str) -> Iterator[int | None]:
     """The open journal, with its lock held; None where its guardian lives, or somebody settles it, or did."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
+    except OSError:  # gone, or a link, which no guardian makes
         yield None
         return
     try:

@@ -124,7 +124,11 @@ def _names(folder: str) -> list[str]:
         return []
     except OSError as error:
         raise UnsafeHook(path=folder, reason=f"it cannot be looked at: {error.strerror}") from error
-    return sorted(name for name in names if is_hook_name(name) and os.access(os.path.join(folder, name), os.X_OK))
+    return sorted(name for name in names if is_hook_name(name) and _is_program(os.path.join(folder, name)))
+
+
+def _is_program(path: str) -> bool:
+    return os.access(path, os.X_OK) and not os.path.isdir(path)
 
 
 def is_hook_name(name: str) -> bool:
