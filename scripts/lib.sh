@@ -35,6 +35,7 @@ package_of() {
         nbdkit) echo nbdkit ;;
         nbdfuse) echo libnbd-bin ;;
         fusermount3) echo fuse3 ;;
+        lvcreate) echo lvm2 ;;
         partclone.ext4) echo partclone ;;
         borg) echo borgbackup ;;
         restic) echo restic ;;

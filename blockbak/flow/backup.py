@@ -431,7 +431,7 @@ def _planned(repository: Repository, seen: Seen, request: Request, context: Cont
         sequence=points[-1].sequence + 1 if points else 1,
         mode=seen.mode, consistency=consistency, change_source="scan",
         device_bytes=device.size, read_bytes=device.size, changed_bytes=0, stored_bytes=0, bad_bytes=0,
-        seconds=0.0, source=device.path, file="", root="", notes=notes,
+        seconds=0.0, source=device.label, file="", root="", notes=notes,
     )  # fmt: skip
 
 
@@ -462,7 +462,7 @@ def _make(
             identity=held.seen.identity, device_bytes=reader.size, block_bytes=block,
             window_bytes=window_for(reader.size, block),
             logical_sector=reader.logical, physical_sector=reader.physical,
-            created=iso(moment), source=ending(plain(held.seen.device.path), _SOURCE_MAX), host=context.host,
+            created=iso(moment), source=ending(plain(held.seen.device.label), _SOURCE_MAX), host=context.host,
         )  # fmt: skip
         file = volume.free_name(point, choice.kind)
         partial = stack.enter_context(volume.begin(file))
