@@ -176,7 +176,7 @@ def _verify(volume: Volume, removal: Removal, context: Context) -> None:
     try:
         for image in removal.verify:
             with ExitStack() as stack:
-                flaws, _ = check_image(open_reader(volume, image, stack), context)
+                flaws, _ = check_image(open_reader(volume, image, stack, from_disk=True), context)
             if flaws:
                 raise DamagedImage(file=image.file, reason=f"{flaws[0].reason}; nothing was deleted")
     finally:

@@ -157,9 +157,16 @@ class Opened:
     summary: Summary
 
 
-def open_reader(volume: Volume, image: Image, stack: ExitStack) -> ImageReader:
-    """One image, open as long as ``stack`` lives, and the one its manifest names. Raises Damage."""
-    reader = ImageReader(stack.enter_context(volume.open_image(image.file)))
+def open_reader(volume: Volume, image: Image, stack: ExitStack, *, from_disk: bool = False) -> ImageReader:
+    """One image, open as long as ``stack`` lives, and the one its manifest names. Raises Damage.
+
+    ``from_disk`` is for whoever wants to know what the disk holds: what the page cache has may be what was
+    written, and not what came to lie there.
+    """
+    source = stack.enter_context(volume.open_image(image.file))
+    if from_disk:
+        source.forget()
+    reader = ImageReader(source)
     said = (image.opening, image.closing, image.image_bytes, image.sections)
     if (reader.opening, reader.closing, reader.source.size, len(reader.sections)) != said:
         raise DamagedManifest(file=image.file, reason="it and its image do not say the same")

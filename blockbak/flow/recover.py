@@ -79,7 +79,9 @@ def _adopt(volume: Volume, file: str, repository_id: str, context: Context, repo
     """Write the manifest of a sealed image anew, once every byte of it has been checked."""
     try:
         with ExitStack() as stack:
-            reader = ImageReader(stack.enter_context(volume.open_image(file)))
+            source = stack.enter_context(volume.open_image(file))
+            source.forget()
+            reader = ImageReader(source)
             opening = reader.opening
             if (opening.repository, opening.volume) != (repository_id, volume.name):
                 raise DamagedImage(file=file, reason=f"it belongs to volume {opening.volume} of another place")

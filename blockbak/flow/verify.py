@@ -190,7 +190,7 @@ class _Readers:
         """One image, open until ``keep`` leaves it out. Raises Damage or NewerFormat."""
         if image.file not in self._open:
             with ExitStack() as stack:
-                self._open[image.file] = open_reader(self._volume, image, stack), stack.pop_all()
+                self._open[image.file] = open_reader(self._volume, image, stack, from_disk=True), stack.pop_all()
         return self._open[image.file][0]
 
 

@@ -404,8 +404,11 @@ class StoredFile:
         return view  # type: ignore[return-value]  # it serves as well as bytes and saves a copy
 
     def forget(self) -> None:
-        """Let the page cache drop the file, so that it is read from its disk."""
-        self._kernel.drop_cache(self.fd, block=False)
+        """Let the page cache drop the file, so that it is read from its disk. Raises UnreadableStore, StoreFailed."""
+        try:
+            self._kernel.drop_cache(self.fd, block=False)
+        except OSError as error:
+            raise read_error(error, self.path, self._name) from error
 
     def close(self) -> None:
         """Release the descriptor."""
