@@ -108,7 +108,8 @@ def is_stored(path: str, repository: Repository) -> bool:
     for place in places:
         with os.scandir(place) as entries:
             for entry in entries:
-                with contextlib.suppress(FileNotFoundError):  # deleted by another run meanwhile
+                # Deleted by another run meanwhile; or the disk cannot tell of it, as it could of `path`.
+                with contextlib.suppress(OSError):
                     if os.path.samestat(mine, entry.stat(follow_symlinks=False)):
                         return True
     return False

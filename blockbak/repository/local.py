@@ -145,9 +145,11 @@ class Volume:
         found = Catalog()
         for name in sorted(self.names()):
             parts = _NAME.fullmatch(name)
-            if not parts or not self._is_file(name):
+            if not parts or not self._is_there(name):
                 continue
             stem = name[: -len(parts["end"]) - 1]
+            if self._is_foreign(name) and not (parts["end"] == "json" and self._is_image(stem + ".zst")):
+                continue
             if parts["end"].endswith("partial"):
                 found.partials.append(name)
             elif parts["end"] == "json.deleted":
@@ -158,23 +160,38 @@ class Volume:
                 found.orphans.append(name)
         return found
 
-    def _is_file(self, name: str) -> bool:
-        """What somebody else put here under a name of ours (a pipe, a link, a directory) is none of ours."""
+    def _is_there(self, name: str) -> bool:
+        """Whether anything has that name. What the disk cannot tell of is there: damage, and never absence."""
         try:
-            return stat.S_ISREG(os.lstat(self._at(name)).st_mode)
-        except OSError:
+            os.lstat(self._at(name))
+        except (FileNotFoundError, NotADirectoryError):
             return False
+        except OSError:
+            pass
+        return True
+
+    def _is_foreign(self, name: str) -> bool:
+        """What somebody else put here under a name of ours: a pipe, a link, a directory."""
+        try:
+            return not stat.S_ISREG(os.lstat(self._at(name)).st_mode)
+        except OSError:
+            return False  # whoever reads it will be told
+
+    def _is_image(self, name: str) -> bool:
+        return self._is_there(name) and not self._is_foreign(name)
 
     def _is_orphan(self, name: str, stem: str) -> bool:
-        if any(os.path.lexists(self._at(stem + end)) for end in (".json", ".json.deleted")):
+        if any(self._is_there(stem + end) for end in (".json", ".json.deleted")):
             return False
         # A deletion that ended meanwhile took the image too.
-        return os.path.lexists(self._at(name))
+        return self._is_there(name)
 
     def _catalog_manifest(self, found: Catalog, name: str, point: str, kind: str) -> None:
         file = name.removesuffix(".json") + ".zst"
         about: dict[str, object] = {"volume": self.name, "point": point, "kind": kind, "image": file}
         try:
+            if self._is_foreign(name):
+                raise DamagedManifest(file=name, reason="it is not a file")
             data = self._read_small(name)
             if data is None:
                 return  # a deletion has taken it since the directory was read
@@ -204,7 +221,7 @@ class Volume:
         try:
             return os.stat(self._at(file)).st_size
         except FileNotFoundError as error:
-            if not os.path.lexists(self._at(manifest_name)):
+            if not self._is_there(manifest_name):
                 return None
             raise MissingImage(file=file) from error
         except OSError as error:
@@ -262,14 +279,14 @@ class Volume:
         """
         name = image.file.removesuffix(".zst") + ".json"
         number = 1
-        while os.path.lexists(self._at(aside := f"{name}.damaged.{number}")):
+        while self._is_there(aside := f"{name}.damaged.{number}"):
             number += 1
         try:
-            if os.path.lexists(self._at(name)):
+            if self._is_there(name):
                 self._kernel.rename(self._at(name), self._at(aside))
                 sync_directory(self.path, self._kernel)
             self.commit(image)
-            if os.path.lexists(self._at(aside)):
+            if self._is_there(aside) and not self._is_foreign(aside):
                 self._kernel.unlink(self._at(aside))
         except OSError as error:
             raise store_error(error, f"{self.name}/{name}", "written anew") from error
@@ -281,7 +298,7 @@ class Volume:
         """
         name = file.removesuffix(".zst") + ".json"
         try:
-            if os.path.lexists(self._at(name)):
+            if self._is_there(name):
                 self._kernel.rename(self._at(name), self._at(name + ".deleted"))
                 sync_directory(self.path, self._kernel)
             self._finish(name + ".deleted")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 
-from blockbak.errors import DamagedImage
-from blockbak.flow import delete, verify
+from blockbak.errors import DamagedImage, UnreadableStore
+from blockbak.flow import backup, delete, restore, verify
 from blockbak.units import KIB, MIB
 from tests.host.stage import frame_at, run
 from tests.scene import BLOCK, Scene
@@ -57,3 +58,57 @@ def test_an_image_that_is_to_take_over_is_read_from_the_disk(scene, disk):
     with pytest.raises(DamagedImage):
         delete.delete(scene.repository(), [scene.names[0]], scene.world())
     assert scene.listed() == scene.names
+
+
+# --- inodes that are gone ---------------------------------------------------------------------------------
+
+
+def lose_inodes(disk, paths):
+    """Spoil inodes: their checksum no longer matches, and the kernel refuses whatever needs them."""
+    numbers = [os.stat(path).st_ino for path in paths]
+    disk.unmount()
+    for number in numbers:
+        told = run("debugfs", "-R", f"imap <{number}>", disk.device.path)
+        block, offset = re.search(r"block (\d+), offset 0x([0-9a-f]+)", told).groups()
+        change_medium(disk, int(block) * 4096 + int(offset, 16) + 16, b"\xff\xff")
+    run("blockdev", "--flushbufs", disk.device.path)
+    disk.mount()
+    for path in paths:
+        with pytest.raises(OSError, match=r"Bad message|Structure needs cleaning"):
+            os.lstat(path)
+
+
+def test_a_point_whose_inodes_cannot_be_read_is_damage_and_never_absence(scene, disk):
+    """They lie side by side in one sector of the inode table: an image is mostly lost with its manifest."""
+    newest = f"{scene.names[-1]}.incremental"
+    lose_inodes(disk, [scene.where / f"{newest}.json", scene.where / f"{newest}.zst"])
+    (damage,) = scene.catalog().damage
+    assert damage.fields["point"] == scene.names[-1]
+    assert not verify.verify(scene.repository(), [], scene.world(), pick=lambda: 0.0).ok
+    for target in ("new.img", "old.img"):
+        path = scene.folder / target
+        if target == "old.img":
+            path.write_bytes(b"\xa5" * 5000)
+        request = restore.Request("latest", str(path), overwrite=True)
+        with pytest.raises(UnreadableStore):
+            restore.restore(scene.repository(), request, scene.world())
+    made = backup.backup(scene.repository(), scene.request(), scene.world())
+    assert made.kind == "full"
+
+
+def test_an_older_point_is_restored_beside_one_whose_inodes_are_gone(scene, disk):
+    """Over an existing file, too: what cannot be looked at is not that file."""
+    newest = f"{scene.names[-1]}.incremental"
+    lose_inodes(disk, [scene.where / f"{newest}.json", scene.where / f"{newest}.zst"])
+    scene.target.write_bytes(b"\xa5" * 5000)
+    request = restore.Request(scene.names[0], str(scene.target), overwrite=True)
+    restore.restore(scene.repository(), request, scene.world())
+    assert scene.target.read_bytes() == scene.held[scene.names[0]]
+    assert scene.target.stat().st_size == 75 * BLOCK + 3
+
+
+def test_an_image_whose_inode_is_gone_is_an_orphan_without_its_manifest(scene, disk):
+    newest = scene.where / f"{scene.names[-1]}.incremental.json"
+    newest.unlink()
+    lose_inodes(disk, [newest.with_suffix(".zst")])
+    assert scene.catalog().orphans == [f"{scene.names[-1]}.incremental.zst"]

@@ -1,0 +1,61 @@
+"""What people and copying programs put into a repository."""
+
+import os
+
+import pytest
+
+from blockbak.errors import DamagedManifest
+from blockbak.flow import recover, restore, verify
+from tests.scene import BLOCK, Scene
+
+
+@pytest.fixture
+def scene(memory, seed):
+    return Scene.make(memory / "scene", seed, points=3, size=75 * BLOCK + 3)
+
+
+def newest(scene, end):
+    return scene.where / f"{scene.names[-1]}.incremental.{end}"
+
+
+# --- a manifest that is no file -------------------------------------------------------------------------------
+
+
+def link(manifest):
+    manifest.rename(manifest.parent.parent / "elsewhere.json")
+    manifest.symlink_to("../elsewhere.json")
+
+
+def directory(manifest):
+    manifest.unlink()
+    manifest.mkdir()
+
+
+def pipe(manifest):
+    manifest.unlink()
+    os.mkfifo(manifest)
+
+
+@pytest.mark.parametrize("exchange", [link, directory, pipe])
+def test_a_manifest_that_is_no_file_is_damage_and_recover_writes_it_anew(scene, exchange):
+    """Passed over, it would take its point out of the list, and 'latest' would be an older one."""
+    exchange(newest(scene, "json"))
+    (damage,) = scene.catalog().damage
+    assert (damage.name, damage.fields["point"]) == ("DamagedManifest", scene.names[-1])
+    assert not verify.verify(scene.repository(), [], scene.world(), pick=lambda: 0.0).ok
+    with pytest.raises(DamagedManifest):
+        restore.restore(scene.repository(), restore.Request("latest", str(scene.target)), scene.world())
+    done = recover.recover(scene.repository(), scene.world())
+    assert (done.adopted, done.left) == ([scene.names[-1]], [])
+    scene.check_points()
+
+
+@pytest.mark.parametrize("exchange", [link, directory, pipe])
+def test_what_has_a_manifests_name_and_no_image_is_nobodys(scene, exchange):
+    path = scene.where / "20260401T000000Z-beef.full.json"
+    path.write_bytes(b"{}")
+    exchange(path)
+    catalog = scene.catalog()
+    assert (catalog.damage, catalog.orphans, catalog.hidden) == ([], [], [])
+    recover.recover(scene.repository(), scene.world())
+    assert os.path.lexists(path)
