@@ -305,21 +305,25 @@ class Volume:
         except OSError as error:
             raise store_error(error, f"{self.name}/{file}", "deleted") from error
 
-    def _finish(self, marker: str) -> None:
-        image = marker.removesuffix(".json.deleted") + ".zst"
-        if os.path.lexists(self._at(image)):
-            self._kernel.unlink(self._at(image))
-        sync_directory(self.path, self._kernel)
-        if os.path.lexists(self._at(marker)):
+    def _finish(self, marker: str) -> str:
+        """Do what a deletion's marker says; what was done, for people."""
+        stem = marker.removesuffix(".json.deleted")
+        if self._is_there(f"{stem}.json"):
+            # A deletion renames the manifest to its marker: somebody has put it back since, and wants the image.
+            done = f"{stem}.zst has its manifest again; the mark of its deletion was removed."
+        else:
+            done = f"Finished the deletion of {stem}.zst."
+            if self._is_there(f"{stem}.zst"):
+                self._kernel.unlink(self._at(f"{stem}.zst"))
+            sync_directory(self.path, self._kernel)
+        if self._is_there(marker):
             self._kernel.unlink(self._at(marker))
+        return done
 
     def tidy(self, catalog: Catalog) -> list[str]:
         """Finish deletions and sweep partials; what was done, for people. Needs the exclusive lock."""
-        done = []
         try:
-            for marker in catalog.deleted:
-                self._finish(marker)
-                done.append(f"Finished the deletion of {marker.removesuffix('.json.deleted')}.zst.")
+            done = [self._finish(marker) for marker in catalog.deleted]
             for name in catalog.partials:
                 self._kernel.unlink(self._at(name))
                 done.append(f"Swept {name}, which an earlier run did not finish.")

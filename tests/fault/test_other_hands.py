@@ -5,7 +5,7 @@ import os
 import pytest
 
 from blockbak.errors import DamagedManifest
-from blockbak.flow import recover, restore, verify
+from blockbak.flow import backup, recover, restore, verify
 from tests.scene import BLOCK, Scene
 
 
@@ -59,3 +59,26 @@ def test_what_has_a_manifests_name_and_no_image_is_nobodys(scene, exchange):
     assert (catalog.damage, catalog.orphans, catalog.hidden) == ([], [], [])
     recover.recover(scene.repository(), scene.world())
     assert os.path.lexists(path)
+
+
+# --- a deletion that somebody takes back ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "deed",
+    [
+        lambda scene: backup.backup(scene.repository(), scene.request(), scene.world()),
+        lambda scene: recover.recover(scene.repository(), scene.world()),
+    ],
+    ids=["backup", "recover"],
+)
+def test_an_image_whose_manifest_was_put_back_is_not_deleted(scene, deed):
+    """The mark is a renamed manifest: blockbak itself never leaves both."""
+    marker = newest(scene, "json.deleted")
+    marker.write_bytes(newest(scene, "json").read_bytes())
+    deed(scene)
+    assert not marker.exists()
+    assert newest(scene, "zst").exists()
+    listed = scene.listed()
+    assert listed[: len(scene.names)] == scene.names
+    assert scene.restored(scene.names[-1]) == scene.held[scene.names[-1]]
