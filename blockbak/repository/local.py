@@ -405,8 +405,9 @@ class Repository:
             except OSError:
                 pass  # not there, or not to be read: written anew
             try:
-                if os.path.lexists(path):
-                    self.kernel.unlink(path)
+                for old in (path, f"{path}.partial"):  # a run that was killed here has left the latter
+                    if os.path.lexists(old):
+                        self.kernel.unlink(old)
                 write_durably(path, name, data, self.kernel)
             except OSError as error:
                 raise store_error(error, path, "written") from error

@@ -1,4 +1,4 @@
-"""What people and copying programs put into a repository."""
+"""What people and copying programs put into a repository, and what a killed run leaves beside its volumes."""
 
 import os
 
@@ -82,3 +82,19 @@ def test_an_image_whose_manifest_was_put_back_is_not_deleted(scene, deed):
     listed = scene.listed()
     assert listed[: len(scene.names)] == scene.names
     assert scene.restored(scene.names[-1]) == scene.held[scene.names[-1]]
+
+
+# --- a run that was killed while it renewed what every repository carries ---------------------------------------
+
+
+@pytest.mark.parametrize("name", ["rescue.py", "RESTORE.txt"])
+def test_recover_begins_again_where_a_killed_one_left_off(scene, name):
+    shipped = scene.place / name
+    right = shipped.read_bytes()
+    shipped.unlink()
+    (scene.place / f"{name}.partial").write_bytes(right[:100])
+    newest(scene, "json").unlink()
+    done = recover.recover(scene.repository(), scene.world())
+    assert shipped.read_bytes() == right
+    assert done.adopted == [scene.names[-1]]
+    assert not (scene.place / f"{name}.partial").exists()
