@@ -150,11 +150,14 @@ def highest_sequence(volume: Volume, catalog: Catalog, lock: Lock) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A point ready to be read: its view, the images it is made of, what a walk over its index saw."""
+    """A point ready to be read: its view, the images it is made of, what a walk over its index saw; and the
+    damage because of which it is less than the whole point, where that was asked for.
+    """
 
     view: PointView
     chain: list[Image]
     summary: Summary
+    damage: Damage | None = None
 
 
 def open_reader(volume: Volume, image: Image, stack: ExitStack, *, from_disk: bool = False) -> ImageReader:

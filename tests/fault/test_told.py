@@ -1,0 +1,45 @@
+"""What whoever restores a point must be told of it, and what is not so and must not be said."""
+
+from pathlib import Path
+
+import pytest
+
+from blockbak.errors import DamagedImage
+from blockbak.flow import restore
+from tests.host.stage import flip, image_at
+from tests.scene import BLOCK, Scene
+
+SIZE = 75 * BLOCK + 3
+
+
+@pytest.fixture
+def scene(memory, seed):
+    return Scene.make(memory / "scene", seed, points=2, size=SIZE, noise=True)
+
+
+def base(scene) -> Path:
+    return scene.where / f"{scene.names[0]}.full.zst"
+
+
+def keep_going(scene, target, mapfile):
+    request = restore.Request(
+        scene.names[-1], str(target), overwrite=True, keep_going=True, mapfile=str(mapfile) if mapfile else None
+    )
+    return restore.restore(scene.repository(), request, scene.world())
+
+
+# --- damage ---------------------------------------------------------------------------------------------------
+
+
+def test_damage_that_was_passed_over_is_told_though_every_byte_was_restored(scene):
+    with image_at(base(scene)) as reader:
+        place = reader.seek_offset
+    flip(base(scene), place + 8)
+    request = restore.Request(scene.names[-1], str(scene.target))
+    with pytest.raises(DamagedImage) as stopped:
+        restore.restore(scene.repository(), request, scene.world())
+    done = keep_going(scene, scene.target, None)
+    assert scene.target.read_bytes() == scene.held[scene.names[-1]]
+    assert (done.flaws, done.mapfile, done.attention) == ([], "", True)
+    assert done.plan.damage == str(stopped.value)
+    assert [note for note in done.plan.notes if str(stopped.value) in note]
