@@ -6,8 +6,8 @@ import pytest
 
 from blockbak.errors import DamagedImage
 from blockbak.flow import restore
-from tests.host.stage import flip, image_at
-from tests.scene import BLOCK, Scene
+from tests.host.stage import damage_frame, flip, image_at
+from tests.scene import BLOCK, Scene, write_at
 
 SIZE = 75 * BLOCK + 3
 
@@ -43,3 +43,21 @@ def test_damage_that_was_passed_over_is_told_though_every_byte_was_restored(scen
     assert (done.flaws, done.mapfile, done.attention) == ([], "", True)
     assert done.plan.damage == str(stopped.value)
     assert [note for note in done.plan.notes if str(stopped.value) in note]
+
+
+def test_what_the_target_holds_already_is_not_lost_with_a_damaged_frame(scene):
+    """A rollback reads the frame for one block of it, and only that one becomes zeros."""
+    point = scene.held[scene.names[-1]]
+    damage_frame(base(scene), 0)
+    number = 40
+    assert point[number * BLOCK : (number + 1) * BLOCK] == scene.held[scene.names[0]][number * BLOCK :][:BLOCK]
+    scene.target.write_bytes(point)
+    write_at(scene.target, number * BLOCK, b"\xa5" * BLOCK)
+    mapfile = scene.folder / "map"
+    done = keep_going(scene, scene.target, mapfile)
+    assert [(flaw.start, flaw.length) for flaw in done.flaws] == [(number * BLOCK, BLOCK)]
+    wanted = bytearray(point)
+    wanted[number * BLOCK : (number + 1) * BLOCK] = bytes(BLOCK)
+    assert scene.target.read_bytes() == wanted
+    lost = [line.split()[:2] for line in mapfile.read_text().splitlines() if line.endswith("-")]
+    assert [(int(start, 16), int(length, 16)) for start, length in lost] == [(number * BLOCK, BLOCK)]
