@@ -1,11 +1,11 @@
-"""What whoever restores a point must be told of it, and what is not so and must not be said."""
+"""What whoever restores or exports a point must be told of it, and what is not so and must not be said."""
 
 from pathlib import Path
 
 import pytest
 
 from blockbak.errors import DamagedImage
-from blockbak.flow import restore
+from blockbak.flow import backup, export, restore
 from tests.host.stage import damage_frame, flip, image_at
 from tests.scene import BLOCK, Scene, write_at
 
@@ -76,3 +76,28 @@ def test_a_mapfile_does_not_go_on_naming_what_is_there_again(scene):
     assert [(int(row[0], 16), int(row[1], 16), row[2]) for row in rows if len(row) == 3 and row[1] != "+"] == [
         (0, SIZE, "+")
     ]
+
+
+# --- export ---------------------------------------------------------------------------------------------------
+
+
+def exported(scene, name):
+    return export.export(scene.repository(), name, str(scene.target), "raw", scene.world(), overwrite=False)
+
+
+def test_an_export_of_a_point_that_may_be_torn_says_so(scene):
+    request = backup.Request(str(scene.source), name=scene.where.name, block_bytes=BLOCK, mode="live")
+    made = backup.backup(scene.repository(), request, scene.world())
+    assert made.consistency == "none"
+    assert [note for note in exported(scene, made.point).notes if "torn" in note]
+
+
+def test_an_export_of_a_whole_point_has_nothing_to_say(scene):
+    assert exported(scene, scene.names[-1]).notes == []
+
+
+def test_an_export_of_the_latest_names_a_newer_orphan(scene):
+    (scene.where / f"{scene.names[-1]}.incremental.json").unlink()
+    report = exported(scene, f"{scene.where.name}@latest")
+    assert report.point == scene.names[0]
+    assert [note for note in report.notes if scene.names[-1] in note]
