@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 
 import msgspec
 
-from blockbak.errors import NoPermission, StoreFailed, VolumeLocked
-from blockbak.host.blockio import store_error
+from blockbak.errors import NoPermission, StoreFailed, UnreadableStore, VolumeLocked
+from blockbak.host.blockio import read_error, store_error
 from blockbak.host.kernel import Kernel
 from blockbak.host.system import System
 
@@ -138,6 +138,8 @@ def _open_to_read(path: str, error: OSError, *, exclusive: bool, kernel: Kernel)
                 continue
     if error.errno == errno.EACCES:
         raise NoPermission(action="lock", path=path) from error
+    if isinstance(unreadable := read_error(error, path, path), UnreadableStore):
+        raise unreadable from error
     raise store_error(error, path, "opened") from error
 
 
@@ -163,7 +165,7 @@ def held(
     """Hold the lock file at ``path`` (made if it is not there) for as long as the ``with`` lasts.
 
     ``wait`` seconds are spent trying, ``check`` may raise in between. Children do not inherit it. Raises
-    VolumeLocked, naming who holds it.
+    VolumeLocked, naming who holds it; NoPermission, StoreFailed or UnreadableStore where it cannot be tried.
     """
     try:
         fd = kernel.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)

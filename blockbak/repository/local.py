@@ -416,9 +416,8 @@ class Repository:
 
     def volume_names(self) -> list[str]:
         """The volumes, by name. Raises NoPermission, UnreadableStore."""
-        return sorted(
-            name for name in _names_in(self.path) if usable_name(name) and _is_directory(os.path.join(self.path, name))
-        )
+        names = _names_in(self.path) - {FILE, *_SHIPPED}
+        return sorted(name for name in names if usable_name(name) and _is_directory(os.path.join(self.path, name)))
 
     def volume(self, name: str) -> Volume:
         """An existing volume. Raises NoSuchVolume."""
@@ -482,8 +481,13 @@ def repository_above(path: str) -> str | None:
 
 
 def _is_directory(path: str) -> bool:
-    """A real one: a link would lead out of the repository."""
-    return os.path.isdir(path) and not os.path.islink(path)
+    """A real one: a link would lead out of the repository. What the disk cannot tell of counts: whoever reads it
+    will be told.
+    """
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    except OSError as error:
+        return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def usable_name(name: str) -> bool:

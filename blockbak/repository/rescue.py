@@ -277,24 +277,42 @@ class Image:
             self.checked = True
 
 
+def find_manifests(repository: str, damaged: List[Damage]) -> Iterator[Tuple[str, str]]:
+    """Volume and stem of each manifest. What the disk cannot tell of is damage, and never absence."""
+    for volume in sorted(os.listdir(repository)):
+        directory = os.path.join(repository, volume)
+        try:
+            names = set(os.listdir(directory))
+        except NotADirectoryError:
+            continue
+        except PermissionError:
+            raise
+        except OSError as error:
+            damaged.append(Damage(volume, f"its directory cannot be read ({error.strerror})"))
+            continue
+        for name in sorted(names):
+            found, path = MANIFEST.fullmatch(name), os.path.join(directory, name)
+            if found and os.path.exists(path) and not os.path.isfile(path):
+                # A pipe would be waited for. Without an image beside it, it is nothing of ours.
+                if found[1] + ".zst" in names:
+                    damaged.append(Damage(f"{volume}/{name}", "it is not a file"))
+            elif found:
+                yield volume, found[1]
+
+
 def find_images(repository: str) -> Tuple[List[Image], List[Damage]]:
     """All images with a sound manifest, in the order of their points, and what is wrong with the others."""
     images: List[Image] = []
     damaged: List[Damage] = []
-    for volume in sorted(os.listdir(repository)):
-        directory = os.path.join(repository, volume)
-        for name in sorted(os.listdir(directory)) if os.path.isdir(directory) else []:
-            # A pipe of that name would be waited for.
-            found = MANIFEST.fullmatch(name) if os.path.isfile(os.path.join(directory, name)) else None
-            try:
-                if found:
-                    images.append(Image(repository, volume, found[1]))
-            except Damage as error:
-                damaged.append(error)
-            except Trouble as error:
-                tell(str(error))  # of a newer blockbak: the others are no worse for it
-            except (KeyError, TypeError, ValueError):
-                damaged.append(Damage(f"{volume}/{name}", "it is not a manifest"))
+    for volume, stem in find_manifests(repository, damaged):
+        try:
+            images.append(Image(repository, volume, stem))
+        except Damage as error:
+            damaged.append(error)
+        except Trouble as error:
+            tell(str(error))  # of a newer blockbak: the others are no worse for it
+        except (KeyError, TypeError, ValueError):
+            damaged.append(Damage(f"{volume}/{stem}.json", "it is not a manifest"))
     return sorted(images, key=lambda image: (image.volume, image.opening["sequence"], not image.full)), damaged
 
 
@@ -582,7 +600,7 @@ def find_point(images: List[Image], damaged: List[Damage], name: str) -> str:
             raise flaw
         # What cannot be read may be what was meant: only a whole id is clear then.
         directory, _, file = flaw.image.rpartition("/")
-        hidden = directory + "/" + file.split(".")[0]
+        hidden = directory + "/" + file.split(".")[0] if directory else file + "/" + name.rsplit("/", maxsplit=1)[-1]
         if f"/{name}" in f"/{hidden}" and hidden not in points and not any(one.endswith(name) for one in points):
             points.append(hidden)
     if len(points) != 1:
