@@ -193,6 +193,9 @@ class Image:
         offset = self.bytes - SEEK_FOOTER.size - entries * SEEK_ENTRY.size - SKIPPABLE.size - length
         if magic != SEEKABLE_MAGIC or descriptor or offset < HEADER_BYTES or length < CLOSING.size:
             raise self.damage("it does not end with a seek table")
+        # The record says its length too: one wrong bit of the table must not have gigabytes read for one.
+        if self.read(file, offset, SKIPPABLE.size) != SKIPPABLE.pack(CLOSING_MAGIC, length - SKIPPABLE.size):
+            raise self.damage("its seek table does not lead to a closing record")
         record = self.read(file, offset, length)
         if sha256(record).hex() != self.closing_sha256:
             raise self.damage("its closing record is not the one its manifest names")
