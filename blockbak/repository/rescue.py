@@ -637,6 +637,10 @@ def do_restore(repository: str, name: str, path: str, yes: bool) -> int:
                 chain = find_chains(images, without).get(point)
                 if chain or begun:
                     tell("Trying without it." if chain else f"{path} is not complete: do not use it.")
+    except (OSError, KeyboardInterrupt):
+        if begun and target and not target.new:
+            tell(f"{path} is not complete: do not use it.")
+        raise
     finally:
         if target:
             target.close()
