@@ -10,8 +10,8 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Self
@@ -447,16 +447,6 @@ class Repository:
         except OSError as error:
             raise store_error(error, path, "made") from error
         return Volume(self, name)
-
-    @contextmanager
-    def reading(self, names: list[str], wait: float, check: Callable[[], None]) -> Iterator[None]:
-        """Hold several volumes shared."""
-        from contextlib import ExitStack
-
-        with ExitStack() as stack:
-            for name in names:
-                stack.enter_context(self.volume(name).locked(exclusive=False, wait=wait, check=check))
-            yield
 
 
 def _names_in(path: str) -> set[str]:
