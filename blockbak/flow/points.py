@@ -167,7 +167,7 @@ def open_reader(volume: Volume, image: Image, stack: ExitStack, *, from_disk: bo
     """
     source = stack.enter_context(volume.open_image(image.file))
     if from_disk:
-        source.forget()
+        source.drop_cache()
     reader = ImageReader(source)
     said = (image.opening, image.closing, image.image_bytes, image.sections)
     if (reader.opening, reader.closing, reader.source.size, len(reader.sections)) != said:

@@ -80,7 +80,7 @@ def _adopt(volume: Volume, file: str, repository_id: str, context: Context, repo
     try:
         with ExitStack() as stack:
             source = stack.enter_context(volume.open_image(file))
-            source.forget()
+            source.drop_cache()
             reader = ImageReader(source)
             opening = reader.opening
             if (opening.repository, opening.volume) != (repository_id, volume.name):

@@ -30,6 +30,7 @@ class Image:
 
     @property
     def point(self) -> str:
+        """The id of the point that it holds."""
         return self.opening.point
 
     @property
@@ -47,14 +48,17 @@ class Point:
 
     @property
     def volume(self) -> str:
+        """The name of its volume."""
         return self.images[0].opening.volume
 
     @property
     def sequence(self) -> int:
+        """Its place in the volume's history."""
         return self.images[0].opening.sequence
 
     @property
     def has_full(self) -> bool:
+        """Whether one of its images is a full, made or composed."""
         return any(image.opening.kind == FULL for image in self.images)
 
 

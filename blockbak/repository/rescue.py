@@ -69,6 +69,8 @@ class Trouble(Exception):
 
 
 class Refused(Trouble):
+    """A safety rule forbids it; nothing was changed."""
+
     code = 5
 
 
@@ -94,6 +96,7 @@ def plain(text: str, encoding: Optional[str]) -> str:
 
 
 def sha256(data: bytes) -> bytes:
+    """What every piece of metadata is proved by."""
     return hashlib.sha256(data).digest()
 
 
@@ -149,9 +152,11 @@ class Image:
         self.parent_key: Key = (volume, self.opening["parent"], geometry + str(self.opening["parent_root"]))
 
     def damage(self, reason: str) -> Damage:
+        """The error that says what is wrong with this image."""
         return Damage(self.name, reason)
 
     def open(self) -> BinaryIO:
+        """Its file, of the length that the manifest names. Raises Damage."""
         try:
             if os.path.exists(self.path + ".zst") and not os.path.isfile(self.path + ".zst"):
                 raise self.damage("it is not a file")
@@ -165,6 +170,7 @@ class Image:
         return file
 
     def read(self, file: BinaryIO, offset: int, length: int) -> bytes:
+        """Exactly ``length`` bytes. Raises Damage."""
         try:
             file.seek(offset)
             data = file.read(length)
@@ -393,6 +399,7 @@ class Content:
             self.into.close()
 
     def feed_section(self, file: BinaryIO, section: Section) -> None:
+        """The frames of one section, each the one that the index names. Raises Damage."""
         at = section.region
         for window, content, stored, offset, checksum, _ in section.frames:
             self.image.padding(file, at, offset)
@@ -427,6 +434,7 @@ class Content:
             raise self.image.damage("zstd says: " + " ".join(said.split()))
 
     def close(self) -> None:
+        """End zstd and the feeder, wherever they are."""
         if self.zstd.poll() is None:
             self.zstd.kill()
         self.zstd.wait()
@@ -524,6 +532,7 @@ class Target:
             os.ftruncate(self.fd, self.need)
 
     def write(self, start: int, data: memoryview) -> None:
+        """All of ``data`` at byte ``start``. Raises OSError."""
         while data:
             written = os.pwrite(self.fd, data, start)
             start, data = start + written, data[written:]
@@ -612,6 +621,10 @@ def find_point(images: List[Image], damaged: List[Damage], name: str) -> str:
 
 
 def do_restore(repository: str, name: str, path: str, yes: bool) -> int:
+    """Restore by the shortest whole chain, and by another where one proves damaged; the exit status.
+
+    Raises Trouble, and OSError of the target.
+    """
     images, damaged = find_images(repository)
     point = find_point(images, damaged, name)
     if not shutil.which("zstd"):
@@ -657,6 +670,7 @@ def do_restore(repository: str, name: str, path: str, yes: bool) -> int:
 
 
 def do_list(repository: str) -> int:
+    """Print a line for each image; the exit status."""
     images, damaged = find_images(repository)
     chains = find_chains(images, set())
     for image in images:
