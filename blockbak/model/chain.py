@@ -91,6 +91,11 @@ def chains(images: Iterable[Image]) -> dict[str, tuple[Image, ...]]:
     return whole
 
 
+def shortest(found: Iterable[tuple[Image, ...]]) -> tuple[Image, ...]:
+    """The chain with the fewest images, of several such the one with the fewest bytes. There must be one."""
+    return min(found, key=lambda chain: (len(chain), sum(image.image_bytes for image in chain)))
+
+
 def plan(point: Point, images: Iterable[Image], without: Collection[str] = ()) -> tuple[Image, ...]:
     """The shortest chain that restores ``point``, base first; images named in ``without`` do not count.
 
@@ -100,7 +105,7 @@ def plan(point: Point, images: Iterable[Image], without: Collection[str] = ()) -
     whole = chains(usable)
     candidates = [whole[image.file] for image in point.images if image.file in whole]
     if candidates:
-        return min(candidates, key=lambda chain: (len(chain), sum(image.image_bytes for image in chain)))
+        return shortest(candidates)
     raise Gap(point=point.id, parent=_missing(point, usable))
 
 
