@@ -71,16 +71,8 @@ def holder(path: str) -> Holder | None:
         info = os.stat(path)
     except OSError:
         return None
-    system = System()
-    numbers = {(os.major(info.st_dev), os.minor(info.st_dev))}
-    line = system.mount_of(path)
-    if line is not None:
-        # The kernel names the file system's own number, which for btrfs is not the one stat gives.
-        numbers.add((line.major, line.minor))
-    for lock in system.locks:
-        if lock.inode == info.st_ino and (lock.major, lock.minor) in numbers:
-            return Holder(lock.pid, socket.gethostname())
-    return None
+    locks = System().locks_on(path, info)
+    return Holder(locks[0].pid, socket.gethostname()) if locks else None
 
 
 class Lock:
