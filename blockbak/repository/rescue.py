@@ -501,8 +501,10 @@ class Target:
                 own = file.read().rstrip("\n")
         for directory, _, names in os.walk(repository):
             for name in names:
-                if os.path.exists(own) and os.path.samefile(os.path.join(directory, name), own):
-                    raise Refused(f"{self.path} is another name of {name} in the repository")
+                # What cannot be looked at is not the target, which was.
+                with contextlib.suppress(OSError):
+                    if os.path.samefile(os.path.join(directory, name), own):
+                        raise Refused(f"{self.path} is another name of {name} in the repository")
 
     def check_loops(self) -> None:
         """A file that a loop device stands on is in use; and so is a loop device whose file another one has,

@@ -143,3 +143,7 @@ def test_rescue_names_a_point_whose_inodes_are_gone(scene, disk):
     listed = children.rescue(scene.place, "list")
     assert listed.code == 4, listed
     assert newest in listed.err
+    scene.target.write_bytes(b"old")
+    done = children.rescue(scene.place, "restore", scene.names[0], scene.target, "--yes")
+    assert done.code == 0, done
+    assert scene.target.read_bytes() == scene.held[scene.names[0]]
