@@ -453,19 +453,7 @@ class Target:
         self.path, self.real, self.need = path, os.path.realpath(path), need
         self.new = not os.path.lexists(path)
         self.file = self.real + ".partial" if self.new else self.real
-        directory = above = os.path.dirname(self.real)
-        while above != os.path.dirname(above):
-            if above == repository or os.path.isfile(os.path.join(above, "repository.json")):
-                raise Refused(f"{path} lies in a repository")
-            above = os.path.dirname(above)
-        # Where device nodes live, a name that is not there is a slip of the pen; /dev/shm is another place.
-        node = (
-            os.path.isdir(directory)
-            and (directory + "/").startswith("/dev/")
-            and os.stat(directory).st_dev == os.stat("/dev").st_dev
-        )
-        if not os.path.isdir(directory) or (self.new and node):
-            raise Trouble(f"there is no device and no directory for {path}")
+        self.check_place(repository)
         mode = stat.S_IFREG if self.new else os.stat(path).st_mode
         self.block = stat.S_ISBLK(mode)
         if not self.block and not stat.S_ISREG(mode):
@@ -475,23 +463,43 @@ class Target:
             self.check_links(repository)
             if not yes:
                 raise Refused(f"{path} exists; say --yes to overwrite all it holds")
-        # With O_EXCL the kernel refuses a block device that is mounted, swapped on, or part of another
-        # one (LVM, RAID, encryption), and a new file that is there already.
-        exclusive = os.O_EXCL if self.new or self.block else 0
-        try:
-            self.fd = os.open(self.file, os.O_RDWR | exclusive | (os.O_CREAT if self.new else 0), 0o600)
-        except OSError as error:
-            if error.errno == errno.EBUSY:
-                raise Refused(f"{path} is in use: mounted, swapped on, or part of another device") from error
-            if error.errno == errno.EEXIST:
-                raise Refused(f"{self.file} exists; remove it first") from error
-            raise
+        self.fd = self.open()
         have = os.lseek(self.fd, 0, os.SEEK_END) if self.block else need
         if have < need:
             os.close(self.fd)
             raise Refused(f"{path} has {have} bytes, {need} are needed")
         if have > need:
             tell(f"{path} is larger than the point: its last {have - need} bytes stay as they are.")
+
+    def check_place(self, repository: str) -> None:
+        """Where it lies, or would lie: not in a repository, and not where only devices are."""
+        directory = above = os.path.dirname(self.real)
+        while above != os.path.dirname(above):
+            if above == repository or os.path.isfile(os.path.join(above, "repository.json")):
+                raise Refused(f"{self.path} lies in a repository")
+            above = os.path.dirname(above)
+        # Where device nodes live, a name that is not there is a slip of the pen; /dev/shm is another place.
+        node = (
+            os.path.isdir(directory)
+            and (directory + "/").startswith("/dev/")
+            and os.stat(directory).st_dev == os.stat("/dev").st_dev
+        )
+        if not os.path.isdir(directory) or (self.new and node):
+            raise Trouble(f"there is no device and no directory for {self.path}")
+
+    def open(self) -> int:
+        """A descriptor to write to. Raises Refused where another uses it, and OSError."""
+        # With O_EXCL the kernel refuses a block device that is mounted, swapped on, or part of another
+        # one (LVM, RAID, encryption), and a new file that is there already.
+        exclusive = os.O_EXCL if self.new or self.block else 0
+        try:
+            return os.open(self.file, os.O_RDWR | exclusive | (os.O_CREAT if self.new else 0), 0o600)
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                raise Refused(f"{self.path} is in use: mounted, swapped on, or part of another device") from error
+            if error.errno == errno.EEXIST:
+                raise Refused(f"{self.file} exists; remove it first") from error
+            raise
 
     def check_links(self, repository: str) -> None:
         """A file of the repository may have another name elsewhere."""
