@@ -74,6 +74,36 @@ def test_a_volume_that_can_be_read_is_found_by_its_name_or_its_points_id(spoilt,
             find(scene.repository(), name)
 
 
+@pytest.mark.parametrize("name", ["latest", f"{VOLUME}@latest"])
+def test_whoever_asks_for_the_newest_is_told_of_newer_ones_without_manifest(name, scene):
+    """As after a crash between an image and its manifest."""
+    oldest, *lost = scene.names
+    for point in lost:
+        (scene.where / f"{point}.incremental.json").unlink()
+
+    def notes(point):
+        request = restore.Request(point, str(scene.target))
+        plan = restore.restore(scene.repository(), request, scene.world(), dry_run=True)
+        assert plan.point == oldest
+        return [note for note in plan.notes if "no manifest" in note]
+
+    told = notes(name)
+    assert [note.split()[0] for note in told] == lost
+    assert all("'blockbak recover' brings it back" in note for note in told)
+    report = restore.restore(scene.repository(), restore.Request(name, str(scene.target)), scene.world())
+    assert set(told) <= set(report.plan.notes)
+    # Who named the point itself has what he asked for.
+    assert notes(oldest) == []
+
+
+def test_an_older_one_without_manifest_is_no_news_to_who_asks_for_the_newest(scene):
+    scene.synthesize(scene.names[-1])
+    (scene.where / f"{scene.names[1]}.incremental.json").unlink()
+    request = restore.Request("latest", str(scene.target))
+    plan = restore.restore(scene.repository(), request, scene.world(), dry_run=True)
+    assert (plan.point, plan.notes) == (scene.names[-1], [])
+
+
 # --- deleting ---------------------------------------------------------------------------------------------
 
 
@@ -165,3 +195,32 @@ def test_a_held_volume_does_not_keep_recover_from_the_others(held, two):
     report = recover.recover(repository, scene.world())
     assert (report.locked, report.adopted) == (None, [points[names.index(held)]])
     assert sorted(scene.listed()) == sorted(points)
+
+
+# --- verifying --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("held", [VOLUME, "wolumen"])
+def test_a_held_volume_does_not_keep_verify_from_the_others(held, two):
+    """Damage in the others is found all the same, and what was left out is not called whole."""
+    scene, *points = two
+    repository = scene.repository()
+    free = points[1 - (VOLUME, "wolumen").index(held)]
+
+    def verified(names=()):
+        return verify.verify(repository, names, scene.world(), pick=lambda: 0.0)
+
+    with repository.volume(held).locked(exclusive=True):
+        for names in ((), points):
+            report = verified(names)
+            assert report.locked is not None
+            assert report.locked.fields["volume"] == held
+            assert [(verdict.point, verdict.ok) for verdict in report.images] == [(free, True)]
+            assert (report.ok, report.damaged) == (False, False)
+        report = verified([free])
+        assert (report.locked, report.ok) == (None, True)
+        damage_frame(next(scene.place.glob(f"*/{free}.full.zst")), 0)
+        assert verified().damaged
+    report = verified()
+    assert report.locked is None
+    assert {verdict.point: verdict.ok for verdict in report.images} == {point: point != free for point in points}

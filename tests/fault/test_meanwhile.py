@@ -9,9 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from blockbak.errors import BadTarget, BlockbakError, SourceError, SourceInUse, TargetInUse, VolumeLocked
+from blockbak.errors import (
+    BadTarget,
+    BlockbakError,
+    SourceError,
+    SourceInUse,
+    SourceVanished,
+    TargetInUse,
+    VolumeLocked,
+)
 from blockbak.flow import backup, delete, recover, restore, synthesize, verify
 from blockbak.repository.local import FILE
+from tests import children
 from tests.host.stage import locking
 from tests.moments import AtOpening, AtStage, Once, WhileWaiting
 from tests.scene import BLOCK, VOLUME, Scene, write_at
@@ -73,6 +82,37 @@ def test_a_source_that_becomes_another_gives_a_point_that_restores_or_none(momen
     # The next run makes a point of what is there now.
     scene.back_up()
     assert scene.check_points()
+
+
+@pytest.mark.parametrize("kind", ["full", "incremental"])
+def test_a_source_that_loses_its_name_while_it_is_read_makes_no_point(kind, scene):
+    """Its bytes are all there, but whether somebody wrote to it cannot be told any more."""
+    before, act = scene.files(), Once(lambda: scene.source.rename(scene.folder / "elsewhere.img"))
+    world = replace(scene.world(), progress=AtStage(VOLUME, act))
+    with pytest.raises(SourceVanished, match="its name is gone") as raised:
+        backup.backup(scene.repository(), scene.request(kind), world)
+    assert act.done
+    assert raised.value.exit_code == 1
+    assert raised.value.fields["path"] == str(scene.source)
+    assert scene.files() == before
+    assert scene.catalog().leftovers == 0
+
+
+def test_whoever_restores_a_torn_point_is_told(scene):
+    """The one who made it was told, and may be another person."""
+    act = Once(lambda: write_at(scene.source, 0, b"written meanwhile"))
+    made = backup.backup(scene.repository(), scene.request(), replace(scene.world(), progress=AtStage(VOLUME, act)))
+    assert (act.done, made.consistency) == (True, "none")
+    torn, live = made.point, backup.backup(scene.repository(), replace(scene.request(), mode="live"), scene.world())
+    for point, may_be in ((torn, True), (live.point, True), (scene.names[-1], False)):
+        request = restore.Request(point, str(scene.target), overwrite=True)
+        plan = restore.restore(scene.repository(), request, scene.world(), dry_run=True)
+        done = restore.restore(scene.repository(), request, scene.world())
+        for notes in (plan.notes, done.plan.notes):
+            assert any("may be torn" in note for note in notes) is may_be, (point, notes)
+        rescued = children.rescue(scene.place, "restore", point, scene.target, "--yes")
+        assert rescued.code == 0, rescued
+        assert ("may be torn" in rescued.err) is may_be, rescued
 
 
 def test_a_source_that_gets_a_user_while_it_was_waited_for_is_refused(scene):
