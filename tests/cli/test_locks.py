@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.program import Running, document, fails, grown, ok, opened, run
+from tests.cli.program import Running, both, document, fails, grown, ok, opened, run
 from tests.cli.stock import Stock
 
 
@@ -100,6 +100,13 @@ def test_other_volumes_are_not_held(repo: Path, slow: Path, stock: Stock) -> Non
         in_its_middle(first, repo, "v")
         ok("-r", repo, "backup", stock.source, "--name", "w")
         ok("-r", repo, "verify", "w@latest")
+        # What could not be looked at is a failure, and no damage.
+        for_people, for_scripts = both("-r", repo, "verify")
+        assert (for_people.status, for_scripts.status) == (1, 1), f"{for_people}\n{for_scripts}"
+        found = for_scripts.document
+        assert (found["ok"], [image["volume"] for image in found["images"]]) == (False, ["w"])
+        assert found["error"]["name"] == "VolumeLocked"
+        assert f"process {first.pid}" in for_people.said
         ended = first.go_on().end()
     assert ended.status == 0, str(ended)
     assert {point["volume"] for point in document("-r", repo, "list")} == {"v", "w"}

@@ -289,6 +289,17 @@ def test_clones_are_copies_where_they_can_be_had(sort, place, rng):
     close(source, sink)
 
 
+@sorts
+def test_asking_for_the_unit_leaves_the_sink_as_it_was(sort, place):
+    """It is tried out on the sink: what is written then may be less than a unit, which can be 64 KiB."""
+    source, sink = place.source(b"x" * 300_000), place.sink()
+    sink.clone_unit(source)
+    assert (sink.size, place.written(sink)) == (0, b"")
+    sink.write(0, [b"short"])
+    assert place.written(sink) == b"short"
+    close(source, sink)
+
+
 @pytest.mark.parametrize("sort", [sort for sort in CLONING if CLONING[sort] and sort != "shelf"])
 def test_a_source_of_less_than_a_block_is_not_cloned(sort, place):
     source, sink = place.source(b"x" * 100), place.sink()
