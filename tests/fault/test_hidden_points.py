@@ -11,7 +11,7 @@ from blockbak.flow import backup, delete, recover, restore, verify
 from blockbak.flow.points import find
 from blockbak.units import MIB
 from tests.host.stage import damage_frame, frame_at
-from tests.scene import BLOCK, VOLUME, Scene, write_at
+from tests.scene import BLOCK, CARRIED, CARRIED_FROM, VOLUME, Scene, write_at
 
 SIZE = 75 * BLOCK + 3
 
@@ -195,6 +195,34 @@ def test_a_held_volume_does_not_keep_recover_from_the_others(held, two):
     report = recover.recover(repository, scene.world())
     assert (report.locked, report.adopted) == (None, [points[names.index(held)]])
     assert sorted(scene.listed()) == sorted(points)
+
+
+def missing(path):
+    path.unlink()
+
+
+def another(path):
+    path.write_text("an older one")
+
+
+def a_link(path):
+    path.unlink()
+    path.with_name("elsewhere").write_text("somebody's")
+    path.symlink_to("elsewhere")
+
+
+@pytest.mark.parametrize("name", CARRIED)
+@pytest.mark.parametrize("harm", [missing, another, a_link])
+def test_recover_puts_back_what_every_repository_carries(harm, name, scene):
+    """A repository that was made by an older program gets the newer script, too."""
+    assert recover.recover(scene.repository(), scene.world()).done == []
+    harm(scene.place / name)
+    (line,) = recover.recover(scene.repository(), scene.world()).done
+    assert line.startswith(f"{name} ")
+    assert not (scene.place / name).is_symlink()
+    assert (scene.place / name).read_bytes() == (CARRIED_FROM / name).read_bytes()
+    assert harm is not a_link or (scene.place / "elsewhere").read_text() == "somebody's"
+    assert recover.recover(scene.repository(), scene.world()).done == []
 
 
 # --- verifying --------------------------------------------------------------------------------------------
