@@ -23,11 +23,11 @@ from blockbak.model.chain import plan, points
 from blockbak.repository import local
 from blockbak.repository.local import FILE, Catalog, Repository, Volume
 from blockbak.units import KIB
-from tests.doubles import context
+from tests.doubles import context, new_repository
 from tests.faults import QuickKernel
+from tests.volumes import SECTION
 
 BLOCK = 4 * KIB
-SECTION = 4096 * BLOCK
 SIZE = SECTION + 9 * BLOCK + 3
 """Two sections, the second one short, the last block odd. Most of it is a hole, so it is quickly read."""
 VOLUME = "vol"
@@ -107,9 +107,7 @@ class Scene:
         return scene
 
     def create(self, kernel: Kernel | None = None) -> Repository:
-        return Repository.create(
-            str(self.place), repository_id="1" * 32, created="2026-05-01T00:00:00.000Z", kernel=kernel or QuickKernel()
-        )
+        return new_repository(self.place, kernel=kernel or QuickKernel())
 
     def change(self, number: int) -> None:
         """Bytes that compress and bytes that do not, at the edges of blocks, windows and sections, and zeros."""

@@ -39,6 +39,7 @@ from tests.cli.program import (
     tree,
 )
 from tests.cli.stock import Stock, copied
+from tests.host.stage import flip
 from tests.images import rewrite_header, rewrite_manifest
 
 
@@ -359,14 +360,6 @@ def test_a_repository_that_may_not_be_written_can_be_restored_from(stock: Stock,
 
 
 # --- newer and damaged manifests and images ----------------------------------------------------------------
-
-
-def flip(path: Path, at: int, bits: int = 1) -> None:
-    with path.open("r+b") as file:
-        file.seek(at)
-        byte = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([byte ^ bits]))
 
 
 def test_what_rewrites_a_manifest_and_a_header_writes_them_whole(repo: Stock) -> None:

@@ -12,6 +12,7 @@ from blockbak.host.kernel import Kernel
 from blockbak.units import KIB, MIB, align_up
 from tests.conftest import Loop
 from tests.faults import BadMedium, FaultyKernel, ShortKernel
+from tests.host.stage import put
 from tests.scene import Scene
 
 SIZE = 3 * MIB + 5 * 4096
@@ -169,17 +170,10 @@ def test_reading_back_sees_the_medium_and_not_the_page_cache(kind, target, rng):
         # Fill the page cache with the right bytes, then change what lies below.
         with open(target.path, "rb") as file:
             assert file.read() == data
-        _write_below(target, 1 * MIB, b"\x00\x01\x02\x03" * 128)
+        put(target.file, 1 * MIB, b"\x00\x01\x02\x03" * 128)
         changed = bytearray(data)
         changed[1 * MIB : 1 * MIB + 512] = b"\x00\x01\x02\x03" * 128
         assert back(writer, 0, SIZE) == changed
-
-
-def _write_below(target, offset, data):
-    """Change the medium behind the page cache of a device: its file."""
-    with open(target.file, "r+b", buffering=0) as file:
-        os.pwrite(file.fileno(), data, offset)
-        os.fsync(file.fileno())
 
 
 @pytest.mark.parametrize("sector", [512, 4096])
@@ -199,9 +193,7 @@ def test_a_restore_notices_what_was_written_under_the_page_cache(sector, loop, t
                 self.done = True
                 with open(device.path, "rb") as file:
                     file.read()
-                with open(device.file, "r+b", buffering=0) as file:
-                    os.pwrite(file.fileno(), bytes(512), 512 * KIB)
-                    os.fsync(file.fileno())
+                put(device.file, 512 * KIB, bytes(512))
 
     kernel = Forgetful()
     request = restore.Request(scene.names[0], device.path, overwrite=True)

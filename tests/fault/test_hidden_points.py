@@ -10,7 +10,7 @@ from blockbak.errors import AmbiguousPoint, Damage, DamagedManifest, PointNeeded
 from blockbak.flow import backup, delete, recover, restore, verify
 from blockbak.flow.points import find
 from blockbak.units import MIB
-from tests.host.stage import damage_frame, frame_at
+from tests.host.stage import damage_frame, flip, frame_at
 from tests.scene import BLOCK, CARRIED, CARRIED_FROM, VOLUME, Scene, write_at
 
 SIZE = 75 * BLOCK + 3
@@ -23,9 +23,7 @@ def scene(memory, seed):
 
 def spoil(path):
     """Turn a bit over in the middle of a manifest."""
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 0x10
-    path.write_bytes(data)
+    flip(path, path.stat().st_size // 2)
 
 
 # --- names ------------------------------------------------------------------------------------------------

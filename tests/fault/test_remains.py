@@ -8,7 +8,8 @@ import pytest
 from blockbak.errors import Damage
 from blockbak.flow import restore
 from tests.host.stage import flip, record_at
-from tests.scene import BLOCK, SECTION, SIZE, Scene, write_at
+from tests.scene import BLOCK, SIZE, Scene, write_at
+from tests.volumes import SECTION
 
 FIRST, LAST = (0, SECTION), (SECTION, SIZE)
 """What the two sections of the index stand for; far more lies in the first."""

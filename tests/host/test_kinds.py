@@ -18,7 +18,7 @@ from blockbak.model.identity import Identity
 from blockbak.repository import manifest
 from blockbak.repository.local import Repository
 from tests import images
-from tests.doubles import context
+from tests.doubles import REPOSITORY_ID, context, new_repository
 from tests.host.stage import (
     KIB,
     MIB,
@@ -118,7 +118,7 @@ def test_another_window_size_makes_a_full(program, source):
     folder.mkdir()
     opening = images.opening(
         "vol", point, 1, state, 64 * KIB, None,
-        repository="1f" * 16, identity=Identity("file", str(source)), window_bytes=fmt.WINDOW_MAX,
+        repository=REPOSITORY_ID, identity=Identity("file", str(source)), window_bytes=fmt.WINDOW_MAX,
         host=socket.gethostname(),
     )  # fmt: skip
     memory = images.Memory(name=f"{point}.full.zst")
@@ -192,9 +192,7 @@ def test_a_parent_with_another_root_is_no_parent(tmp_path, source, program, seed
     other = stamped(tmp_path / "other.img", seed + 1)
     made = {}
     for folder, content in (("one", source), ("two", other)):
-        repository = Repository.create(
-            str(tmp_path / folder), repository_id="1f" * 16, created="2026-05-01T00:00:00.000Z"
-        )
+        repository = new_repository(tmp_path / folder)
         world = context(tmp_path / "state")
         shutil.copy(content, tmp_path / "disk.img")
         for _ in range(2):

@@ -19,9 +19,9 @@ from tests.doubles import MemorySink, MemorySource, context
 from tests.patterns import SECTOR, stamp
 from tests.points import image
 from tests.scene import write_at
+from tests.volumes import SECTION
 
 BLOCK = 4 * KIB
-SECTION = 4096 * BLOCK
 SECTIONS = 24
 SIZE = SECTIONS * SECTION - 3
 FEW = 6
