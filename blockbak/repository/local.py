@@ -405,14 +405,22 @@ class Repository:
             except OSError:
                 pass  # not there, or not to be read: written anew
             try:
-                for old in (path, f"{path}.partial"):  # a run that was killed here has left the latter
-                    if os.path.lexists(old):
-                        self.kernel.unlink(old)
-                write_durably(path, name, data, self.kernel)
+                self._put(path, name, data)
             except OSError as error:
                 raise store_error(error, path, "written") from error
             written.append(name)
         return written
+
+    def _put(self, path: str, name: str, data: bytes) -> None:
+        """Make ``data`` the content of a file that may be there, or may be left over half-written."""
+        if os.path.lexists(path + ".partial"):
+            self.kernel.unlink(path + ".partial")
+        with PartialFile(path, name, self.kernel) as partial:
+            partial.write(0, [data])
+            # The old one goes only once there was room for the new one, for a rename never replaces.
+            if os.path.lexists(path):
+                self.kernel.unlink(path)
+            partial.seal()
 
     def volume_names(self) -> list[str]:
         """The volumes, by name. Raises NoPermission, UnreadableStore."""
