@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -43,7 +43,7 @@ class Request:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What a restore will do. ``method`` is ``create`` (a new file), ``write`` (everything) or ``differ``
-    (read the target, write what differs).
+    (read the target, write what differs). ``damage`` is what would stop it without ``keep_going``, else empty.
     """
 
     point: str
@@ -56,6 +56,7 @@ class Plan:
     bad_bytes: int
     method: str
     notes: list[str] = field(default_factory=list)
+    damage: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ class Report:
     @property
     def attention(self) -> bool:
         """Something a person must look at."""
-        return bool(self.flaws or self.unreadable)
+        return bool(self.flaws or self.unreadable or self.plan.damage)
 
 
 # --- the plan --------------------------------------------------------------------------------------
@@ -112,10 +113,13 @@ def _plan(opened: Opened, request: Request, target: Device | None, method: str, 
     bad = extent.total(opened.summary.bad)
     if bad:
         notes.append(f"{bad} bytes could not be read from the source; they become zeros.")
+    if opened.damage is not None:
+        notes.append(f"Damage was passed over: {opened.damage}")
     return Plan(
         point=opening.point, volume=opening.volume, images=[image.file for image in opened.chain],
         target=request.target, target_bytes=target.size if target else 0, device_bytes=opening.device_bytes,
         data_bytes=opened.summary.stored_bytes, bad_bytes=bad, method=method, notes=notes,
+        damage=str(opened.damage or ""),
     )  # fmt: skip
 
 
@@ -141,7 +145,8 @@ def _open_damaged(volume: Volume, catalog: Catalog, point: Point, stack: ExitSta
                 found.append(_open_remains(volume, _remains(image, catalog), stack))
         if not found:
             raise error from None
-        return max(found, key=lambda one: (one.view.complete, one.summary.stored_bytes))
+        most = max(found, key=lambda one: (one.view.complete, one.summary.stored_bytes))
+        return replace(most, damage=error)
 
 
 def _open_remains(volume: Volume, chain: Sequence[Image], stack: ExitStack) -> Opened:
