@@ -31,7 +31,6 @@ from blockbak.host.signals import undisturbed
 if TYPE_CHECKING:
     from blockbak.host.guard import Resumer
 
-RUN_DIRECTORY = "/run/blockbak"
 PROGRAM = (sys.executable, "-I", "-S", guard.__file__)
 """Isolated, without site packages: nothing of the environment decides what it loads."""
 START_SECONDS = 10.0
@@ -93,11 +92,6 @@ class Journal:
     endings: tuple[Ending, ...]
     scratch: str
     state: Literal["now", "earlier", "unreadable"]
-
-
-def run_directory(environ: Mapping[str, str] = os.environ) -> str:
-    """Where journals lie: on a file system that a reboot empties, and never on one that is suspended."""
-    return environ.get("BLOCKBAK_RUN_DIR") or RUN_DIRECTORY
 
 
 class Guardian:
