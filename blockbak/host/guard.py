@@ -54,6 +54,8 @@ RESUME_TRIES = 5
 RESUME_PAUSE_SECONDS = 0.2
 GRACE_SECONDS = 2.0
 """Between asking a late command to end and killing it, and between that and giving up on it."""
+RUNNING = "running"
+"""A directory in the scratch directory: each link in it names a process group that works on blockbak's behalf."""
 WATCH_SECONDS = 0.2
 """After the deadline: between two looks at whether blockbak, late itself, suspended a device once more."""
 
@@ -202,6 +204,45 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
         _wait(process, GRACE_SECONDS)
 
 
+def stop_running(scratch: str, sleep: Callable[[float], None] = time.sleep) -> None:
+    """End every process group that is noted in ``scratch``, and see that none begins any more.
+
+    A begin that outlives blockbak would else bring to rest what its end has just let go.
+    """
+    over = os.path.join(scratch, "over")
+    try:
+        # Who notes itself after this finds no directory, and does not begin. A link has its content from the start.
+        os.rename(os.path.join(scratch, RUNNING), over)
+        groups = [int(os.readlink(os.path.join(over, name))) for name in os.listdir(over)]
+    except (OSError, ValueError):  # none was ever noted
+        return
+    for group in groups:
+        tries = 10
+        # Its number may be another's by now; what it was started with is its own.
+        while tries and _mentions(group, scratch):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+            sleep(0.05)
+            tries -= 1
+
+
+def _mentions(pid: int, text: str) -> bool:
+    """Whether the process was started with ``text`` in its environment; an ended one was not."""
+    try:
+        fd = os.open(f"/proc/{pid}/environ", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        data = b""
+        while more := os.read(fd, 1 << 16):
+            data += more
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
+    return os.fsencode(text) in data
+
+
 def clear(scratch: str) -> None:
     """Remove the directory ``scratch`` with all in it, as far as that goes; "" is none."""
     if scratch:
@@ -299,11 +340,13 @@ def main(open_mapper: Callable[[], Resumer] = Control) -> int:
         held = _keep_journal(orders, made)
         if orders["scratch"]:
             os.mkdir(orders["scratch"], 0o700)
+            os.mkdir(os.path.join(orders["scratch"], RUNNING))
         # Last, so that all that was loaded until here is locked.
         _lock_memory(needed=bool(devices))
     except OSError as error:
         for path in made:
             os.unlink(path)
+        clear(orders["scratch"])
         where = f" ({error.filename})" if error.filename else ""
         channel.say({"failed": f"{error.strerror or error}{where}"})
         return 1
@@ -316,6 +359,7 @@ def main(open_mapper: Callable[[], Resumer] = Control) -> int:
         reasons += said
     # Programs are loaded from disks: only now, when all that can run runs.
     _score(score)
+    stop_running(orders["scratch"])
     ended = [run_ending(end) for end in orders["ends"]]
     clear(orders["scratch"])
     channel.say({"in_time": in_time, "reasons": reasons, "ended": ended})

@@ -161,8 +161,10 @@ def test_another_device_of_that_name_is_left_alone(place):
 
 
 def test_nothing_is_loaded_once_it_is_ready(place):
-    with place.guarded(place.ending("a", "exit 1"), place.ending("late", "sleep 5", timeout=0.2), deadline=0.3) as one:
+    ends, scratch = (place.ending("a", "exit 1"), place.ending("late", "sleep 5", timeout=0.2)), place.run / "scratch"
+    with place.guarded(*ends, deadline=0.3, scratch=str(scratch)) as one:
         place.suspend()
+        (scratch / guard.RUNNING / "process").symlink_to(str(os.getpid()))
         until(one.acted)
     assert [line for line in place.log() if line.startswith("import")] == []
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from blockbak.errors import HookFailed, HookStopped, NoSuchHook, UnsafeHook
@@ -288,3 +291,42 @@ def test_ready_made_ones_are_there(name):
     path = Path(hooks.__file__).parent / "ready" / hooks.READY[name]
     assert os.access(path, os.X_OK)
     assert path.read_text().startswith("#!/bin/sh\n# Hook of blockbak for ")
+
+
+# --- blockbak is killed ---------------------------------------------------------------------------
+
+KILLED = """
+import sys
+from blockbak.host import hooks
+path, run_dir = sys.argv[1:]
+with hooks.at_rest([hooks.Hook("a", path)], {}, deadline=60, run_dir=run_dir, boot="this"):
+    pass
+"""
+
+
+def wait_for(condition, seconds=10):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_begin_does_not_outlive_blockbak(script, both):
+    """Else it would bring to rest what its end has let go."""
+    hook = script("a", f"(sleep 2; echo too late >>{script.folder}/log) & wait; sleep 60", "sleep 0.2")
+    run = str(script.folder / "run")
+    with subprocess.Popen([sys.executable, "-c", KILLED, hook.path, run]) as process:
+        wait_for(lambda: script.log() == ["a begin"])
+        if both:
+            [guard] = psutil.Process(process.pid).children()[:1]
+            assert "guard.py" in " ".join(guard.cmdline())
+            guard.kill()
+        process.kill()
+    if both:
+        [journal] = guardian.leftovers(run, "this")
+        guardian.settle(journal)
+    wait_for(lambda: not os.listdir(run))
+    assert script.log() == ["a begin", "a end"]
+    time.sleep(2.2)
+    assert script.log() == ["a begin", "a end"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from blockbak.errors import HookFailed, HookStopped
 from blockbak.host import guard, hooks, mapper
-from blockbak.host.guardian import Ended, run_directory
+from blockbak.host.guardian import Ended
 from blockbak.host.hooks import Next, Step
 
 PACKAGE = Path(guard.__file__).parent
@@ -176,11 +176,6 @@ def test_both_ends_know_device_mapper_alike():
         mapper._FLAG_SUSPENDED,
     )
     assert (guard._DM_VERSION, guard._CONTROL) == (mapper._VERSION, mapper.CONTROL)
-
-
-def test_the_run_directory():
-    assert run_directory({}) == "/run/blockbak"
-    assert run_directory({"BLOCKBAK_RUN_DIR": "/elsewhere"}) == "/elsewhere"
 
 
 # --- the document ---------------------------------------------------------------------------------
