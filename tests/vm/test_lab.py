@@ -154,7 +154,7 @@ def test_a_volume_that_is_not_mounted_goes_there_and_back(group, run_blockbak, r
     for sequence, kind in enumerate(("full", "incremental"), start=2):
         write(data, sequence, seed, start=(8 * sequence) * MIB, length=4 * MIB)
         held.append(fingerprint(data))
-        (point,) = run_blockbak.json("backup", f"{group.name}/data")["points"]
+        (point,) = run_blockbak.command("backup", f"{group.name}/data", "--json").document["points"]
         assert point["kind"] == kind
         points.append(point["point"])
     assert held[0] != held[1]
