@@ -115,13 +115,13 @@ def main(results: Path) -> int:
     chosen = "no tests here"
     if here:
         levels = rows_here(results, here[0])
-        counts["here"] = sum(row.count for row in levels)
+        counts["here"] = sum(row.count for row in counted(results / "tests.xml").values())
         rows += levels
         chosen = f"tests chosen by {here[1].rstrip()}"
     if there:
         row = row_in_machine(results, there[0])
         row.note = row.note or f"in the virtual machine, run by {there[1]}"
-        counts["in the virtual machine"] = row.count
+        counts["in the virtual machine"] = sum(row.count for row in counted(results / "vm.xml").values())
         rows.append(row)
     elif here:
         rows.append(Row(IN_MACHINE, note="not run"))
