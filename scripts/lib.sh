@@ -20,7 +20,7 @@ die() {
 # The Debian package that brings a program.
 package_of() {
     case $1 in
-        mkfs.ext4) echo e2fsprogs ;;
+        mkfs.ext4 | mke2fs) echo e2fsprogs ;;
         mkfs.xfs) echo xfsprogs ;;
         mkfs.btrfs) echo btrfs-progs ;;
         losetup | mount | umount) echo mount ;;
@@ -38,6 +38,9 @@ package_of() {
         partclone.ext4) echo partclone ;;
         borg) echo borgbackup ;;
         restic) echo restic ;;
+        qemu-system-x86_64) echo qemu-system-x86 ;;
+        ssh | ssh-keygen) echo openssh-client ;;
+        vagrant | mmdebstrap | rsync | cpio) echo "$1" ;;
         *) die "no package is known to bring '$1'" ;;
     esac
 }

@@ -109,11 +109,12 @@ def run(
     env: dict[str, str] | None = None,
     umask: int = -1,
     stdout: int = subprocess.PIPE,
+    limit: float = LIMIT_SECONDS,
 ) -> Ended:
     """Run it to its end, without a terminal and with nothing on standard input."""
     done = subprocess.run(
         [*program, *words], stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE, cwd=cwd,
-        env=environment(env), umask=umask, timeout=LIMIT_SECONDS, check=False,
+        env=environment(env), umask=umask, timeout=limit, check=False,
     )  # fmt: skip
     ended = Ended(words, done.returncode, done.stdout or b"", done.stderr)
     return must_hold(ended, documented=stdout == subprocess.PIPE)
