@@ -21,8 +21,7 @@ from blockbak.flow.context import Context, iso
 from blockbak.flow.hot import HotOptions, Member, foreseen, snapshots
 from blockbak.flow.points import damage_since, highest_sequence, open_chain
 from blockbak.flow.scan import scan
-from blockbak.flow.source import AtRest, Request, Seen, Source, look, resolve_mode
-from blockbak.host import device as devices
+from blockbak.flow.source import AtRest, Request, Seen, Source, look, look_at, resolve_mode
 from blockbak.host.lock import Lock
 from blockbak.image.format import BLOCK_DEFAULT, BLOCK_MAX, BLOCK_MIN, window_for
 from blockbak.image.view import PointView
@@ -206,7 +205,7 @@ def backup_all(
 
 
 def _is_hot(request: Request) -> bool:
-    return resolve_mode(devices.look(request.source), request.mode) == "hot"
+    return resolve_mode(look_at(request.source), request.mode) == "hot"
 
 
 def backup(
