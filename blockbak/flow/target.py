@@ -81,7 +81,8 @@ def check_target(
         # A disk of an inactive volume group may be rolled back onto itself; any other may not be lost to it.
         users += usage.memberships(target)
     if usage.is_inner(target):
-        raise TargetHolds(path=path, what="an inner part of logical volumes")
+        reason = "it is an inner part of logical volumes, which LVM keeps for itself"
+        raise TargetUnsafe(path=path, reason=reason, way="Name the logical volume that is to hold the point.")
     if users:
         raise TargetInUse(path=path, holders=", ".join(str(use) for use in users))
     if reason := usage.snapshots(target):

@@ -236,10 +236,11 @@ def snapshots(device: Device, system: System | None = None) -> str:
     thick snapshot itself takes no more than its own room.
     """
     system = system or System()
-    for below in system.links(device.kname, "slaves") if device.is_lv else ():
-        uuid = system.attribute(below, "dm/uuid")
-        if uuid.endswith("-cow"):
-            return "it is a snapshot, whose room may not do for all that is written"
+    parts = system.links(device.kname, "slaves") if device.is_lv else []
+    uuids = {below: system.attribute(below, "dm/uuid") for below in parts}
+    if any(uuid.endswith("-cow") for uuid in uuids.values()):
+        return "it is a snapshot, whose room may not do for all that is written"
+    for below, uuid in uuids.items():
         if uuid.endswith("-real"):
             others = [one for one in system.links(below, "holders") if one != device.kname]
             names = ["/".join(lvm_names(system.attribute(one, "dm/name"))) for one in others]

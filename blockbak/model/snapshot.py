@@ -181,25 +181,24 @@ def unfit(volume: LogicalVolume) -> str:
     return ""
 
 
-def outlook(volume: LogicalVolume, pool: LogicalVolume | None) -> tuple[int, str]:
+def outlook(volume: LogicalVolume, pool: LogicalVolume | None) -> tuple[int | None, str]:
     """How many bytes there are for a snapshot of ``volume``, and why none can be made, or an empty string.
 
-    ``pool`` is its thin pool. What LVM tells is a moment old, so a backup asks again.
+    ``pool`` is its thin pool. None is for what cannot be snapshotted whatever the room. What LVM tells is a
+    moment old, so a backup asks again.
     """
+    if reason := unfit(volume):
+        return None, reason
     if not volume.is_thin:
-        if reason := unfit(volume):
-            return volume.free, reason
         size, needed = thick_size(volume, None)
         short = f"volume group {volume.group} has {volume.free} bytes free, a snapshot needs {needed}"
         return volume.free, "" if size else short
     if pool is None or pool.data_percent is None or pool.metadata_percent is None:
-        return 0, unfit(volume) or f"thin pool {volume.group}/{volume.pool} is not active"
+        return None, f"thin pool {volume.group}/{volume.pool} is not active"
     use = PoolUse(round(pool.metadata_percent * 100), 10_000, round(pool.data_percent * 100), 10_000, writable=True)
-    room = int(pool.size * (100 - pool.data_percent) / 100)
-    if reason := unfit(volume):
-        return room, reason
     what = pool_short(use, pool.size, thin_need(volume, None))
     percent = pool.metadata_percent if what == "metadata" else pool.data_percent
+    room = int(pool.size * (100 - pool.data_percent) / 100)
     return room, f"thin pool {pool.label} is {percent:g} % full ({what})" if what else ""
 
 
