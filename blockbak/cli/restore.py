@@ -25,10 +25,9 @@ def describe(plan: Plan) -> list[str]:
     what = f"{plan.point} of {plan.volume}, {render.size(plan.device_bytes)}"
     how = _METHODS[plan.method]
     if plan.created_lv:
-        pool = (
-            f" of thin pool {plan.thin_pool}" if plan.thin_pool else f" of volume group {plan.created_lv.split('/')[0]}"
-        )
-        how = f"a new logical volume of {render.size(plan.target_bytes)} ({plan.target_bytes} bytes){pool} is made"
+        place = f"thin pool {plan.thin_pool}" if plan.thin_pool else f"volume group {plan.created_lv.split('/')[0]}"
+        size = f"{render.size(plan.target_bytes)} ({plan.target_bytes} bytes)"
+        how = f"a new logical volume of {size} is made in {place}"
     return [f"{what}, to {plan.target}: {how}.", f"From {', '.join(plan.images)}.", *plan.notes]
 
 
