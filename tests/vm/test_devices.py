@@ -33,7 +33,7 @@ def test_volumes_are_listed_with_their_room_and_their_mode(make_group, run_block
             # A snapshot of an empty volume is a device like any other.
             stack.enter_context(mounted(path, tmp_path / path.rpartition("/")[2]))
         found = {one["label"]: one for one in run_blockbak.json("devices")}
-        table = run_blockbak("devices").stdout
+        table = run_blockbak("devices").text
     run("lvremove", "--quiet", "--yes", f"{group.name}/blockbak-feed")
 
     free = int(run("vgs", "--noheadings", "--units", "b", "--nosuffix", "-o", "vg_free", group.name)) - 4 * MIB
@@ -78,10 +78,10 @@ def test_a_volume_is_known_by_its_uuid_whatever_lies_below_and_is_called(loop, r
 
         listed = run_blockbak.json("list")
         assert [one["set_id"] for one in listed] == ["", ""]
-        text = run_blockbak("show", second["point"], "--lvm-metadata").stdout
+        text = run_blockbak("show", second["point"], "--lvm-metadata").text
         (tmp_path / "group").write_text(text)
         run("vgcfgrestore", "--test", "--force", "--file", tmp_path / "group", name)
-        assert "--lvm-metadata" in run_blockbak("show", second["point"]).stdout
+        assert "--lvm-metadata" in run_blockbak("show", second["point"]).text
     finally:
         run("vgremove", "--quiet", "--force", "--yes", name)
         run("cryptsetup", "close", name)
