@@ -249,7 +249,7 @@ class SnapshotLost(SnapshotError):
 
 
 class SnapshotSeen(SnapshotError):
-    message = "udev does not hide the snapshot of {volume}: {reason}."
+    message = "The snapshot of {volume} is not hidden from udev's scanners: {reason}."
     advice = "A scanner could mistake it for its origin. Look for other rules about {device} in /etc/udev/rules.d."
 
 

@@ -35,6 +35,7 @@ package_of() {
         nbdkit) echo nbdkit ;;
         nbdfuse) echo libnbd-bin ;;
         fusermount3) echo fuse3 ;;
+        lvcreate) echo lvm2 ;;
         partclone.ext4) echo partclone ;;
         borg) echo borgbackup ;;
         restic) echo restic ;;
@@ -83,6 +84,16 @@ need() {
     for program in "$@"; do
         command -v "$program" >/dev/null || die "$program is still missing after its package was installed"
     done
+}
+
+# The servers of the ready-made hooks' tests, which start instances of their own: what the packages start is not wanted.
+need_servers() {
+    local packages=()
+    compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || packages+=(postgresql)
+    command -v mariadbd >/dev/null || packages+=(mariadb-server)
+    if [ ${#packages[@]} -eq 0 ]; then return; fi
+    apt_install "${packages[@]}"
+    if [ -d /run/systemd/system ]; then quietly systemctl disable --now "${packages[@]%-server}"; fi
 }
 
 # Sets `python` to a Python of 3.11 or later that can make virtual environments. PYTHON names one.

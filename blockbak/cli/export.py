@@ -30,6 +30,8 @@ def command(
     opened = common.open_repository(repository)
     with common.world(wait) as world:
         report = export(opened, point, file, file_format, world, overwrite=overwrite)
+    for note in report.notes:
+        render.say(note)
     if as_json:
         render.document(asdict(report))
     else:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from blockbak.cli import common, render
-from blockbak.errors import BlockbakError
+from blockbak.errors import BlockbakError, Damage
 
 if TYPE_CHECKING:
     from blockbak.model.chain import Point
@@ -100,4 +100,5 @@ def command(context: click.Context, volume: str | None, repository: str | None, 
     )
     if leftovers:
         render.say(f"{leftovers} files are left over from runs that did not end; 'blockbak recover' treats them.")
-    context.exit(damage[0].exit_code if damage else 0)
+    worst = next((error for error in damage if isinstance(error, Damage)), next(iter(damage), None))
+    context.exit(worst.exit_code if worst else 0)

@@ -21,7 +21,7 @@ from blockbak.flow.context import Context, iso
 from blockbak.flow.hot import HotOptions, Member, foreseen, snapshots
 from blockbak.flow.points import damage_since, highest_sequence, open_chain
 from blockbak.flow.scan import scan
-from blockbak.flow.source import AtRest, Request, Seen, Source, look, look_at, resolve_mode
+from blockbak.flow.source import AtRest, Request, Seen, Settled, Source, look, look_at, resolve_mode
 from blockbak.host.lock import Lock
 from blockbak.image.format import BLOCK_DEFAULT, BLOCK_MAX, BLOCK_MIN, window_for
 from blockbak.image.view import PointView
@@ -182,16 +182,11 @@ def backup_all(
     With hooks, or together, the snapshots of all hot sources are made before the first is read.
     """
     hot = hot or HotOptions()
-    try:
-        grouped = hot.grouped()
-    except BlockbakError as error:
-        tell(error)
-        return
     waiting: list[Request] = []
     for request in requests:
         try:
             context.check()
-            if hot.together or (grouped and _is_hot(request)):
+            if hot.together or (len(requests) > 1 and _is_hot(request) and hot.has_hooks()):
                 waiting.append(request)
                 continue
             result: Result = backup(repository, request, context, hot=hot, dry_run=dry_run)
@@ -205,7 +200,8 @@ def backup_all(
 
 
 def _is_hot(request: Request) -> bool:
-    return resolve_mode(look_at(request.source), request.mode) == "hot"
+    device = look_at(request.source)
+    return device.is_lv and resolve_mode(device, request.mode) == "hot"
 
 
 def backup(
@@ -381,7 +377,7 @@ def _locked(repository: Repository, held: _Held, source: Source, context: Contex
         # Durable before the image that carries it: it must not be used again, whatever becomes of the image.
         held.lock.remember(sequence)
         block = _block_bytes(request, view, points)
-        return _make(repository, held, source, chosen, view, sequence, block, context)
+        return _make(_Making(repository, held, source, chosen, view, sequence, block), context)
 
 
 def _choose(
@@ -430,59 +426,76 @@ def _planned(repository: Repository, seen: Seen, request: Request, context: Cont
         sequence=points[-1].sequence + 1 if points else 1,
         mode=seen.mode, consistency=consistency, change_source="scan",
         device_bytes=device.size, read_bytes=device.size, changed_bytes=0, stored_bytes=0, bad_bytes=0,
-        seconds=0.0, source=device.path, file="", root="", notes=notes,
+        seconds=0.0, source=device.label, file="", root="", notes=notes,
     )  # fmt: skip
 
 
-def _make(
-    repository: Repository,
-    held: _Held,
-    source: Source,
-    choice: Choice,
-    view: PointView | None,
-    sequence: int,
-    block: int,
-    context: Context,
-) -> Report:
-    volume, reader = held.volume, source.reader
-    notes = [f"A full is made: {choice.reason}."] if choice.reason else []
+@dataclass(frozen=True, slots=True)
+class _Making:
+    """A point that is about to be made in a volume that is held: of what, which kind, on which parent (None for
+    a full).
+    """
+
+    repository: Repository
+    held: _Held
+    source: Source
+    choice: Choice
+    parent: PointView | None
+    sequence: int
+    block_bytes: int
+
+
+def _opening(job: _Making, moment: datetime, context: Context) -> Opening:
+    """What the header says."""
+    reader, parent, seen = job.source.reader, job.parent, job.held.seen
+    return Opening(
+        repository=job.repository.id, image=context.hex_id(32), volume=job.held.volume.name,
+        point=point_id(moment, context.hex_id, _taken(job.repository)),
+        sequence=job.sequence, kind=job.choice.kind, synthetic=False,
+        parent=parent.top.opening.point if parent else None,
+        parent_root=parent.top.closing.root if parent else None,
+        identity=seen.identity, device_bytes=reader.size, block_bytes=job.block_bytes,
+        window_bytes=window_for(reader.size, job.block_bytes),
+        logical_sector=reader.logical, physical_sector=reader.physical,
+        created=iso(moment), source=ending(plain(seen.device.label), _SOURCE_MAX), host=context.host,
+    )  # fmt: skip
+
+
+def _read(job: _Making, writer: ImageWriter, context: Context) -> tuple[int, Settled]:
+    """Read the source into the image; bytes that were read, and what is known of them now."""
+    request, reader = job.held.request, job.source.reader
+    context.progress.begin(f"{job.held.volume.name} {job.choice.kind}", reader.size)
+    try:
+        read_bytes = scan(reader, writer, job.parent, request.compress, context, request.limit)
+    finally:
+        context.progress.end()
+    return read_bytes, job.source.settle()
+
+
+def _make(job: _Making, context: Context) -> Report:
+    """Read, write, seal and commit."""
+    volume, kept = job.held.volume, job.source.circumstances
+    notes = [f"A full is made: {job.choice.reason}."] if job.choice.reason else []
     for line in notes:
         context.say(line)
     started, clock = context.now(), context.timer()
-    moment = source.moment or started
-    context = replace(context, check=_both(context.check, source.check))
-    with ExitStack() as stack:
-        point = point_id(moment, context.hex_id, _taken(repository))
-        opening = Opening(
-            repository=repository.id, image=context.hex_id(32), volume=volume.name, point=point,
-            sequence=sequence, kind=choice.kind, synthetic=False,
-            parent=view.top.opening.point if view else None,
-            parent_root=view.top.closing.root if view else None,
-            identity=held.seen.identity, device_bytes=reader.size, block_bytes=block,
-            window_bytes=window_for(reader.size, block),
-            logical_sector=reader.logical, physical_sector=reader.physical,
-            created=iso(moment), source=ending(plain(held.seen.device.path), _SOURCE_MAX), host=context.host,
-        )  # fmt: skip
-        file = volume.free_name(point, choice.kind)
-        partial = stack.enter_context(volume.begin(file))
-        writer = ImageWriter(partial, opening, view.claimed_digests() if view else None)
-        context.progress.begin(f"{volume.name} {choice.kind}", reader.size)
-        try:
-            read_bytes = scan(reader, writer, view, held.request.compress, context, held.request.limit)
-        finally:
-            context.progress.end()
-        settled = source.settle()
+    context = replace(context, check=_both(context.check, job.source.check))
+    opening = _opening(job, job.source.moment or started, context)
+    file = volume.free_name(opening.point, opening.kind)
+    with volume.begin(file) as partial:
+        writer = ImageWriter(partial, opening, job.parent.claimed_digests() if job.parent else None)
+        read_bytes, settled = _read(job, writer, context)
+        counts = writer.counts
         notes += settled.notes
-        if writer.counts.by_kind[BAD]:
-            notes.append(f"{writer.counts.by_kind[BAD]} bytes could not be read.")
+        if counts.by_kind[BAD]:
+            notes.append(f"{counts.by_kind[BAD]} bytes could not be read.")
         context.check()
         facts = Closing(
-            root=writer.root, mode=held.seen.mode, consistency=settled.consistency, change_source="scan",
-            read_bytes=read_bytes, changed_bytes=writer.counts.changed_bytes,
-            **writer.counts.by_name(), frames=writer.counts.frames,
+            root=writer.root, mode=job.held.seen.mode, consistency=settled.consistency, change_source="scan",
+            read_bytes=read_bytes, changed_bytes=counts.changed_bytes, **counts.by_name(), frames=counts.frames,
             started=iso(started), finished=iso(context.now()), seconds=round(context.timer() - clock, 3),
-            program=context.program, notes=notes, set_id=source.circumstances.set_id,
-            lvm_metadata=source.circumstances.lvm_metadata, hooks=source.circumstances.hooks,
+            program=context.program, notes=notes, set_id=kept.set_id, lvm_metadata=kept.lvm_metadata,
+            hooks=kept.hooks,
         )  # fmt: skip
         size, digest = writer.finish(facts)
         # The image must be durable under its own name before a manifest names it.

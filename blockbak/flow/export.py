@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from stat import S_ISREG
 
 from blockbak.errors import BadTarget, BlockbakError, CommandFailed, NoPermission, NoSpace, TargetExists
 from blockbak.flow import restore
 from blockbak.flow.context import Context
+from blockbak.flow.points import find, newer_orphans
 from blockbak.host import runner, scratch
 from blockbak.host.blockio import sync_directory
 from blockbak.repository.local import Repository
 
-FORMATS = ("raw", "qcow2")
 _CONVERT_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A file that was written; sizes in bytes."""
+    """A file that was written; sizes in bytes. ``notes`` are what a restore of the point would say of it."""
 
     point: str
     volume: str
@@ -30,6 +30,7 @@ class Report:
     file_bytes: int
     seconds: float
     attention: bool
+    notes: list[str] = field(default_factory=list)
 
 
 def export(
@@ -58,9 +59,10 @@ def export(
     except OSError as error:
         raise _sentence(error, path) from error
     assert isinstance(done, restore.Report)  # noqa: S101 - only a dry run gives a plan
+    notes = [*done.plan.notes, *newer_orphans(*find(repository, request.point), name)]
     return Report(
         planned.point, planned.volume, path, file_format, planned.device_bytes, file_bytes,
-        round(context.timer() - clock, 3), done.attention,
+        round(context.timer() - clock, 3), done.attention, notes,
     )  # fmt: skip
 
 

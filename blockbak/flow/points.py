@@ -36,11 +36,10 @@ def find(repository: Repository, name: str) -> tuple[Volume, Catalog, Point]:
     """The point a person named, with its volume. Raises NoSuchPoint, AmbiguousPoint, NoSuchVolume, and
     what makes the manifest of the point that was meant unusable: never an older one in its place.
     """
-    catalogs = {volume.name: volume.catalog() for volume in repository.volumes()}
     volume_name, at, rest = name.rpartition("@")
-    asked = {own: catalog for own, catalog in catalogs.items() if not at or own == volume_name}
+    asked = {one.name: one.catalog() for one in repository.volumes() if not at or one.name == volume_name}
     try:
-        point = choose(name, {volume: catalog.points for volume, catalog in catalogs.items()})
+        point = choose(name, {volume: catalog.points for volume, catalog in asked.items()})
     except (NoSuchPoint, NoSuchVolume):
         if (error := _unusable(rest, asked)) is not None:
             raise error from None
@@ -49,8 +48,8 @@ def find(repository: Repository, name: str) -> tuple[Volume, Catalog, Point]:
         _check_others(point, asked)
     elif point.id.startswith(rest):
         _check_prefix(name, rest, point, asked)
-        return repository.volume(point.volume), catalogs[point.volume], point
-    volume, catalog = repository.volume(point.volume), catalogs[point.volume]
+        return repository.volume(point.volume), asked[point.volume], point
+    volume, catalog = repository.volume(point.volume), asked[point.volume]
     # What a damaged manifest hides may be what was meant.
     if (error := damage_since(volume, catalog, point, until=moment(rest))) is not None:
         raise error
@@ -150,16 +149,26 @@ def highest_sequence(volume: Volume, catalog: Catalog, lock: Lock) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A point ready to be read: its view, the images it is made of, what a walk over its index saw."""
+    """A point ready to be read: its view, the images it is made of, what a walk over its index saw; and the
+    damage because of which it is less than the whole point, where that was asked for.
+    """
 
     view: PointView
     chain: list[Image]
     summary: Summary
+    damage: Damage | None = None
 
 
-def open_reader(volume: Volume, image: Image, stack: ExitStack) -> ImageReader:
-    """One image, open as long as ``stack`` lives, and the one its manifest names. Raises Damage."""
-    reader = ImageReader(stack.enter_context(volume.open_image(image.file)))
+def open_reader(volume: Volume, image: Image, stack: ExitStack, *, from_disk: bool = False) -> ImageReader:
+    """One image, open as long as ``stack`` lives, and the one its manifest names. Raises Damage.
+
+    ``from_disk`` is for whoever wants to know what the disk holds: what the page cache has may be what was
+    written, and not what came to lie there.
+    """
+    source = stack.enter_context(volume.open_image(image.file))
+    if from_disk:
+        source.drop_cache()
+    reader = ImageReader(source)
     said = (image.opening, image.closing, image.image_bytes, image.sections)
     if (reader.opening, reader.closing, reader.source.size, len(reader.sections)) != said:
         raise DamagedManifest(file=image.file, reason="it and its image do not say the same")

@@ -50,7 +50,8 @@ class Request:
 class Plan:
     """What a restore will do. ``method`` is ``create`` (a new file or volume), ``write`` (everything) or
     ``differ`` (read the target, write what differs). ``created_lv`` is the logical volume to be made, of
-    ``target_bytes``, ``thin_pool`` the pool it comes out of.
+    ``target_bytes``, ``thin_pool`` the pool it comes out of. ``damage`` is what would stop it without
+    ``keep_going``, else empty.
     """
 
     point: str
@@ -65,6 +66,7 @@ class Plan:
     created_lv: str = ""
     thin_pool: str = ""
     notes: list[str] = field(default_factory=list)
+    damage: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ class Report:
     @property
     def attention(self) -> bool:
         """Something a person must look at."""
-        return bool(self.flaws or self.unreadable)
+        return bool(self.flaws or self.unreadable or self.plan.damage)
 
 
 # --- the plan --------------------------------------------------------------------------------------
@@ -130,13 +132,15 @@ def _plan(
     bad = extent.total(opened.summary.bad)
     if bad:
         notes.append(f"{bad} bytes could not be read from the source; they become zeros.")
+    if opened.damage is not None:
+        notes.append(f"Damage was passed over: {opened.damage}")
     return Plan(
         point=opening.point, volume=opening.volume, images=[image.file for image in opened.chain],
         target=new.label if new else request.target,
         target_bytes=new.size if new else target.size if target else 0, device_bytes=opening.device_bytes,
         data_bytes=opened.summary.stored_bytes, bad_bytes=bad, method=method,
         created_lv=new.label if new else "", thin_pool=f"{new.group}/{new.pool}" if new and new.pool else "",
-        notes=notes,
+        notes=notes, damage=str(opened.damage or ""),
     )  # fmt: skip
 
 
@@ -162,7 +166,8 @@ def _open_damaged(volume: Volume, catalog: Catalog, point: Point, stack: ExitSta
                 found.append(_open_remains(volume, _remains(image, catalog), stack))
         if not found:
             raise error from None
-        return max(found, key=lambda one: (one.view.complete, one.summary.stored_bytes))
+        most = max(found, key=lambda one: (one.view.complete, one.summary.stored_bytes))
+        return replace(most, damage=error)
 
 
 def _open_remains(volume: Volume, chain: Sequence[Image], stack: ExitStack) -> Opened:

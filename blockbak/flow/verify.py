@@ -122,8 +122,7 @@ def check_frames(view: PointView, context: Context) -> None:
         for layer in view.layers:
             flaws, _ = check_image(layer, context)
             if flaws:
-                where = f"{flaws[0].reason}, at bytes {flaws[0].start} to {flaws[0].start + flaws[0].length}"
-                raise DamagedImage(file=layer.name, reason=where)
+                raise DamagedImage(file=layer.name, reason=flaws[0])
     finally:
         context.progress.end()
 
@@ -190,7 +189,7 @@ class _Readers:
         """One image, open until ``keep`` leaves it out. Raises Damage or NewerFormat."""
         if image.file not in self._open:
             with ExitStack() as stack:
-                self._open[image.file] = open_reader(self._volume, image, stack), stack.pop_all()
+                self._open[image.file] = open_reader(self._volume, image, stack, from_disk=True), stack.pop_all()
         return self._open[image.file][0]
 
 

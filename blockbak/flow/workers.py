@@ -60,15 +60,20 @@ def run(
         except BaseException as error:  # noqa: BLE001 - it is raised again in the calling thread
             fail(error)
 
-    threads = [threading.Thread(target=loop, name=f"worker-{n}", daemon=True) for n in range(workers)]
-    for thread in threads:
-        thread.start()
+    threads: list[threading.Thread] = []
     try:
+        for number in range(workers):
+            thread = threading.Thread(target=loop, name=f"worker-{number}", daemon=True)
+            thread.start()
+            threads.append(thread)
         for thread in threads:
             while thread.is_alive():
                 thread.join(0.1)
                 if not over.is_set():
                     check()
+        if not errors:
+            # However quick they were: a wish to stop that came meanwhile is heard here.
+            check()
     except BaseException as error:  # noqa: BLE001 - raised again below, once the workers have ended
         fail(error)
         for thread in threads:

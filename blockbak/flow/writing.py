@@ -134,12 +134,8 @@ class Writing:
         with self._guard:
             self.flaws += flaws
         if not self.keep_going:
-            flaw = flaws[0]
-            raise DamagedImage(
-                file=flaw.file,
-                reason=f"{flaw.reason}, at bytes {flaw.start} to {flaw.start + flaw.length} of the volume; "
-                f"written so far: {self.written_ranges()}",
-            )
+            reason = f"{flaws[0]} of the volume; written so far: {self.written_ranges()}"
+            raise DamagedImage(file=flaws[0].file, reason=reason)
 
     def written_ranges(self) -> str:
         """The ranges that are complete, for people."""
@@ -212,7 +208,18 @@ class _Writer:
         held = np.logical_or.reduceat(wanted, np.arange(0, len(wanted), per_window))
         for low, high in _pairs(held):
             part = data[low * per_window * self._block : high * per_window * self._block]
-            self._shared.damaged(view.read(job.section, job.low + low * per_window, part))
+            flaws = view.read(job.section, job.low + low * per_window, part)
+            # What the target holds already needs nothing of a damaged frame.
+            self._shared.damaged([one for flaw in flaws for one in _wanted_of(flaw, wanted, job.start, self._block)])
+
+
+def _wanted_of(flaw: Flaw, wanted: npt.NDArray[np.bool_], first_byte: int, block: int) -> Iterator[Flaw]:
+    """The parts of a flaw that lie in wanted blocks, which begin at ``first_byte``."""
+    for low, high in _pairs(wanted):
+        start = max(flaw.start, first_byte + low * block)
+        end = min(flaw.start + flaw.length, first_byte + high * block)
+        if start < end:
+            yield Flaw(start, end - start, flaw.reason, flaw.file)
 
 
 def _pairs(mask: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:

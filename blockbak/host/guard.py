@@ -54,6 +54,8 @@ RESUME_TRIES = 5
 RESUME_PAUSE_SECONDS = 0.2
 GRACE_SECONDS = 2.0
 """Between asking a late command to end and killing it, and between that and giving up on it."""
+RUNNING = "running"
+"""A directory in the scratch directory: each link in it names a process group that works on blockbak's behalf."""
 WATCH_SECONDS = 0.2
 """After the deadline: between two looks at whether blockbak, late itself, suspended a device once more."""
 
@@ -202,6 +204,45 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
         _wait(process, GRACE_SECONDS)
 
 
+def stop_running(scratch: str, sleep: Callable[[float], None] = time.sleep) -> None:
+    """End every process group that is noted in ``scratch``, and see that none begins any more.
+
+    A begin that outlives blockbak would else bring to rest what its end has just let go.
+    """
+    over = os.path.join(scratch, "over")
+    try:
+        # Who notes itself after this finds no directory, and does not begin. A link has its content from the start.
+        os.rename(os.path.join(scratch, RUNNING), over)
+        groups = [int(os.readlink(os.path.join(over, name))) for name in os.listdir(over)]
+    except (OSError, ValueError):  # none was ever noted
+        return
+    for group in groups:
+        tries = 10
+        # Its number may be another's by now; what it was started with is its own.
+        while tries and _mentions(group, scratch):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+            sleep(0.05)
+            tries -= 1
+
+
+def _mentions(pid: int, text: str) -> bool:
+    """Whether the process was started with ``text`` in its environment; an ended one was not."""
+    try:
+        fd = os.open(f"/proc/{pid}/environ", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        data = b""
+        while more := os.read(fd, 1 << 16):
+            data += more
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
+    return os.fsencode(text) in data
+
+
 def clear(scratch: str) -> None:
     """Remove the directory ``scratch`` with all in it, as far as that goes; "" is none."""
     if scratch:
@@ -285,7 +326,7 @@ class _Channel:
 
 def main(open_mapper: Callable[[], Resumer] = Control) -> int:
     """A guardian's life, from its orders to its end. Gives its exit status."""
-    _detach()
+    score = _detach()
     channel = _Channel(0)
     orders = channel.next(time.monotonic() + 10)
     if orders is None:
@@ -299,11 +340,13 @@ def main(open_mapper: Callable[[], Resumer] = Control) -> int:
         held = _keep_journal(orders, made)
         if orders["scratch"]:
             os.mkdir(orders["scratch"], 0o700)
+            os.mkdir(os.path.join(orders["scratch"], RUNNING))
         # Last, so that all that was loaded until here is locked.
         _lock_memory(needed=bool(devices))
     except OSError as error:
         for path in made:
             os.unlink(path)
+        clear(orders["scratch"])
         where = f" ({error.filename})" if error.filename else ""
         channel.say({"failed": f"{error.strerror or error}{where}"})
         return 1
@@ -315,7 +358,8 @@ def main(open_mapper: Callable[[], Resumer] = Control) -> int:
         said, left = resume_all(mapper, devices)
         reasons += said
     # Programs are loaded from disks: only now, when all that can run runs.
-    _be_mortal()
+    _score(score)
+    stop_running(orders["scratch"])
     ended = [run_ending(end) for end in orders["ends"]]
     clear(orders["scratch"])
     channel.say({"in_time": in_time, "reasons": reasons, "ended": ended})
@@ -332,32 +376,32 @@ def main(open_mapper: Callable[[], Resumer] = Control) -> int:
     return 0
 
 
-def _detach() -> None:
-    """Nothing of whoever started it can end it, be kept busy by it, or be stopped with it."""
+def _detach() -> str:
+    """Nothing of whoever started it can end it, be kept busy by it, or be stopped with it.
+
+    Gives what ``_score`` must set before other programs are run: they would inherit what is set here.
+    """
     # Handlers, not SIG_IGN: an end command starts with the defaults again.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
-    os.closerange(3, 1 << 16)
     os.chdir("/")
     os.umask(0o077)
     with contextlib.suppress(OSError):  # it is a session's first process already when started so
         os.setsid()
-    with contextlib.suppress(OSError):  # only root may
-        _write_score("-1000")
+    return _score("-1000")
 
 
-def _be_mortal() -> None:
-    # End commands would inherit it.
-    with contextlib.suppress(OSError):
-        _write_score("0")
-
-
-def _write_score(score: str) -> None:
-    fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(fd, score.encode())
-    finally:
-        os.close(fd)
+def _score(score: str) -> str:
+    """Set how readily the kernel kills this process when memory is short (-1000: never); gives what it was."""
+    before = score
+    with contextlib.suppress(OSError):  # only root may, and not in every container
+        fd = os.open("/proc/self/oom_score_adj", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            before = os.read(fd, 16).decode().strip()
+            os.pwrite(fd, score.encode(), 0)
+        finally:
+            os.close(fd)
+    return before
 
 
 def _lock_memory(*, needed: bool) -> None:

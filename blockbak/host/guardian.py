@@ -31,12 +31,15 @@ from blockbak.host.signals import undisturbed
 if TYPE_CHECKING:
     from blockbak.host.guard import Resumer
 
-RUN_DIRECTORY = "/run/blockbak"
 PROGRAM = (sys.executable, "-I", "-S", guard.__file__)
 """Isolated, without site packages: nothing of the environment decides what it loads."""
 START_SECONDS = 10.0
 LET_GO_SECONDS = 30.0
 """What resuming may take, beside the end commands' own timeouts, until no report is waited for any more."""
+
+
+# A shell's line, because the very process that notes itself must become the program.
+_MINDED = 'ln -s "$$" "$1" 2>/dev/null || exit; shift; exec "$@"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +94,6 @@ class Journal:
     state: Literal["now", "earlier", "unreadable"]
 
 
-def run_directory(environ: Mapping[str, str] = os.environ) -> str:
-    """Where journals lie: on a file system that a reboot empties, and never on one that is suspended."""
-    return environ.get("BLOCKBAK_RUN_DIR") or RUN_DIRECTORY
-
-
 class Guardian:
     """A guardian that is ready. Made by ``guarded``."""
 
@@ -121,6 +119,20 @@ class Guardian:
     def within(self, seconds: float) -> None:
         """Bring its deadline forward to ``seconds`` from now; it is never put off."""
         self._say({"within": seconds})
+
+    @contextmanager
+    def minding(self, argv: Sequence[str]) -> Iterator[tuple[str, ...]]:
+        """A form of ``argv`` that the guardian ends before it runs its end commands, if it is still at work then.
+
+        To be run inside the ``with``, as the first process of a session, with the scratch directory named in its
+        environment. It does not even begin where the guardian has acted.
+        """
+        link = os.path.join(self._journal.scratch, guard.RUNNING, "process")
+        try:
+            yield ("/bin/sh", "-c", _MINDED, "sh", link, *argv)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(link)
 
     def release(self) -> Outcome:
         """Let go now, and say how it went; the same answer each time. Returns when all has been let go.
@@ -303,6 +315,7 @@ def _undo(journal: Journal, mapper: Resumer | None) -> tuple[list[str], tuple[En
                 said, left = guard.resume_all(mapper or undo.enter_context(Mapper()), journal.devices)
         except MapperFailed as error:  # the end commands must be run all the same
             said, left = [str(error)], list(journal.devices)
+    guard.stop_running(journal.scratch)
     ended = tuple(Ended(**guard.run_ending(_fields(one))) for one in journal.endings)
     guard.clear(journal.scratch)
     if not left:
@@ -316,7 +329,7 @@ def _unattended(path: str) -> Iterator[int | None]:
     """The open journal, with its lock held; None where its guardian lives, or somebody settles it, or did."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
+    except OSError:  # gone, or a link, which no guardian makes
         yield None
         return
     try:

@@ -124,7 +124,11 @@ def _names(folder: str) -> list[str]:
         return []
     except OSError as error:
         raise UnsafeHook(path=folder, reason=f"it cannot be looked at: {error.strerror}") from error
-    return sorted(name for name in names if is_hook_name(name) and os.access(os.path.join(folder, name), os.X_OK))
+    return sorted(name for name in names if is_hook_name(name) and _is_program(os.path.join(folder, name)))
+
+
+def _is_program(path: str) -> bool:
+    return os.access(path, os.X_OK) and not os.path.isdir(path)
 
 
 def is_hook_name(name: str) -> bool:
@@ -264,7 +268,7 @@ def at_rest(
         yield Rest(None)
         return
     scratch = os.path.join(os.path.abspath(run_dir), f"hooks-{secrets.token_hex(8)}")
-    env = _environment(environ) | dict(facts) | {"BLOCKBAK_HOOK_DIR": scratch}
+    env = _environment(environ) | dict(facts) | {"BLOCKBAK_HOOK_DIR": os.path.join(scratch, "hook")}
     endings = [_ending(hook, env) for hook in reversed(hooks)]
     until = clock() + deadline
     skipped: set[str] = set()
@@ -279,9 +283,11 @@ def at_rest(
         mapper=mapper,
     ) as guardian:
         rest = Rest(guardian)
+        if hooks:
+            os.mkdir(env["BLOCKBAK_HOOK_DIR"], 0o700)
         try:
             for hook in hooks:
-                if _begun(hook, env, rest, deadline=deadline, until=until, clock=clock, sleep=sleep, say=say):
+                if _begun(hook, env, rest, guardian, deadline=deadline, until=until, clock=clock, sleep=sleep, say=say):
                     continue
                 skipped.add(hook.name)
             rest.applied = bool(hooks) and not skipped
@@ -315,6 +321,7 @@ def _begun(
     hook: Hook,
     env: Mapping[str, str],
     rest: Rest,
+    guardian: Guardian,
     *,
     deadline: float,
     until: float,
@@ -329,7 +336,7 @@ def _begun(
         if seconds <= 0 or rest.over():
             raise HookFailed(hook=hook.name, phase="begin", reason=f"no time was left of its {deadline:g} s")
         tried += 1
-        status, why, output = _run_begin(hook, env, seconds, until - clock())
+        status, why, output = _run_begin(hook, env, guardian, seconds, until - clock())
         then = after_begin(status, tried, begin_seconds(deadline, until - clock()))
         if then is Next.GO_ON:
             _keep(rest, hook.name, "begin", output)
@@ -348,11 +355,14 @@ def _begun(
         sleep(PAUSE_SECONDS)
 
 
-def _run_begin(hook: Hook, env: Mapping[str, str], seconds: float, left: float) -> tuple[int | None, str, str]:
+def _run_begin(
+    hook: Hook, env: Mapping[str, str], guardian: Guardian, seconds: float, left: float
+) -> tuple[int | None, str, str]:
     """Exit status (None: it did not end by itself), why or what it said, and what it printed."""
     given = dict(env) | {"BLOCKBAK_PHASE": "begin", "BLOCKBAK_DEADLINE": str(int(left) + 1)}
     try:
-        done = runner.run([hook.path], deadline=seconds, env=given, accept=range(256))
+        with guardian.minding([hook.path]) as argv:
+            done = runner.run(argv, deadline=seconds, env=given, accept=range(256))
     except CommandFailed as error:
         said = str(error.fields["stderr"])
         return None, f"{error.fields['status']}" + (f" ({said})" if said else ""), ""
@@ -367,8 +377,9 @@ def _ending(hook: Hook, env: Mapping[str, str]) -> Ending:
 
 
 def _environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """What both phases see: the person's own settings, with the runner's locale."""
-    return {name: value for name, value in environ.items() if name not in ("LANGUAGE", "LANG")} | {"LC_ALL": "C"}
+    """What both phases see: the person's own settings, with the runner's locale and places of programs."""
+    kept = {name: value for name, value in environ.items() if name not in ("LANGUAGE", "LANG")}
+    return kept | {"LC_ALL": "C", "PATH": runner.search_path()}
 
 
 def _keep(rest: Rest, label: str, phase: str, output: str) -> None:

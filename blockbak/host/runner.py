@@ -83,7 +83,7 @@ class Completed:
 
 def which(program: str) -> str | None:
     """Where ``program`` is: on PATH or in the system's own directories; None if nowhere."""
-    return shutil.which(program, path=_search_path())
+    return shutil.which(program, path=search_path())
 
 
 def package_of(program: str) -> str:
@@ -219,14 +219,15 @@ def _content(file: int) -> bytes:
         return stream.read()
 
 
-def _search_path() -> str:
+def search_path() -> str:
+    """PATH, and after it the system's own directories."""
     return os.pathsep.join([*os.environ.get("PATH", "").split(os.pathsep), *_SYSTEM_PATHS])
 
 
 def _environment(extra: Mapping[str, str] | None) -> dict[str, str]:
     """Ours, with messages and number formats that do not depend on who runs it."""
     made = {name: value for name, value in os.environ.items() if name not in ("LANGUAGE", "LANG")}
-    return made | {"LC_ALL": "C", "PATH": _search_path()} | dict(extra or {})
+    return made | {"LC_ALL": "C", "PATH": search_path()} | dict(extra or {})
 
 
 def _in_words(status: int | None, deadline: float) -> int | str:

@@ -10,8 +10,8 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Self
@@ -145,9 +145,11 @@ class Volume:
         found = Catalog()
         for name in sorted(self.names()):
             parts = _NAME.fullmatch(name)
-            if not parts or not self._is_file(name):
+            if not parts or not self._is_there(name):
                 continue
             stem = name[: -len(parts["end"]) - 1]
+            if self._is_foreign(name) and not (parts["end"] == "json" and self._is_image(stem + ".zst")):
+                continue
             if parts["end"].endswith("partial"):
                 found.partials.append(name)
             elif parts["end"] == "json.deleted":
@@ -158,23 +160,38 @@ class Volume:
                 found.orphans.append(name)
         return found
 
-    def _is_file(self, name: str) -> bool:
-        """What somebody else put here under a name of ours (a pipe, a link, a directory) is none of ours."""
+    def _is_there(self, name: str) -> bool:
+        """Whether anything has that name. What the disk cannot tell of is there: damage, and never absence."""
         try:
-            return stat.S_ISREG(os.lstat(self._at(name)).st_mode)
-        except OSError:
+            os.lstat(self._at(name))
+        except (FileNotFoundError, NotADirectoryError):
             return False
+        except OSError:
+            pass
+        return True
+
+    def _is_foreign(self, name: str) -> bool:
+        """What somebody else put here under a name of ours: a pipe, a link, a directory."""
+        try:
+            return not stat.S_ISREG(os.lstat(self._at(name)).st_mode)
+        except OSError:
+            return False  # whoever reads it will be told
+
+    def _is_image(self, name: str) -> bool:
+        return self._is_there(name) and not self._is_foreign(name)
 
     def _is_orphan(self, name: str, stem: str) -> bool:
-        if any(os.path.lexists(self._at(stem + end)) for end in (".json", ".json.deleted")):
+        if any(self._is_there(stem + end) for end in (".json", ".json.deleted")):
             return False
         # A deletion that ended meanwhile took the image too.
-        return os.path.lexists(self._at(name))
+        return self._is_there(name)
 
     def _catalog_manifest(self, found: Catalog, name: str, point: str, kind: str) -> None:
         file = name.removesuffix(".json") + ".zst"
         about: dict[str, object] = {"volume": self.name, "point": point, "kind": kind, "image": file}
         try:
+            if self._is_foreign(name):
+                raise DamagedManifest(file=name, reason="it is not a file")
             data = self._read_small(name)
             if data is None:
                 return  # a deletion has taken it since the directory was read
@@ -204,7 +221,7 @@ class Volume:
         try:
             return os.stat(self._at(file)).st_size
         except FileNotFoundError as error:
-            if not os.path.lexists(self._at(manifest_name)):
+            if not self._is_there(manifest_name):
                 return None
             raise MissingImage(file=file) from error
         except OSError as error:
@@ -262,14 +279,14 @@ class Volume:
         """
         name = image.file.removesuffix(".zst") + ".json"
         number = 1
-        while os.path.lexists(self._at(aside := f"{name}.damaged.{number}")):
+        while self._is_there(aside := f"{name}.damaged.{number}"):
             number += 1
         try:
-            if os.path.lexists(self._at(name)):
+            if self._is_there(name):
                 self._kernel.rename(self._at(name), self._at(aside))
                 sync_directory(self.path, self._kernel)
             self.commit(image)
-            if os.path.lexists(self._at(aside)):
+            if self._is_there(aside) and not self._is_foreign(aside):
                 self._kernel.unlink(self._at(aside))
         except OSError as error:
             raise store_error(error, f"{self.name}/{name}", "written anew") from error
@@ -281,28 +298,32 @@ class Volume:
         """
         name = file.removesuffix(".zst") + ".json"
         try:
-            if os.path.lexists(self._at(name)):
+            if self._is_there(name):
                 self._kernel.rename(self._at(name), self._at(name + ".deleted"))
                 sync_directory(self.path, self._kernel)
             self._finish(name + ".deleted")
         except OSError as error:
             raise store_error(error, f"{self.name}/{file}", "deleted") from error
 
-    def _finish(self, marker: str) -> None:
-        image = marker.removesuffix(".json.deleted") + ".zst"
-        if os.path.lexists(self._at(image)):
-            self._kernel.unlink(self._at(image))
-        sync_directory(self.path, self._kernel)
-        if os.path.lexists(self._at(marker)):
+    def _finish(self, marker: str) -> str:
+        """Do what a deletion's marker says; what was done, for people."""
+        stem = marker.removesuffix(".json.deleted")
+        if self._is_there(f"{stem}.json"):
+            # A deletion renames the manifest to its marker: somebody has put it back since, and wants the image.
+            done = f"{stem}.zst has its manifest again; the mark of its deletion was removed."
+        else:
+            done = f"Finished the deletion of {stem}.zst."
+            if self._is_there(f"{stem}.zst"):
+                self._kernel.unlink(self._at(f"{stem}.zst"))
+            sync_directory(self.path, self._kernel)
+        if self._is_there(marker):
             self._kernel.unlink(self._at(marker))
+        return done
 
     def tidy(self, catalog: Catalog) -> list[str]:
         """Finish deletions and sweep partials; what was done, for people. Needs the exclusive lock."""
-        done = []
         try:
-            for marker in catalog.deleted:
-                self._finish(marker)
-                done.append(f"Finished the deletion of {marker.removesuffix('.json.deleted')}.zst.")
+            done = [self._finish(marker) for marker in catalog.deleted]
             for name in catalog.partials:
                 self._kernel.unlink(self._at(name))
                 done.append(f"Swept {name}, which an earlier run did not finish.")
@@ -384,19 +405,27 @@ class Repository:
             except OSError:
                 pass  # not there, or not to be read: written anew
             try:
-                if os.path.lexists(path):
-                    self.kernel.unlink(path)
-                write_durably(path, name, data, self.kernel)
+                self._put(path, name, data)
             except OSError as error:
                 raise store_error(error, path, "written") from error
             written.append(name)
         return written
 
+    def _put(self, path: str, name: str, data: bytes) -> None:
+        """Make ``data`` the content of a file that may be there, or may be left over half-written."""
+        if os.path.lexists(path + ".partial"):
+            self.kernel.unlink(path + ".partial")
+        with PartialFile(path, name, self.kernel) as partial:
+            partial.write(0, [data])
+            # The old one goes only once there was room for the new one, for a rename never replaces.
+            if os.path.lexists(path):
+                self.kernel.unlink(path)
+            partial.seal()
+
     def volume_names(self) -> list[str]:
         """The volumes, by name. Raises NoPermission, UnreadableStore."""
-        return sorted(
-            name for name in _names_in(self.path) if usable_name(name) and _is_directory(os.path.join(self.path, name))
-        )
+        names = _names_in(self.path) - {FILE, *_SHIPPED}
+        return sorted(name for name in names if usable_name(name) and _is_directory(os.path.join(self.path, name)))
 
     def volume(self, name: str) -> Volume:
         """An existing volume. Raises NoSuchVolume."""
@@ -427,16 +456,6 @@ class Repository:
             raise store_error(error, path, "made") from error
         return Volume(self, name)
 
-    @contextmanager
-    def reading(self, names: list[str], wait: float, check: Callable[[], None]) -> Iterator[None]:
-        """Hold several volumes shared."""
-        from contextlib import ExitStack
-
-        with ExitStack() as stack:
-            for name in names:
-                stack.enter_context(self.volume(name).locked(exclusive=False, wait=wait, check=check))
-            yield
-
 
 def _names_in(path: str) -> set[str]:
     try:
@@ -460,8 +479,13 @@ def repository_above(path: str) -> str | None:
 
 
 def _is_directory(path: str) -> bool:
-    """A real one: a link would lead out of the repository."""
-    return os.path.isdir(path) and not os.path.islink(path)
+    """A real one: a link would lead out of the repository. What the disk cannot tell of counts: whoever reads it
+    will be told.
+    """
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    except OSError as error:
+        return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def usable_name(name: str) -> bool:

@@ -14,14 +14,22 @@ GOOD = '<testcase classname="tests.unit.test_a" name="one" time="0.5"/>'
 BAD = '<testcase classname="tests.unit.test_a" name="two"><failure message="no"/></testcase>'
 LEAKY = '<testcase classname="tests.host.test_b" name="three"><error message="left behind"/></testcase>'
 SKIPPED = '<testcase classname="tests.unit.test_a" name="four"><skipped/></testcase>'
+INSIDE = '<testcase classname="tests.vm.test_d" name="five" time="0.5"/>'
 UNREADABLE = '<testcase classname="" name="tests.cli.test_c"><error message="import"/></testcase>'
 
 
-def told(place, checks=(0,), status=None, cases=()):
+def written(place, cases):
+    place.write_text(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>")
+
+
+def told(place, checks=(0,), status=None, cases=(), machine=None, inside=()):
     (place / "checks").write_text("".join(f"check {n}\t{status}\n" for n, status in enumerate(checks)))
     if status is not None:
         (place / "pytest").write_text(f"{status}\t-m 'not vm' \n")
-        (place / "tests.xml").write_text(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>")
+        written(place / "tests.xml", cases)
+    if machine is not None:
+        (place / "vm").write_text(f"{machine}\tdirect\n")
+        written(place / "vm.xml", inside)
     done = subprocess.run([sys.executable, RESULTS, place], capture_output=True, text=True, check=False)
     return done.returncode, done.stdout.splitlines()[-1]
 
@@ -39,10 +47,32 @@ def told(place, checks=(0,), status=None, cases=()):
         ({"status": 5}, (1, "1 passed, 1 failed")),
         ({"status": 137, "cases": [GOOD]}, (1, "2 passed, 1 failed")),
         ({"checks": (1,), "status": 0, "cases": [GOOD]}, (1, "1 passed, 1 failed")),
+        ({"status": 0, "cases": [GOOD], "machine": 0, "inside": [INSIDE]}, (0, "3 passed, 0 failed")),
+        ({"checks": (), "machine": 0, "inside": [INSIDE]}, (0, "1 passed, 0 failed")),
+        # A machine that did not start, hung or ran nothing is a failure, whatever else passed.
+        ({"machine": 1}, (1, "1 passed, 1 failed")),
+        ({"machine": 0}, (1, "1 passed, 1 failed")),
+        ({"machine": 0, "inside": [SKIPPED]}, (1, "1 passed, 1 failed, 1 skipped")),
+        ({"machine": 124, "inside": [INSIDE]}, (1, "2 passed, 1 failed")),
+        ({"machine": 1, "inside": [INSIDE, BAD]}, (1, "2 passed, 1 failed")),
     ],
 )
 def test_success_needs_everything_to_have_passed(tmp_path, given, expected):
     assert told(tmp_path, **given) == expected
+
+
+def test_it_is_told_how_many_tests_ran_where(tmp_path):
+    told(tmp_path, status=1, cases=[GOOD, BAD], machine=0, inside=[INSIDE])
+    done = subprocess.run([sys.executable, RESULTS, tmp_path], capture_output=True, text=True, check=False)
+    assert "tests: 2 here, 1 in the virtual machine" in done.stdout.splitlines()
+
+
+def test_a_machine_without_a_report_failed(tmp_path):
+    (tmp_path / "checks").write_text("")
+    (tmp_path / "vm").write_text("1\tdirect\n")
+    done = subprocess.run([sys.executable, RESULTS, tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1] == "0 passed, 1 failed"
 
 
 def test_a_run_that_left_no_report_failed(tmp_path):

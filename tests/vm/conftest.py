@@ -58,10 +58,8 @@ def suspended() -> set[str]:
 
 
 def things() -> set[tuple[str, str]]:
-    """Each device-mapper device, volume group, loop device, mount and process of a test there is now."""
+    """Each device-mapper device, loop device, mount and process of a test there is now. A volume group has these."""
     found = {("device-mapper device", path.read_text().strip()) for path in Path("/sys/block").glob("dm-*/dm/name")}
-    groups = run("vgs", "--noheadings", "-o", "vg_name").split()
-    found |= {("volume group", name) for name in groups}
     found |= {("loop device", path.parts[3]) for path in Path("/sys/block").glob("loop*/loop/backing_file")}
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     found |= {("mount", line.split()[4]) for line in mounts}
@@ -94,9 +92,8 @@ def clear(left: set[tuple[str, str]]) -> None:
         subprocess.run(["dmsetup", "resume", name], check=False)
     for where in sorted((name for kind, name in left if kind == "mount"), reverse=True):
         subprocess.run(["umount", "--lazy", where], check=False)
-    for kind, name in left:
-        if kind == "volume group":
-            subprocess.run(["vgremove", "--force", "--force", "--yes", name], check=False)
+    for group in run("vgs", "--noheadings", "-o", "vg_name").split():
+        subprocess.run(["vgremove", "--force", "--force", "--yes", group], check=False)
     # One lies upon another: each round takes those off that have nothing on them any more.
     for _ in left:
         for kind, name in left:
@@ -176,12 +173,13 @@ class Group:
         return {one["lv_name"]: one for one in lvs(*words, self.name)}
 
     def remove(self) -> None:
-        """Remove it with all its volumes. Fails, once that is done, if something of blockbak's was there."""
+        """Remove it, if it is there, with all its volumes. Fails, once that is done, if something of blockbak's was."""
         left = of_blockbak()
         # Nothing of a group with a suspended device could be removed.
         for name in suspended():
             run("dmsetup", "resume", name)
-        run("vgremove", "--quiet", "--force", "--force", "--yes", self.name)
+        if run("vgs", "--noheadings", "-S", f"vg_name={self.name}"):
+            run("vgremove", "--quiet", "--force", "--force", "--yes", self.name)
         if left:
             pytest.fail("blockbak left behind: " + "; ".join(left), pytrace=False)
 
