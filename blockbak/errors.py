@@ -80,6 +80,11 @@ class NoSuchSource(SourceError):
     advice = "'blockbak devices' lists what can be backed up."
 
 
+class VolumeInactive(SourceError):
+    message = "Logical volume {volume} is inactive."
+    advice = "Activate it with 'lvchange {flags} {volume}', then run again."
+
+
 class NotABlockSource(SourceError):
     message = "{path} is {what}, not a block device or an image file."
     advice = "Name a disk, a partition, a logical volume or a regular file."
@@ -174,6 +179,10 @@ class NoSuchPoint(RepositoryError):
 class AmbiguousPoint(RepositoryError):
     message = "{point} fits several restore points: {candidates}."
     advice = "Give more of the name, or VOLUME@latest."
+
+
+class NoGroupMetadata(RepositoryError):
+    message = "Point {point} holds no volume group's metadata: it is not of a logical volume, or LVM told none."
 
 
 class VolumeLocked(RepositoryError):
@@ -286,6 +295,16 @@ class TargetFull(Failed):
     advice = "Make room there and run again."
 
 
+class NoVolumeRoom(Failed):
+    message = "{place} has {free} bytes free; logical volume {volume} needs {needed}."
+    advice = "Make room there, or restore to another place."
+
+
+class PoolFilling(Failed):
+    message = "Thin pool {pool} became {used} % full ({what}) while {volume} was written, so writing was stopped."
+    advice = "Extend the pool with lvextend, then restore again."
+
+
 class VerificationFailed(Failed):
     message = "{path} does not read back as it was written: {blocks} blocks differ, the first at byte {first}."
     advice = "The target cannot be trusted: its disk, cable or memory may be failing."
@@ -385,6 +404,16 @@ class TargetInUse(Refused):
 
 class TargetHolds(Refused):
     message = "{path} holds {what}; it is never overwritten."
+
+
+class TargetUnsafe(Refused):
+    message = "{path} cannot be overwritten safely: {reason}."
+    advice = "{way}"
+
+
+class VolumeNameTaken(Refused):
+    message = "Logical volume {volume} exists; --create-lv only ever makes a new one."
+    advice = "Name another one, or give it as TARGET to overwrite it."
 
 
 class TargetTooSmall(Refused):

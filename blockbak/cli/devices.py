@@ -9,50 +9,63 @@ import click
 from blockbak.cli import common, render
 
 if TYPE_CHECKING:
-    from blockbak.host.device import Device
+    from blockbak.flow.offer import Offer
 
 
-def _as_dict(device: Device) -> dict[str, Any]:
+def _as_dict(offer: Offer) -> dict[str, Any]:
     from dataclasses import asdict
 
     from blockbak.host.device import identity
-    from blockbak.host.usage import decide_mode, users
 
-    uses = users(device)
-    mode, reason = decide_mode(device, uses)
-    known = identity(device)
+    known = identity(offer.device)
     return {
-        **asdict(device),
-        "label": device.label,
+        **asdict(offer.device),
+        "label": offer.device.label,
         "identity": {"kind": known.kind, "value": known.value},
-        "uses": [str(use) for use in uses],
-        "mode": mode,
-        "reason": reason,
+        "uses": [str(use) for use in offer.uses],
+        "thin_pool": offer.thin_pool,
+        "snapshot_room": offer.snapshot_room,
+        "mode": offer.mode,
+        "reason": offer.reason,
     }
+
+
+def _room(one: dict[str, Any]) -> str:
+    if one["snapshot_room"] is None:
+        return "-"
+    return f"{render.size(one['snapshot_room'])} in {one['thin_pool'] or one['vg']}"
 
 
 @click.command(epilog="Example: blockbak devices")
 @common.json_option
 def command(as_json: bool) -> None:
-    """What can be backed up: size, identity, what uses it, and which mode 'auto' would take."""
-    from blockbak.host.device import devices
+    """What can be backed up: size, identity, what uses it, and which mode 'auto' would take.
 
-    found = [_as_dict(device) for device in devices()]
+    For a logical volume also the room for a snapshot: what its volume group, or its thin pool, has free. Only root
+    is told that by LVM.
+    """
+    from blockbak.flow.offer import offers
+
+    found = [_as_dict(offer) for offer in offers()]
     if as_json:
         render.document(found)
         return
     render.table(
-        ["device", "kind", "size", "identity", "mode", "in use by"],
+        ["device", "kind", "size", "identity", "mode", "room for a snapshot", "in use by"],
         [
             [
                 one["label"],
-                one["kind"],
+                one["kind"] if not one["lv"] else "thin lv" if one["thin_pool"] else "lv",
                 render.size(one["size"]),
                 f"{one['identity']['kind']} {one['identity']['value']}",
                 one["mode"],
+                _room(one),
                 ", ".join(one["uses"]) or "-",
             ]
             for one in found
         ],
         numeric=["size"],
     )
+    for one in found:
+        if one["lv"] and one["mode"] == "refused":
+            render.say(f"{one['label']}: {one['reason']}.")

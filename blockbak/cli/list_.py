@@ -26,6 +26,7 @@ def _as_dict(point: Point, lost: set[str]) -> dict[str, object]:
         "parent": opening.parent,
         "mode": closing.mode,
         "consistency": closing.consistency,
+        "set_id": closing.set_id,
         "device_bytes": opening.device_bytes,
         "changed_bytes": closing.changed_bytes,
         "bad_bytes": closing.bad_bytes,

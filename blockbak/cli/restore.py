@@ -23,7 +23,12 @@ _METHODS = {
 def describe(plan: Plan) -> list[str]:
     """The plan for people, before anything is written."""
     what = f"{plan.point} of {plan.volume}, {render.size(plan.device_bytes)}"
-    return [f"{what}, to {plan.target}: {_METHODS[plan.method]}.", f"From {', '.join(plan.images)}.", *plan.notes]
+    how = _METHODS[plan.method]
+    if plan.created_lv:
+        place = f"thin pool {plan.thin_pool}" if plan.thin_pool else f"volume group {plan.created_lv.split('/')[0]}"
+        size = f"{render.size(plan.target_bytes)} ({plan.target_bytes} bytes)"
+        how = f"a new logical volume of {size} is made in {place}"
+    return [f"{what}, to {plan.target}: {how}.", f"From {', '.join(plan.images)}.", *plan.notes]
 
 
 def _confirm(target: str) -> None:
@@ -40,10 +45,18 @@ def _confirm(target: str) -> None:
     epilog="\b\nExamples:\n"
     "  blockbak -r /srv/backup restore latest /dev/sdc --dry-run\n"
     "  blockbak -r /srv/backup restore web@latest /dev/sdc --yes\n"
-    "  blockbak -r /srv/backup restore web@2026-05-01T03:00 disk.img",
+    "  blockbak -r /srv/backup restore web@2026-05-01T03:00 disk.img\n"
+    "  blockbak -r /srv/backup restore db@latest --create-lv vg/db-restored",
 )
 @click.argument("point")
-@click.argument("target", type=common.PATH)
+@click.argument("target", type=common.PATH, required=False)
+@click.option(
+    "--create-lv",
+    type=common.PATH,
+    metavar="VG/NAME",
+    help="Make a new logical volume, as large as the point, instead of writing to TARGET.",
+)
+@click.option("--thin-pool", type=common.PATH, metavar="POOL", help="Make it a thin one, in this pool of VG.")
 @click.option("--yes", "overwrite", is_flag=True, help="Overwrite TARGET if it exists.")
 @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Read back what was written.")
@@ -58,10 +71,11 @@ def _confirm(target: str) -> None:
 @common.repository_options
 @click.pass_context
 def command(
-    context: click.Context, point: str, target: str, overwrite: bool, dry_run: bool, verify: bool,
-    verify_first: bool, keep_going: bool, mapfile: str | None, repository: str | None, as_json: bool, wait: float,
+    context: click.Context, point: str, target: str | None, create_lv: str | None, thin_pool: str | None,
+    overwrite: bool, dry_run: bool, verify: bool, verify_first: bool, keep_going: bool, mapfile: str | None,
+    repository: str | None, as_json: bool, wait: float,
 ) -> None:  # fmt: skip
-    """Bring POINT back onto the device, or into the file, TARGET.
+    """Bring POINT back onto the device, or into the file, TARGET; or into a new logical volume.
 
     POINT is an id, a unique beginning of one, latest, VOLUME@latest or VOLUME@TIME: the newest made in or before
     that second, minute or day, in UTC where no zone is given. Index and structure
@@ -73,8 +87,15 @@ def command(
 
     if mapfile is not None and not keep_going:
         raise click.UsageError("--mapfile names what --keep-going leaves out, so it takes that too.")
+    if (target is None) is (create_lv is None):
+        raise click.UsageError("Name one of the two: TARGET, or --create-lv VG/NAME.")
+    if thin_pool is not None and create_lv is None:
+        raise click.UsageError("--thin-pool is where --create-lv makes its volume, so it takes that too.")
     opened = common.open_repository(repository)
-    request = Request(point, target, overwrite, verify, verify_first, keep_going, mapfile)
+    request = Request(
+        point, target or "", overwrite, verify, verify_first, keep_going, mapfile, create_lv,
+        thin_pool,
+    )  # fmt: skip
     try:
         with common.world(wait) as world:
             done = restore(opened, request, world, dry_run=dry_run)

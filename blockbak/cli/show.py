@@ -37,27 +37,48 @@ def _lines(about: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("restored from", ", ".join(about["chain"])),
         *[("image", f"{one['file']}, {render.size(one['stored_bytes'])}") for one in about["images"]],
+        *([("set", about["set_id"])] if about["set_id"] else []),
+        *[(f"hook {name}", line) for name, said in about["hooks"].items() for line in said.splitlines()],
+        *_group(about),
         *[("note", note) for note in about["notes"]],
     ]
+
+
+def _group(about: dict[str, Any]) -> list[tuple[str, str]]:
+    if not about["lvm_metadata"]:
+        return []
+    how = f"'blockbak show {about['point']} --lvm-metadata' prints it, for vgcfgrestore"
+    return [("volume group", f"its metadata is kept with the point: {how}")]
 
 
 @click.command(epilog="Example: blockbak -r /srv/backup show web@latest")
 @click.argument("point")
 @click.option("--extents", "extents_max", type=click.IntRange(min=0), default=10_000, show_default=True,
               metavar="N", help="List at most so many extents in the JSON document.")  # fmt: skip
+@click.option("--lvm-metadata", is_flag=True,
+              help="Print only the volume group's metadata as it was, which vgcfgrestore takes.")  # fmt: skip
 @common.repository_options
-def command(point: str, extents_max: int, repository: str | None, as_json: bool, wait: float) -> None:
+def command(
+    point: str, extents_max: int, lvm_metadata: bool, repository: str | None, as_json: bool, wait: float
+) -> None:
     """One point: where it is from, what holds it, its extents, partitions and file systems."""
-    from blockbak.flow.show import as_document, show
+    from blockbak.flow import show as flow
 
     opened = common.open_repository(repository)
+    if lvm_metadata:
+        text = flow.lvm_metadata(opened, point)
+        if as_json:
+            render.document({"lvm_metadata": text})
+        else:
+            render.line(text.removesuffix("\n"))
+        return
     with common.world(wait) as world:
-        about = as_document(show(opened, point, world, extents_max=extents_max))
+        about = flow.as_document(flow.show(opened, point, world, extents_max=extents_max))
     if as_json:
         render.document(about)
         return
     for key, value in _lines(about):
-        render.line(f"{key + ':':15}{value}")
+        render.line(f"{key + ':':14} {value}")
     for row in about["extents"]:
         if row["kind"] == "bad":
             render.line(f"{'unreadable:':15}bytes {row['start']} to {row['start'] + row['length']}")

@@ -21,8 +21,7 @@ from blockbak.flow.context import Context, iso
 from blockbak.flow.hot import HotOptions, Member, foreseen, snapshots
 from blockbak.flow.points import damage_since, highest_sequence, open_chain
 from blockbak.flow.scan import scan
-from blockbak.flow.source import AtRest, Request, Seen, Settled, Source, look, resolve_mode
-from blockbak.host import device as devices
+from blockbak.flow.source import AtRest, Request, Seen, Settled, Source, look, look_at, resolve_mode
 from blockbak.host.lock import Lock
 from blockbak.image.format import BLOCK_DEFAULT, BLOCK_MAX, BLOCK_MIN, window_for
 from blockbak.image.view import PointView
@@ -201,7 +200,7 @@ def backup_all(
 
 
 def _is_hot(request: Request) -> bool:
-    device = devices.look(request.source)
+    device = look_at(request.source)
     return device.is_lv and resolve_mode(device, request.mode) == "hot"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from blockbak.errors import BlockbakError, Damage, Interrupted
 from blockbak.flow.context import Context
+from blockbak.flow.into_lvm import NewVolume, new_volume, plan_volume, pool_of, twin_notes
 from blockbak.flow.mapfile import Mapfile, mapfile
 from blockbak.flow.points import Opened, find, newer_orphans, open_point, open_reader
 from blockbak.flow.target import check_target, existing, look_at_target, new_file
@@ -19,6 +20,7 @@ from blockbak.flow.writing import Writing, mostly_equal, read_back, write_all
 from blockbak.host import device as devices
 from blockbak.host.blockio import TargetWriter
 from blockbak.host.device import Device
+from blockbak.host.lvm import PoolWatch
 from blockbak.image.reader import ImageReader
 from blockbak.image.view import Flaw, PointView, Summary
 from blockbak.model import extent
@@ -29,7 +31,9 @@ from blockbak.repository.local import Catalog, Repository, Volume
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a person asked for. ``overwrite`` stands for ``--yes``."""
+    """What a person asked for. ``overwrite`` stands for ``--yes``. ``create_lv`` (``vg/lv``) is made instead of
+    writing to ``target``, in ``thin_pool`` of its group where that is named.
+    """
 
     point: str
     target: str
@@ -38,12 +42,16 @@ class Request:
     verify_first: bool = False
     keep_going: bool = False
     mapfile: str | None = None
+    create_lv: str | None = None
+    thin_pool: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a restore will do. ``method`` is ``create`` (a new file), ``write`` (everything) or ``differ``
-    (read the target, write what differs). ``damage`` is what would stop it without ``keep_going``, else empty.
+    """What a restore will do. ``method`` is ``create`` (a new file or volume), ``write`` (everything) or
+    ``differ`` (read the target, write what differs). ``created_lv`` is the logical volume to be made, of
+    ``target_bytes``, ``thin_pool`` the pool it comes out of. ``damage`` is what would stop it without
+    ``keep_going``, else empty.
     """
 
     point: str
@@ -55,6 +63,8 @@ class Plan:
     data_bytes: int
     bad_bytes: int
     method: str
+    created_lv: str = ""
+    thin_pool: str = ""
     notes: list[str] = field(default_factory=list)
     damage: str = ""
 
@@ -93,23 +103,32 @@ def _surviving(view: PointView) -> Summary:
     return Summary(min(stored, view.geometry.device_bytes), extent.coalesce(np.concatenate(bad)))
 
 
-def _method(view: PointView, target: Device | None, context: Context) -> str:
+def _method(view: PointView, target: Device | None, pool: PoolWatch | None, context: Context) -> str:
     """How the target will be written."""
     if target is None:
         return "create"
+    if pool is not None:
+        return "differ"  # zeros that are written where a thin volume holds nothing would take room
     if view.top.opening.is_of(devices.identity(target), context.host):
         return "differ"
     with TargetWriter(target.path, kernel=context.kernel) as opened:
         return "differ" if mostly_equal(view, opened) else "write"
 
 
-def _plan(opened: Opened, request: Request, target: Device | None, method: str, host: str) -> Plan:
+def _plan(
+    opened: Opened, request: Request, target: Device | None, new: NewVolume | None, method: str, host: str
+) -> Plan:
     opening, notes = opened.view.top.opening, []
     if target is not None and opening.surely_of(devices.identity(target), host):
         notes.append("The target is the volume itself: it is rolled back.")
+    elif target is not None:
+        notes += twin_notes(target, opened.view)
     if target is not None and target.is_block and target.size > opening.device_bytes:
         notes.append(f"The target is larger by {target.size - opening.device_bytes} bytes; they are left alone.")
-    notes += _doubts(opened, target)
+    if target is not None and target.is_block:
+        notes += _doubts(opened, target.logical_sector)
+    else:
+        notes += _doubts(opened, new.logical_sector if new else 0)
     bad = extent.total(opened.summary.bad)
     if bad:
         notes.append(f"{bad} bytes could not be read from the source; they become zeros.")
@@ -117,20 +136,22 @@ def _plan(opened: Opened, request: Request, target: Device | None, method: str, 
         notes.append(f"Damage was passed over: {opened.damage}")
     return Plan(
         point=opening.point, volume=opening.volume, images=[image.file for image in opened.chain],
-        target=request.target, target_bytes=target.size if target else 0, device_bytes=opening.device_bytes,
-        data_bytes=opened.summary.stored_bytes, bad_bytes=bad, method=method, notes=notes,
-        damage=str(opened.damage or ""),
+        target=new.label if new else request.target,
+        target_bytes=new.size if new else target.size if target else 0, device_bytes=opening.device_bytes,
+        data_bytes=opened.summary.stored_bytes, bad_bytes=bad, method=method,
+        created_lv=new.label if new else "", thin_pool=f"{new.group}/{new.pool}" if new and new.pool else "",
+        notes=notes, damage=str(opened.damage or ""),
     )  # fmt: skip
 
 
-def _doubts(opened: Opened, target: Device | None) -> list[str]:
+def _doubts(opened: Opened, sector: int) -> list[str]:
     """What whoever restores should know of the point, and was told to somebody else when it was made."""
     opening, consistency = opened.view.top.opening, opened.view.top.closing.consistency
     notes = []
     if consistency == "none":
         notes.append("The source was in use or written while it was read: the point may be torn.")
-    if target is not None and target.is_block and target.logical_sector != opening.logical_sector:
-        notes.append(f"The point is of {opening.logical_sector}-byte sectors, the target has {target.logical_sector}.")
+    if sector and sector != opening.logical_sector:
+        notes.append(f"The point is of {opening.logical_sector}-byte sectors, the target has {sector}.")
     return notes
 
 
@@ -176,8 +197,8 @@ def _remains(top: Image, catalog: Catalog) -> list[Image]:
 
 def restore(repository: Repository, request: Request, context: Context, *, dry_run: bool = False) -> Plan | Report:
     """Restore a point; with ``dry_run`` only say how. Raises Damage before the first byte is written for
-    everything but a frame's content, Refused for a target that must not be written, TargetFailed,
-    VerificationFailed, Interrupted.
+    everything but a frame's content, Refused for a target that must not be written, NoVolumeRoom, PoolFilling,
+    TargetFailed, VerificationFailed, Interrupted.
     """
     from blockbak.flow.verify import check_frames
 
@@ -189,31 +210,42 @@ def restore(repository: Repository, request: Request, context: Context, *, dry_r
         opener = _open_damaged if request.keep_going else open_point
         opened = opener(volume, catalog, point, stack)
         view = opened.view
-        target = look_at_target(request.target)
-        check_target(request.target, target, view, repository, context, overwrite=request.overwrite or dry_run)
-        method = _method(view, target, context)
-        planned = _plan(opened, request, target, method, context.host)
+        target, new, pool = None, None, None
+        if request.create_lv is not None:
+            new = plan_volume(request.create_lv, request.thin_pool or "", view)
+        else:
+            target = look_at_target(request.target)
+            check_target(request.target, target, view, repository, context, overwrite=request.overwrite or dry_run)
+            pool = pool_of(target, view, request.target) if target is not None else None
+        method = _method(view, target, pool, context)
+        planned = _plan(opened, request, target, new, method, context.host)
         planned.notes.extend(newer_orphans(volume, catalog, point, request.point))
         if dry_run:
             return planned
         if request.verify_first:
             check_frames(view, context)
-        return _carry_out(_Restoring(repository, request, opened, target, planned), context, clock)
+        return _carry_out(_Restoring(repository, request, opened, target, new, pool, planned), context, clock)
 
 
 @dataclass(frozen=True, slots=True)
 class _Restoring:
-    """A restore that was planned: the point, the target as it was looked at (None: a file to be made), where."""
+    """A restore that was planned: the point, the target as it was looked at (None: a file or volume to be made)
+    and, where it is thin, its pool; where.
+    """
 
     repository: Repository
     request: Request
     opened: Opened
     target: Device | None
+    new: NewVolume | None
+    pool: PoolWatch | None
     planned: Plan
 
     @property
     def path(self) -> str:
         """What is opened: links are followed once, when the target is looked at."""
+        if self.new is not None:
+            return self.new.label
         return self.target.path if self.target else os.path.realpath(self.request.target)
 
     @property
@@ -225,10 +257,15 @@ class _Restoring:
 def _carry_out(job: _Restoring, context: Context, clock: float) -> Report:
     path, size, request, planned = job.path, job.size, job.request, job.planned
     view, bad, method = job.opened.view, job.opened.summary.bad, planned.method
+    pools = [job.pool] if job.pool is not None else []
+    context = replace(context, check=_with_pools(context.check, pools))
     with ExitStack() as stack:
         lost = stack.enter_context(_mapfile(job)) if request.keep_going else None
-        target = stack.enter_context(_open(job, context))
-        shared = Writing(view, target, method, context, keep_going=request.keep_going)
+        target = stack.enter_context(_open(job, context, pools))
+        # What is new and yet not blank holds what others left there.
+        blank = method == "create" and (job.new is None or job.new.blank)
+        writing = "create" if blank else "differ" if method == "differ" else "write"
+        shared = Writing(view, target, writing, context, keep_going=request.keep_going)
         try:
             verified = _fill(shared, request, size, context)
         except Interrupted as error:
@@ -242,6 +279,8 @@ def _carry_out(job: _Restoring, context: Context, clock: float) -> Report:
         flaws = sorted(shared.flaws, key=lambda flaw: flaw.start)
         if lost is not None and (flaws or len(bad)):
             lost.write(flaws, bad, size)
+    if job.new is not None and flaws:
+        planned.notes.append(f"{path} is kept, and is incomplete.")
     return Report(
         planned, shared.written_bytes, verified, flaws,
         [{"start": int(row["start"]), "length": int(row["length"])} for row in bad],
@@ -249,14 +288,27 @@ def _carry_out(job: _Restoring, context: Context, clock: float) -> Report:
     )  # fmt: skip
 
 
-def _open(job: _Restoring, context: Context) -> AbstractContextManager[TargetWriter]:
+def _with_pools(check: Callable[[], None], pools: Sequence[PoolWatch]) -> Callable[[], None]:
+    def both() -> None:
+        check()
+        for pool in pools:
+            pool.check()
+
+    return both
+
+
+def _open(job: _Restoring, context: Context, pools: list[PoolWatch]) -> AbstractContextManager[TargetWriter]:
+    """The target, open; the pool that it takes its room from is in ``pools`` then."""
+    if job.new is not None:
+        return new_volume(job.new, job.opened.view, context, pools.append)
     if job.target is None:
         return new_file(job.path, job.size, context, overwrite=job.request.overwrite)
     return existing(job.request.target, job.target, job.opened.view, job.repository, context)
 
 
 def _mapfile(job: _Restoring) -> AbstractContextManager[Mapfile]:
-    beside = job.planned.point if job.target is not None and job.target.is_block else job.path
+    is_device = job.new is not None or (job.target is not None and job.target.is_block)
+    beside = job.planned.point if is_device else job.path
     return mapfile(job.request.mapfile, job.path, f"{beside}.mapfile", job.repository)
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from blockbak.errors import NoGroupMetadata
 from blockbak.flow.context import Context
-from blockbak.flow.points import find_and_open, partition_table, reader
+from blockbak.flow.points import find, find_and_open, partition_table, reader
 from blockbak.image.view import PointView
 from blockbak.model import extent
 from blockbak.model.chain import Image
@@ -53,6 +54,18 @@ def show(repository: Repository, name: str, context: Context, *, extents_max: in
             ],
             partition_table=table, filesystems=_filesystems(view, table),
         )  # fmt: skip
+
+
+def lvm_metadata(repository: Repository, name: str) -> str:
+    """The volume group's metadata that a point keeps, from its manifest: for that no image need be whole.
+
+    Raises NoGroupMetadata, NoSuchPoint, AmbiguousPoint, Damage.
+    """
+    _, _, point = find(repository, name)
+    text = point.images[0].closing.lvm_metadata
+    if not text:
+        raise NoGroupMetadata(point=point.id)
+    return text
 
 
 def _extents(view: PointView, most: int, context: Context) -> tuple[dict[str, int], int, Extents]:

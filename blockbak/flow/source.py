@@ -10,6 +10,7 @@ from typing import Protocol
 
 from blockbak.errors import (
     DuplicateIdentity,
+    NoSuchSource,
     NotSnapshotable,
     SourceChangedSize,
     SourceEmpty,
@@ -17,6 +18,7 @@ from blockbak.errors import (
     SourceInUse,
     SourceVanished,
     VolumeExists,
+    VolumeInactive,
 )
 from blockbak.flow.context import Context
 from blockbak.flow.points import hidden_images
@@ -27,6 +29,7 @@ from blockbak.host.device import Device
 from blockbak.model.chain import Image
 from blockbak.model.facts import Opening
 from blockbak.model.identity import Identity
+from blockbak.model.snapshot import LogicalVolume
 from blockbak.repository.local import NAME_RULE, Repository, Volume, usable_name
 
 
@@ -202,9 +205,26 @@ class Seen:
     name: str
 
 
+def look_at(path: str) -> Device:
+    """What ``path`` names. Raises VolumeInactive, NoSuchSource, NotABlockSource, NoPermission."""
+    try:
+        return devices.look(path)
+    except NoSuchSource as error:
+        if (volume := lvm.inactive(path)) is not None:
+            raise activation_needed(volume) from error
+        raise
+
+
+def activation_needed(volume: LogicalVolume) -> VolumeInactive:
+    """The error for a volume that LVM knows and the kernel does not."""
+    # lvs(8), lv_attr: the tenth letter is the flag that an activation passes it over.
+    flags = "-ay -K" if volume.attr[9:10] == "k" else "-ay"
+    return VolumeInactive(volume=volume.label, flags=flags)
+
+
 def look(repository: Repository, request: Request, context: Context) -> Seen:
     """Look at the source. Raises every error of the source and refusal trees, VolumeExists."""
-    device = devices.look(request.source)
+    device = look_at(request.source)
     check_source(device, repository, request, context)
     mode = resolve_mode(device, request.mode)
     identity = devices.identity(device)

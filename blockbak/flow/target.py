@@ -16,11 +16,13 @@ from blockbak.errors import (
     TargetInUse,
     TargetSectorSize,
     TargetTooSmall,
+    TargetUnsafe,
 )
 from blockbak.flow.context import Context
 from blockbak.flow.points import partition_table
+from blockbak.flow.source import activation_needed
 from blockbak.host import device as devices
-from blockbak.host import usage
+from blockbak.host import lvm, usage
 from blockbak.host.blockio import TargetWriter, read_error, sync_directory
 from blockbak.host.device import Device
 from blockbak.image.view import PointView
@@ -35,6 +37,8 @@ def look_at_target(path: str) -> Device | None:
     try:
         return devices.look(path)
     except NoSuchSource as error:
+        if (volume := lvm.inactive(path)) is not None:
+            raise activation_needed(volume) from error
         directory = os.path.dirname(os.path.realpath(path))
         if not os.path.isdir(directory):
             raise BadTarget(path=path, reason=f"there is no directory {directory}") from error
@@ -76,8 +80,14 @@ def check_target(
     if not view.top.opening.surely_of(devices.identity(target), context.host):
         # A disk of an inactive volume group may be rolled back onto itself; any other may not be lost to it.
         users += usage.memberships(target)
+    if usage.is_inner(target):
+        reason = "it is an inner part of logical volumes, which LVM keeps for itself"
+        raise TargetUnsafe(path=path, reason=reason, way="Name the logical volume that is to hold the point.")
     if users:
         raise TargetInUse(path=path, holders=", ".join(str(use) for use in users))
+    if reason := usage.snapshots(target):
+        way = "Remove the snapshot first, or restore to a new volume with --create-lv."
+        raise TargetUnsafe(path=path, reason=reason, way=way)
     if target.is_block:
         _check_device(path, target, view)
     if not overwrite:

@@ -122,7 +122,7 @@ class Writing:
         index = job.start // PIECE_BYTES
         with self._guard:
             self.done[index] = True
-            # What was not written into a new file is a hole; what did not differ was just read.
+            # What was not written into a new file, or thin volume, is a hole; what did not differ was just read.
             self.touched[index] |= written > 0 or self.method == "write"
             self.written_bytes += written
         self.context.progress.advance(job.length, written)
@@ -183,7 +183,7 @@ class _Writer:
         if (stored & wanted).any():
             self._read(job, wanted & stored, data)
         zero = wanted & ~stored
-        if target.is_block:
+        if target.is_block and self._shared.method != "create":
             # Short runs of zeros go with the data around them.
             for low, high in _pairs(zero):
                 if (high - low) * block < min(_ZERO_RUN, job.length):

@@ -10,7 +10,8 @@ import contextlib
 import fcntl
 import os
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from blockbak.errors import (
     NoPoolRoom,
     NoSnapshotRoom,
     NotSnapshotable,
+    PoolFilling,
     PoolFull,
     SnapshotError,
     SnapshotLost,
@@ -31,12 +33,15 @@ from blockbak.errors import (
     SnapshotSeen,
 )
 from blockbak.host import scanners
-from blockbak.host.device import Device
+from blockbak.host.device import Device, devices
 from blockbak.host.mapper import Mapper
+from blockbak.host.marks import reading
 from blockbak.host.runner import Completed, run
 from blockbak.host.system import System, lvm_names
 from blockbak.model import snapshot as plan
+from blockbak.model.filesystem import PhysicalVolume, physical_volume
 from blockbak.model.snapshot import LogicalVolume
+from blockbak.units import SECTOR
 
 CHANGE_SECONDS = 600.0
 """A command that changes a group is in the middle of suspended devices: it is not ended before it must hang."""
@@ -73,6 +78,50 @@ def by_uuid(uuid: str) -> LogicalVolume | None:
     """The volume of a UUID, or None."""
     found = _report("-a", "--select", f"lv_uuid={uuid}")
     return found[0] if found else None
+
+
+def named(group: str, name: str) -> LogicalVolume | None:
+    """The volume of that name, active or not; None where there is none, or no such group."""
+    return next((one for one in _report("-a", group) if one.name == name), None)
+
+
+def inactive(path: str) -> LogicalVolume | None:
+    """The volume that ``vg/lv``, ``/dev/vg/lv`` or ``/dev/mapper/…`` would name if it were active; None also
+    where LVM cannot be asked.
+    """
+    mapped = path.removeprefix("/dev/mapper/")
+    group, name = lvm_names(mapped) if mapped != path else plan.as_label(path)
+    if not group or not name:
+        return None
+    try:
+        found = named(group, name)
+    except BlockbakError:
+        return None
+    return found if found is not None and not found.active else None
+
+
+def group(name: str) -> plan.Group | None:
+    """A volume group; None where there is none of that name."""
+    done = run(
+        ["vgs", "--reportformat", "json", "--units", "b", "--nosuffix", "-o", ",".join(plan.GROUP_FIELDS), name],
+        deadline=CHANGE_SECONDS,
+        env={"LVM_SUPPRESS_FD_WARNINGS": "1"},
+        accept=(0, 5),
+    )
+    try:
+        return plan.parse_group(done.stdout)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CommandFailed(program="vgs", status=done.status, stderr=done.stderr or str(error)) from error
+
+
+def pool_blocks(group: str, pool: str) -> tuple[int, bool]:
+    """How many bytes a thin pool gives at a time, and whether it zeroes them before they are used."""
+    done = run(
+        ["lvs", "--reportformat", "json", "--units", "b", "--nosuffix", "-o", "chunk_size,zero", f"{group}/{pool}"],
+        deadline=CHANGE_SECONDS,
+        env={"LVM_SUPPRESS_FD_WARNINGS": "1"},
+    )
+    return plan.parse_pool_blocks(done.stdout)
 
 
 def pool_bytes(group: str, pool: str) -> int:
@@ -440,3 +489,115 @@ def _check_hidden(made: Snapshot) -> None:
     reason = scanners.seen(name, system)
     if reason:
         raise SnapshotSeen(volume=made.origin.label, reason=reason, device=made.label)
+
+
+# --- volumes that are restored to -------------------------------------------------------------------------
+
+
+@contextmanager
+def new_volume(run_now: Run, group: str, name: str, size: int, pool: str = "") -> Iterator[str]:
+    """Make a logical volume of ``size`` bytes (whole LVM extents); its node, for as long as the ``with`` lasts.
+
+    It carries the tags of the run until the ``with`` ends well, and is removed where it does not. A volume of
+    another's that has the name is never touched. Raises CommandFailed.
+    """
+    label = f"{group}/{name}"
+    tags = (*run_now.tags, plan.RESTORE_TAG)
+    added = [word for tag in tags for word in ("--addtag", tag)]
+    # A thin volume reads as zeros; of a thick one only the old signatures go, which udev would act upon.
+    own = ["--virtualsize", f"{size}b", "--thinpool", pool] if pool else ["--wipesignatures", "y", "--zero", "y"]
+    if not pool:
+        own += ["--size", f"{size}b"]
+    try:
+        _lvm("lvcreate", "-q", "-q", "-y", "--name", name, *added, *own, group)
+        yield f"/dev/mapper/{plan.dm_name(group, name)}"
+        _lvm("lvchange", "-q", "-q", *(word for tag in tags for word in ("--deltag", tag)), label)
+    except BaseException as error:
+        try:
+            made = named(group, name)
+            if made is not None and made.run == run_now.id:
+                remove(label)
+        except BlockbakError as failed:
+            error.add_note(f"{label} could not be removed ({failed}); 'blockbak recover' tries again.")
+        raise
+
+
+def thin_pool(device: Device, system: System | None = None) -> str:
+    """The kernel name of the thin pool that a volume comes out of; empty for any other device."""
+    system = system or System()
+    below = system.links(device.kname, "slaves") if device.is_lv else []
+    return next((name for name in below if system.attribute(name, "dm/uuid").endswith("-tpool")), "")
+
+
+def thin_pool_label(device: Device, system: System | None = None) -> str:
+    """``vg/pool`` of a thin volume; empty for any other device."""
+    system = system or System()
+    name = system.attribute(thin_pool(device, system), "dm/name") if device.is_lv else ""
+    return "/".join(lvm_names(name.removesuffix("-tpool"))) if name else ""
+
+
+class PoolWatch:
+    """A thin pool, looked at while one of its volumes is written."""
+
+    def __init__(self, device: Device, system: System | None = None) -> None:
+        system = system or System()
+        pool = thin_pool(device, system)
+        self._volume = device.label
+        self._dm_name = system.attribute(pool, "dm/name")
+        self._bytes = system.size(pool)
+        self.label = thin_pool_label(device, system)
+        self._next = 0.0
+
+    @property
+    def unit(self) -> int:
+        """Bytes that the pool gives at a time. Raises MapperFailed."""
+        use = self._use()
+        return self._bytes // use.data_total if use and use.data_total else SECTOR
+
+    def short(self, stored: int) -> tuple[int, int] | None:
+        """Free bytes and those needed, if there is surely no room for ``stored`` bytes of content in the volume:
+        it takes at least what it does not hold yet. Raises MapperFailed.
+        """
+        use = self._use()
+        return plan.surely_short(use, self._bytes, stored) if use else (0, stored)
+
+    def check(self) -> None:
+        """Raise PoolFilling before the pool is full, when writes of all its volumes would hang or fail."""
+        if time.monotonic() < self._next:
+            return
+        use = self._use()
+        what = plan.pool_gives_out(use, self._bytes) if use else "data"
+        if what:
+            percent = 100.0 if use is None else use.metadata_percent if what == "metadata" else use.data_percent
+            raise PoolFilling(pool=self.label, used=round(percent, 1), what=what, volume=self._volume)
+        self._next = time.monotonic() + POLL_SECONDS
+
+    def mapped(self, device: Device) -> int:
+        """Bytes that the volume holds already."""
+        with Mapper() as mapper:
+            targets = mapper.status(device.dm_name)
+        return plan.parse_thin(targets[0].kind, targets[0].parameters) if targets else 0
+
+    def _use(self) -> plan.PoolUse | None:
+        with Mapper() as mapper:
+            targets = mapper.status(self._dm_name)
+        return plan.parse_pool(targets[0].kind, targets[0].parameters) if targets else None
+
+
+# --- physical volumes -------------------------------------------------------------------------------------
+
+
+def physical_volumes(without: Collection[str], system: System | None = None) -> list[tuple[str, PhysicalVolume]]:
+    """Every physical volume that can be seen, with its node, LVM installed or not; but not on the devices of
+    these kernel names, nor inside logical volumes, where LVM does not look (lvm.conf, scan_lvs).
+    """
+    system = system or System()
+    found = []
+    for device in devices(system):
+        if device.kname in without or device.is_lv:
+            continue
+        with reading(device.path) as read:
+            one = physical_volume(read)
+        if one is not None:
+            found.append((device.path, one))
+    return found

@@ -20,7 +20,7 @@ from typing import Literal, TypeAlias
 from blockbak.host.device import Device, table
 from blockbak.host.marks import reading
 from blockbak.host.proc import LockLine
-from blockbak.host.system import System
+from blockbak.host.system import System, lvm_names
 from blockbak.model.partition import filesystem
 
 What: TypeAlias = Literal["mounted", "swap", "held", "backing", "locked", "member"]
@@ -219,6 +219,34 @@ def _is_open_as(entry: Path, wanted: os.stat_result) -> bool:
     with contextlib.suppress(OSError):
         return os.path.samestat(entry.stat(), wanted)
     return False
+
+
+# --- what writing it would harm ---------------------------------------------------------------------------
+
+
+def snapshots(device: Device, system: System | None = None) -> str:
+    """Why a logical volume must not be overwritten though nothing uses it, in words; or an empty string.
+
+    Its content before goes to the room of its thick snapshots, and when one of these is full, it is lost. A
+    thick snapshot itself takes no more than its own room.
+    """
+    system = system or System()
+    parts = system.links(device.kname, "slaves") if device.is_lv else []
+    uuids = {below: system.attribute(below, "dm/uuid") for below in parts}
+    if any(uuid.endswith("-cow") for uuid in uuids.values()):
+        return "it is a snapshot, whose room may not do for all that is written"
+    for below, uuid in uuids.items():
+        if uuid.endswith("-real"):
+            others = [one for one in system.links(below, "holders") if one != device.kname]
+            names = ["/".join(lvm_names(system.attribute(one, "dm/name"))) for one in others]
+            if names:
+                return f"its snapshot {names[0]} would overflow and be lost"
+    return ""
+
+
+def is_inner(device: Device) -> bool:
+    """Whether it is a part of logical volumes that LVM made for itself: a thin pool, a snapshot's room."""
+    return device.dm_uuid.startswith("LVM-") and not device.is_lv
 
 
 # --- what lies on it -------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ has a use for is recognised; a wrong guess costs a word in a table, never data.
 from __future__ import annotations
 
 import itertools
+import re
 import struct
 import uuid as uuids
 from collections.abc import Callable
@@ -83,7 +84,28 @@ _LVM_MDA_MAGIC = b"\x20\x4c\x56\x4d\x32\x20\x78\x5b\x35\x41\x25\x72\x30\x4e\x2a\
 """lvm2, lib/format_text/layout.h, FMTT_MAGIC."""
 
 
+@dataclass(frozen=True, slots=True)
+class PhysicalVolume:
+    """What a disk says of itself that belongs to LVM. ``group`` is empty where it is in none; ``group_uuid`` is
+    empty where the disk does not tell.
+    """
+
+    uuid: str
+    group: str
+    group_uuid: str = ""
+
+    @property
+    def names_group(self) -> bool:
+        """Whether the disk itself says which group it is in."""
+        return self.group not in ("", _ELSEWHERE)
+
+
 def _lvm(read: Read) -> Filesystem | None:
+    found = physical_volume(read)
+    return Filesystem("LVM2_member", found.group, found.uuid) if found else None
+
+
+def physical_volume(read: Read) -> PhysicalVolume | None:
     """lvm2, lib/label/label.h: a label in one of the first four sectors."""
     head = read(0, 4 * SECTOR)
     for start in range(0, len(head) - 63, SECTOR):
@@ -93,27 +115,28 @@ def _lvm(read: Read) -> Filesystem | None:
             parts = (6, 4, 4, 4, 4, 4, 6)
             ends = list(itertools.accumulate(parts))
             pv_uuid = "-".join(text[end - part : end] for part, end in zip(parts, ends, strict=True))
-            return Filesystem("LVM2_member", _volume_group(read, label), pv_uuid)
+            return PhysicalVolume(pv_uuid, *_volume_group(read, label))
     return None
 
 
 _PV_EXT_VERSION, _PV_EXT_USED = 2, 1
 """lvm2, lib/format_text/layout.h: the flag of a physical volume that belongs to a group, and since when it is set."""
 _ELSEWHERE = "(named on another disk)"
+_GROUP_ID = re.compile(rb'\s*id = "([0-9A-Za-z-]{38})"')
 
 
-def _volume_group(read: Read, label: bytes) -> str:
-    """The name in the metadata a label points to; an empty string only where it belongs to no group for sure.
+def _volume_group(read: Read, label: bytes) -> tuple[str, str]:
+    """Name and UUID in the metadata a label points to; an empty name only where it is in no group for sure.
 
     lvm2, lib/format_text/layout.h: pv_header {uuid[32], size}, then {offset, size} pairs, first of data
     areas, then of metadata areas, each list ended by a pair of zeros; then pv_header_extension {version,
     flags}. mda_header {checksum, magic[16], version, start, size, {offset, size, checksum, flags}…}. The text
-    begins with the group's name; a disk may leave the text to the group's other disks.
+    begins with the group's name and UUID; a disk may leave the text to the group's other disks.
     """
     pairs = [struct.unpack_from("<QQ", label, place) for place in range(72, len(label) - 15, 16)]
     ends = [number for number, pair in enumerate(pairs) if pair == (0, 0)]
     if len(ends) < 2:
-        return _ELSEWHERE
+        return _ELSEWHERE, ""
     empty = False
     for area, _ in pairs[ends[0] + 1 : ends[1]]:
         header = read(area, SECTOR)
@@ -121,14 +144,15 @@ def _volume_group(read: Read, label: bytes) -> str:
             continue
         place, length = struct.unpack_from("<QQ", header, 40)
         empty = empty or not length
-        name = read(area + place, 256).split(b" {", 1)[0] if place and length else b""
+        name, _, rest = (read(area + place, 256) if place and length else b"").partition(b" {")
         if 0 < len(name) <= 128 and b"\n" not in name:
-            return name.decode("ascii", "replace")
+            found = _GROUP_ID.match(rest)
+            return name.decode("ascii", "replace"), found[1].decode() if found else ""
     place = 72 + 16 * (ends[1] + 1)
     version, flags = struct.unpack_from("<II", label, place) if place + 8 <= len(label) else (0, 0)
     if version >= _PV_EXT_VERSION:
-        return _ELSEWHERE if flags & _PV_EXT_USED else ""
-    return "" if empty else _ELSEWHERE
+        return (_ELSEWHERE if flags & _PV_EXT_USED else ""), ""
+    return ("" if empty else _ELSEWHERE), ""
 
 
 def _luks(read: Read) -> Filesystem | None:

@@ -109,6 +109,30 @@ def dm_name(group: str, name: str) -> str:
     return f"{group.replace('-', '--')}-{name.replace('-', '--')}"
 
 
+GROUP_FIELDS = ("vg_name", "vg_free", "vg_extent_size", "pv_name")
+"""What ``vgs -o`` is asked for: a line for each physical volume."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A volume group, and the nodes of its physical volumes."""
+
+    name: str
+    free: int
+    lvm_extent: int
+    disks: tuple[str, ...]
+
+
+def parse_group(report: str) -> Group | None:
+    """The one group of a ``vgs`` report; None where it has none. Raises ValueError where it is no report."""
+    rows = [row for one in json.loads(report)["report"] for row in one.get("vg", ())]
+    if not rows:
+        return None
+    first = rows[0]
+    disks = tuple(row["pv_name"] for row in rows)
+    return Group(first["vg_name"], int(first["vg_free"]), int(first["vg_extent_size"]), disks)
+
+
 def parse_volumes(report: str) -> list[LogicalVolume]:
     """The lines of ``lvs --reportformat json --units b --nosuffix``. Raises ValueError where it is none."""
     return [_volume(row) for one in json.loads(report)["report"] for row in one.get("lv", ())]
@@ -155,6 +179,38 @@ def unfit(volume: LogicalVolume) -> str:
     if "thicksnapshot" in volume.role:
         return "it is itself a snapshot, and LVM makes none of those"
     return ""
+
+
+def outlook(volume: LogicalVolume, pool: LogicalVolume | None) -> tuple[int | None, str]:
+    """How many bytes there are for a snapshot of ``volume``, and why none can be made, or an empty string.
+
+    ``pool`` is its thin pool. None is for what cannot be snapshotted whatever the room. What LVM tells is a
+    moment old, so a backup asks again.
+    """
+    if reason := unfit(volume):
+        return None, reason
+    if not volume.is_thin:
+        size, needed = thick_size(volume, None)
+        short = f"volume group {volume.group} has {volume.free} bytes free, a snapshot needs {needed}"
+        return volume.free, "" if size else short
+    if pool is None or pool.data_percent is None or pool.metadata_percent is None:
+        return None, f"thin pool {volume.group}/{volume.pool} is not active"
+    use = PoolUse(round(pool.metadata_percent * 100), 10_000, round(pool.data_percent * 100), 10_000, writable=True)
+    what = pool_short(use, pool.size, thin_need(volume, None))
+    percent = pool.metadata_percent if what == "metadata" else pool.data_percent
+    room = int(pool.size * (100 - pool.data_percent) / 100)
+    return room, f"thin pool {pool.label} is {percent:g} % full ({what})" if what else ""
+
+
+_NAME = re.compile(r"[A-Za-z0-9+_.][A-Za-z0-9+_.-]*")
+"""lvm(8), Valid names."""
+
+
+def as_label(path: str) -> tuple[str, str]:
+    """Group and name of ``vg/lv``, also as ``/dev/vg/lv``; two empty strings where it can be none."""
+    group, _, name = path.removeprefix("/dev/").partition("/")
+    fits = _NAME.fullmatch(group) and _NAME.fullmatch(name) and name not in (".", "..")
+    return (group, name) if fits else ("", "")
 
 
 def parse_size(text: str, origin_bytes: int, parse: Callable[[str], int]) -> int:
@@ -267,6 +323,18 @@ def parse_pool(kind: str, parameters: str) -> PoolUse | None:
     return PoolUse(metadata_used, metadata_total, data_used, data_total, "rw" in words[4:6])
 
 
+def parse_thin(kind: str, parameters: str) -> int:
+    """The status of a ``thin`` target: bytes that are mapped; 0 where it tells none."""
+    first = parameters.split(" ", 1)[0]
+    return int(first) * SECTOR if kind == "thin" and first.isdigit() else 0
+
+
+def parse_pool_blocks(report: str) -> tuple[int, bool]:
+    """The one line of ``lvs -o chunk_size,zero`` about a thin pool."""
+    row = json.loads(report)["report"][0]["lv"][0]
+    return int(row["chunk_size"]), row["zero"] == "zero"
+
+
 def pool_short(use: PoolUse, pool_bytes: int, needed: int) -> str:
     """What a pool is short of for a snapshot that may take ``needed`` bytes: ``data``, ``metadata``, or ''."""
     if use.metadata_percent > POOL_META_MOST:
@@ -281,6 +349,13 @@ def pool_gives_out(use: PoolUse, pool_bytes: int) -> str:
         return "metadata"
     free = pool_bytes * (use.data_total - use.data_used) // max(use.data_total, 1)
     return "data" if free < pool_reserve(pool_bytes) else ""
+
+
+def surely_short(use: PoolUse, pool_bytes: int, needed: int) -> tuple[int, int] | None:
+    """Free bytes of a pool and what is needed, with a reserve for its other volumes, if that is more; else None."""
+    free = pool_bytes * (use.data_total - use.data_used) // max(use.data_total, 1)
+    needed += pool_reserve(pool_bytes)
+    return (free, needed) if free < needed else None
 
 
 def pool_reserve(pool_bytes: int) -> int:
