@@ -86,6 +86,7 @@ def command(context: click.Context, volume: str | None, repository: str | None, 
             ["volume", "point", "made (UTC)", "images", "parent", "size", "stored", "consistency"],
             [_row(point) for point in points],
             numeric=["size", "stored"],
+            spare=["parent", "made (UTC)"],  # what `show` says, and what the point's id says itself
         )
     else:
         render.line("No points yet.")

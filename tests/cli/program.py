@@ -229,17 +229,25 @@ class Running:
 
 
 class Terminal:
-    """A run at a terminal: input and messages are the terminal, standard output is a file beside it."""
+    """A run at a terminal: input and messages are the terminal, standard output is a file beside it, or with
+    ``answers`` the terminal too. ``size`` is what the terminal says of its rows and columns.
+    """
 
-    def __init__(self, *words: Word, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        *words: Word,
+        env: dict[str, str] | None = None,
+        size: tuple[int, int] = (40, 160),
+        answers: bool = False,
+    ) -> None:
         self.words, self.seen = words, b""
         self._out = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the `with` is left
         self._master, slave = os.openpty()
         try:
-            fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
+            fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
             # With a controlling terminal of its own, so that Ctrl-C typed there is SIGINT.
             self._process = subprocess.Popen(
-                ["setsid", "--ctty", *PROGRAM, *words], stdin=slave, stdout=self._out, stderr=slave,
+                ["setsid", "--ctty", *PROGRAM, *words], stdin=slave, stdout=slave if answers else self._out, stderr=slave,
                 env=environment({"TERM": "xterm"} | (env or {})),
             )  # fmt: skip
         except BaseException:
