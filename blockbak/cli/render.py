@@ -215,6 +215,14 @@ def seconds(value: float) -> str:
     return format_seconds(value)
 
 
+def _bar_size() -> dict[str, Any]:
+    """A serial console may report no columns or no rows, which tqdm takes for no room."""
+    columns, rows = os.get_terminal_size(sys.stderr.fileno())
+    if columns and rows:
+        return {"dynamic_ncols": True}
+    return {"ncols": columns or 80, "nrows": rows or 24}
+
+
 class Bar:
     """Progress on a terminal: bytes, rate, time left, changed so far. Quiet elsewhere, and from the moment
     on when the terminal is gone.
@@ -237,7 +245,7 @@ class Bar:
         try:
             self._bar = tqdm(
                 total=total, desc=label, unit="B", unit_scale=True, unit_divisor=1024, leave=False,
-                dynamic_ncols=True, file=sys.stderr,
+                file=sys.stderr, **_bar_size(),
             )  # fmt: skip
         except OSError:
             self._stop()

@@ -51,3 +51,11 @@ def test_a_pipe_gets_a_line_for_each_point(stock: Stock, tmp_path: Path) -> None
 
 def test_no_device_is_broken(loop) -> None:
     assert str(loop(1 << 20)) in shown(40, "devices")
+
+
+@pytest.mark.parametrize("size", [(40, 160), (24, 80), (0, 0), (0, 120), (40, 0)])
+def test_how_far_it_is_stands_on_every_terminal(size: tuple[int, int], large: Stock) -> None:
+    """A serial console reports no rows and no columns."""
+    with Terminal("-r", large.path, "verify", size=size) as going:
+        ended = going.until(b"verifying large").end()
+    assert ended.status == 0, str(ended)
