@@ -342,7 +342,7 @@ class NotConfirmed(Refused):
 
 
 class Interrupted(BlockbakError):
-    """SIGINT or SIGTERM. What was begun has been undone."""
+    """SIGINT, SIGTERM or SIGHUP. Nothing is left half-made, unless ``state`` says so."""
 
     exit_code = 130
     message = "Interrupted; {state}."

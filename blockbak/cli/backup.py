@@ -38,11 +38,14 @@ def _name(_: click.Context, __: click.Parameter, value: str | None) -> str | Non
 def summary(report: Report) -> str:
     """A sentence that a person can read aloud."""
     what = f"{report.volume}: {report.kind} {report.point}"
-    changed = f"{render.size(report.changed_bytes)} changed" if report.kind != "full" else "all of it"
-    return (
-        f"{what} made in {render.seconds(report.seconds)}: {render.size(report.read_bytes)} read, {changed}, "
-        f"{render.size(report.stored_bytes)} stored, consistency {report.consistency}."
-    )
+    of = f" of {render.size(report.device_bytes)}" if report.read_bytes < report.device_bytes else ""
+    told = [f"{render.size(report.read_bytes)}{of} read"]
+    if report.bad_bytes:
+        told[0] += f" but for {render.size(report.bad_bytes)} that could not be"
+    if report.kind != "full":
+        told.append(f"{render.size(report.changed_bytes)} changed")
+    told += [f"{render.size(report.stored_bytes)} stored", f"consistency {report.consistency}"]
+    return f"{what} made in {render.seconds(report.seconds)}: {', '.join(told)}."
 
 
 @click.command(

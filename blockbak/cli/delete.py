@@ -33,6 +33,7 @@ def command(points: tuple[str, ...], dry_run: bool, repository: str | None, as_j
     for file in report.files:
         render.line(f"{'Would remove' if dry_run else 'Removed'} {file}.")
     render.line(
-        f"{len(report.points)} points, {len(report.files)} images, {render.size(report.freed_bytes)}"
+        f"{render.count(len(report.points), 'point')}, {render.count(len(report.files), 'image')}, "
+        f"{render.size(report.freed_bytes)}"
         f"{' would be' if dry_run else ''} freed."
     )

@@ -99,6 +99,7 @@ def command(context: click.Context, volume: str | None, repository: str | None, 
         if catalog.leftovers and not one.holder()
     )
     if leftovers:
-        render.say(f"{leftovers} files are left over from runs that did not end; 'blockbak recover' treats them.")
+        files = render.count(leftovers, "file")
+        render.say(f"Left over from runs that did not end: {files}; 'blockbak recover' treats what is left.")
     worst = next((error for error in damage if isinstance(error, Damage)), next(iter(damage), None))
     context.exit(worst.exit_code if worst else 0)

@@ -210,6 +210,11 @@ def size(value: object) -> str:
     return format_size(int(str(value)))
 
 
+def count(number: int, thing: str) -> str:
+    """So many things, for people: ``1 image``, ``2 images``."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def seconds(value: float) -> str:
     """A duration for people."""
     return format_seconds(value)

@@ -74,6 +74,14 @@ class Report:
     seconds: float
 
     @property
+    def lost_bytes(self) -> int:
+        """Bytes of the volume that are zeros on the target instead of content."""
+        flaws = [(flaw.start, flaw.start + flaw.length) for flaw in self.flaws]
+        unread = [(row["start"], row["start"] + row["length"]) for row in self.unreadable]
+        tables = [extent.table([a for a, _ in pairs], [b for _, b in pairs], BAD) for pairs in (unread, flaws)]
+        return extent.total(extent.overlay(*tables))
+
+    @property
     def attention(self) -> bool:
         """Something a person must look at."""
         return bool(self.flaws or self.unreadable or self.plan.damage)
