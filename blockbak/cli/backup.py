@@ -89,7 +89,7 @@ def command(
 
     All sources are tried; the exit status is that of the first error.
     """
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from blockbak.flow.backup import Request, backup
 
@@ -98,7 +98,14 @@ def command(
     opened = common.open_repository(repository)
     reports: list[Report] = []
     errors: list[BlockbakError] = []
-    with common.world(wait) as world:
+    said: set[str] = set()
+
+    def say(sentence: str) -> None:
+        said.add(sentence)
+        render.say(sentence)
+
+    with common.world(wait) as outer:
+        world = replace(outer, say=say)
         for source in sources:
             request = Request(source, kind, mode, name, block_bytes, compress)
             try:
@@ -111,8 +118,10 @@ def command(
                 continue
             reports.append(report)
             for note in report.notes:
-                if report.attention or dry_run:
+                if (report.attention or dry_run) and note not in said:
                     render.say(note)
+            if report.bad_bytes:
+                render.say(f"'blockbak show {report.volume}@{report.point}' names what could not be read.")
             if not as_json:
                 render.line(_would(report) if dry_run else summary(report))
     if as_json:

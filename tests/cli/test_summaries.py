@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -123,3 +125,19 @@ def test_one_image_and_one_point(repo: Stock) -> None:
     assert last_line(ok("-r", repo.path, "delete", repo.db, "--dry-run")).startswith("1 point, 1 image, ")
     (repo.path / "db" / f"{repo.db}.incremental.zst.partial").touch()
     assert "runs that did not end: 1 file;" in ok("-r", repo.path, "list").said
+
+
+# --- notes -----------------------------------------------------------------------------------------------------
+
+
+def test_each_note_is_said_once_and_where_to_look(loop, tmp_path: Path) -> None:
+    source = loop(2 * MIB)
+    os.truncate(source.file, MIB)  # the device keeps its size, and half of it cannot be read
+    ok("init", tmp_path / "repo")
+    ended = run("-r", tmp_path / "repo", "backup", source, "--name", "io")
+    assert ended.status == 3, str(ended)
+    assert ended.said.count("A full is made: the volume has no point yet.") == 1, str(ended)
+    assert ended.said.count(f"{MIB} bytes could not be read.") == 1, str(ended)
+    (words,) = re.findall("'blockbak (show .*)' names what could not be read", ended.said)
+    shown = ok("-r", tmp_path / "repo", *words.split()).text
+    assert re.search(rf"^unreadable: +bytes {MIB} to {2 * MIB}$", shown, re.MULTILINE), shown
