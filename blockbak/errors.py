@@ -297,7 +297,7 @@ class Refused(BlockbakError):
 
 class SourceInUse(Refused):
     message = "{path} is in use ({holders})."
-    advice = "Unmount it, or read it as it is with '--mode live' (consistency: none)."
+    advice = "Unmount or stop what uses it, or read it as it is with '--mode live' (consistency: none)."
 
 
 class SourceHoldsRepository(Refused):

@@ -10,17 +10,20 @@ from blockbak.cli import common, render
 
 if TYPE_CHECKING:
     from blockbak.host.device import Device
+    from blockbak.model.identity import Identity
 
 
-def _as_dict(device: Device) -> dict[str, Any]:
+def _as_dict(device: Device, known: Identity, *, alone: bool) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from blockbak.host.device import identity
+    from blockbak.host.device import find_twin
     from blockbak.host.usage import decide_mode, users
 
     uses = users(device)
     mode, reason = decide_mode(device, uses)
-    known = identity(device)
+    if not alone and (twin := find_twin(device)) is not None:
+        # Whatever the mode: which of the two is meant cannot be told.
+        mode, reason = "refused", f"{twin.path} carries the same identity; detach one of them"
     return {
         **asdict(device),
         "label": device.label,
@@ -35,9 +38,12 @@ def _as_dict(device: Device) -> dict[str, Any]:
 @common.json_option
 def command(as_json: bool) -> None:
     """What can be backed up: size, identity, what uses it, and which mode 'auto' would take."""
-    from blockbak.host.device import devices
+    from blockbak.host.device import devices, identity
 
-    found = [_as_dict(device) for device in devices()]
+    known = [(device, identity(device)) for device in devices()]
+    found = [
+        _as_dict(device, mine, alone=sum(other.same_as(mine) for _, other in known) == 1) for device, mine in known
+    ]
     if as_json:
         render.document(found)
         return

@@ -117,6 +117,8 @@ def _plan(opened: Opened, request: Request, target: Device | None, method: str, 
         notes.append("The target is the volume itself: it is rolled back.")
     if target is not None and target.is_block and target.size > opening.device_bytes:
         notes.append(f"The target is larger by {target.size - opening.device_bytes} bytes; they are left alone.")
+    if target is not None and not target.is_block and target.size > opening.device_bytes:
+        notes.append(f"The file is longer by {target.size - opening.device_bytes} bytes; they are cut off.")
     notes += _doubts(opened, target)
     bad = extent.total(opened.summary.bad)
     if bad:
