@@ -10,7 +10,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -34,7 +34,16 @@ from blockbak.errors import (
     VolumeExists,
 )
 from blockbak.host import lock
-from blockbak.host.blockio import PartialFile, StoredFile, read_error, store_error, sync_directory, write_durably
+from blockbak.host.blockio import (
+    PartialFile,
+    Space,
+    StoredFile,
+    read_error,
+    space_of,
+    store_error,
+    sync_directory,
+    write_durably,
+)
 from blockbak.host.kernel import Kernel
 from blockbak.model.chain import Image, Point, chains, plan, points
 from blockbak.repository import manifest
@@ -290,6 +299,11 @@ class Volume:
                 self._kernel.unlink(self._at(aside))
         except OSError as error:
             raise store_error(error, f"{self.name}/{name}", "written anew") from error
+
+    def space_of(self, files: Collection[str]) -> Space:
+        """The disk space of images, and how much of it other images of the volume share."""
+        others = [name for name in self.names() if name.endswith((".zst", ".zst.partial")) and name not in files]
+        return space_of([self._at(name) for name in sorted(files)], [self._at(name) for name in others], self._kernel)
 
     def remove(self, file: str) -> None:
         """Delete an image so that a crash on the way can be told from loss.
