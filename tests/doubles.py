@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 from blockbak.errors import DamagedImage
 from blockbak.flow.context import Context, Quiet, never
 from blockbak.host.kernel import Kernel
+from blockbak.repository.local import Repository
 
 
 class MemorySource:
@@ -171,3 +173,15 @@ def context(
         say=say or (lambda sentence: None), progress=Quiet(), check=never, workers=workers, host=socket.gethostname(),
         program="blockbak test", state_dir=str(state_dir), kernel=kernel or Kernel(),
     )  # fmt: skip
+
+
+REPOSITORY_ID = "1f" * 16
+
+
+def new_repository(
+    path: str | os.PathLike[str], *, repository_id: str = REPOSITORY_ID, kernel: Kernel | None = None
+) -> Repository:
+    """A repository in a new directory, with an id and a date that do not change from run to run."""
+    return Repository.create(
+        os.fspath(path), repository_id=repository_id, created="2026-05-01T00:00:00.000Z", kernel=kernel
+    )

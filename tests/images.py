@@ -6,6 +6,8 @@ as a repository does.
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -224,6 +226,30 @@ def read_back(layers: Sequence[ImageReader]) -> bytes:
     return out.tobytes()
 
 
+# --- images of other programs ------------------------------------------------------------------------
+
+
+def rewrite_manifest(path: Path, **more: object) -> None:
+    """A manifest that says something else, with the right digest of itself."""
+    blank = re.sub(rb'"sha256": "[0-9a-f]{64}"', b'"sha256": "' + b"0" * 64 + b'"', path.read_bytes())
+    for key, value in more.items():
+        blank, count = re.subn(rb'"%b": [^,\n]+' % key.encode(), b'"%b": %b' % (key.encode(), value), blank)
+        assert count == 1, (key, blank)
+    digest = hashlib.sha256(blank).hexdigest().encode()
+    path.write_bytes(blank.replace(b'"' + b"0" * 64 + b'"\n}\n', b'"' + digest + b'"\n}\n'))
+
+
+def rewrite_header(path: Path, version: int) -> None:
+    """An image whose header is of another version, with the right digest of the header."""
+    with path.open("r+b") as file:
+        header = bytearray(file.read(fmt.HEADER_BYTES))
+        head = np.frombuffer(header, fmt.HEADER, 1)
+        head["version"] = version
+        body = bytes(header[: -fmt.SHA256_BYTES])
+        file.seek(0)
+        file.write(body + hashlib.sha256(body).digest())
+
+
 __all__ = [
     "DIFFERENTIAL",
     "FULL",
@@ -235,5 +261,7 @@ __all__ = [
     "compose",
     "opening",
     "read_back",
+    "rewrite_header",
+    "rewrite_manifest",
     "state",
 ]

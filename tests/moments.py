@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 from blockbak.flow.context import Quiet, never
 from blockbak.repository.local import Volume
@@ -60,3 +61,16 @@ class WhileWaiting:
     def __call__(self) -> None:
         self._act()
         self._held.close()
+
+
+# When something may happen to a source (a ``volume`` that a run waits for, the path that it opens), and to a target:
+# what of the context brings about that ``act`` is called then.
+SOURCE_MOMENTS: dict[str, Callable[[Volume, object, Once], dict[str, Any]]] = {
+    "while it waits for the volume": lambda volume, source, act: {"check": WhileWaiting(volume, act), "wait": 60},
+    "before the source is opened": lambda volume, source, act: {"kernel": AtOpening(source, act)},
+}
+TARGET_MOMENTS: dict[str, Callable[[object, Once], dict[str, Any]]] = {
+    "before it is opened": lambda target, act: {"kernel": AtOpening(target, act, 1)},
+    "before it is opened again": lambda target, act: {"kernel": AtOpening(target, act, 2)},
+    "while the point is verified": lambda target, act: {"progress": AtStage("verifying", act)},
+}

@@ -20,16 +20,20 @@ from blockbak.flow import backup, delete, recover, restore, synthesize, verify
 from blockbak.flow.context import Context
 from blockbak.host.kernel import Kernel
 from blockbak.model.chain import plan, points
-from blockbak.repository.local import Catalog, Repository, Volume
+from blockbak.repository import local
+from blockbak.repository.local import FILE, Catalog, Repository, Volume
 from blockbak.units import KIB
-from tests.doubles import context
+from tests.doubles import context, new_repository
 from tests.faults import QuickKernel
+from tests.volumes import SECTION
 
 BLOCK = 4 * KIB
-SECTION = 4096 * BLOCK
 SIZE = SECTION + 9 * BLOCK + 3
 """Two sections, the second one short, the last block odd. Most of it is a hole, so it is quickly read."""
 VOLUME = "vol"
+CARRIED = ("rescue.py", "RESTORE.txt")
+"""What every repository has, to be restored from without blockbak."""
+CARRIED_FROM = Path(local.__file__).parent
 
 
 def write_at(path: Path, at: int, data: bytes) -> None:
@@ -103,9 +107,7 @@ class Scene:
         return scene
 
     def create(self, kernel: Kernel | None = None) -> Repository:
-        return Repository.create(
-            str(self.place), repository_id="1" * 32, created="2026-05-01T00:00:00.000Z", kernel=kernel or QuickKernel()
-        )
+        return new_repository(self.place, kernel=kernel or QuickKernel())
 
     def change(self, number: int) -> None:
         """Bytes that compress and bytes that do not, at the edges of blocks, windows and sections, and zeros."""
@@ -282,7 +284,7 @@ def _deleted(scene: Scene) -> None:
 
 
 def _crashed(scene: Scene) -> None:
-    """An orphan, a partial, and a deletion that was begun."""
+    """An orphan, a partial, a deletion that was begun; and what every repository carries is gone, or another one."""
     scene.back_up("full")
     doomed = scene.names.pop()
     del scene.held[doomed]
@@ -290,12 +292,17 @@ def _crashed(scene: Scene) -> None:
     newest = scene.names[-1]
     (scene.where / f"{newest}.incremental.json").unlink()
     (scene.where / f"{newest}.full.zst.partial").write_bytes(b"half an image")
+    (scene.place / "rescue.py").write_text("print('of an older blockbak')")
+    (scene.place / "RESTORE.txt").unlink()
 
 
 def _recovered(scene: Scene) -> None:
     assert scene.listed() == scene.names
     assert scene.catalog().leftovers == 0
     assert len(list(scene.where.glob("*.zst"))) == len(scene.names)
+    assert sorted(os.listdir(scene.place)) == sorted([*CARRIED, FILE, VOLUME])
+    for name in CARRIED:
+        assert (scene.place / name).read_bytes() == (CARRIED_FROM / name).read_bytes()
 
 
 def _target(scene: Scene) -> str:

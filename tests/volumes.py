@@ -10,7 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from blockbak.flow import restore
+from blockbak.flow.context import Context
 from blockbak.host.kernel import Kernel
+from blockbak.repository.local import Repository
 from blockbak.units import KIB, MIB
 
 PIECE = 64 * KIB
@@ -42,6 +45,15 @@ def difference(found: Fingerprint, wanted: Fingerprint) -> str | None:
         return f"there are {len(found)} pieces of 64 KiB instead of {len(wanted)}"
     at = next(index for index, pair in enumerate(zip(found, wanted, strict=True)) if pair[0] != pair[1])
     return f"bytes {at * PIECE} to {(at + 1) * PIECE} differ"
+
+
+def restored(
+    repository: Repository, point: str, target: str | os.PathLike[str], world: Context, *, verify: bool = True
+) -> Fingerprint:
+    """What a restore of a point makes of a file, whatever lies there."""
+    request = restore.Request(point, os.fspath(target), overwrite=True, verify=verify)
+    restore.restore(repository, request, world)
+    return fingerprint(target)
 
 
 class Volume:

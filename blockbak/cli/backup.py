@@ -7,23 +7,25 @@ from typing import TYPE_CHECKING
 import click
 
 from blockbak.cli import common, render
-from blockbak.errors import ATTENTION, BlockbakError, Interrupted
+from blockbak.errors import ATTENTION, BadBlockSize, BlockbakError, Interrupted
 
 if TYPE_CHECKING:
     from blockbak.flow.backup import Report
 
 
 def _block_size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
-    from blockbak.units import parse_size
-
     if value is None:
         return None
+    from blockbak.flow.backup import check_block_size
+    from blockbak.units import parse_size
+
     try:
         size = parse_size(value)
+        check_block_size(size)
     except ValueError as error:
         raise click.BadParameter(f"{value!r} is not a size; take 4K to 1M") from error
-    if not 4096 <= size <= 1 << 20 or size & (size - 1):
-        raise click.BadParameter("take a power of two from 4K to 1M")
+    except BadBlockSize as error:
+        raise click.BadParameter("take a power of two from 4K to 1M") from error
     return size
 
 

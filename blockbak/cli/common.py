@@ -34,6 +34,7 @@ class _Path(click.types.StringParamType):
     name = "path"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name as it was given. Fails, as click does, for an empty one and where it leads nowhere."""
         path: str = super().convert(value, param, ctx)
         if not path:
             self.fail("an empty name names nothing", param, ctx)

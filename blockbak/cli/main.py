@@ -41,18 +41,19 @@ class Verbs(click.Group):
     """Loads a verb's module only when that verb is asked for: ``--help`` stays quick."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """The verbs in the order of ``VERBS``, not of the alphabet."""
         return list(VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The verb, its module imported; None where there is no such verb."""
         if cmd_name not in VERBS:
             return None
-        module = importlib.import_module(
-            f"blockbak.cli.{cmd_name}_" if cmd_name == "list" else f"blockbak.cli.{cmd_name}"
-        )
+        module = importlib.import_module(f"blockbak.cli.{MODULES.get(cmd_name, cmd_name)}")
         command: click.Command = module.command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the verbs from ``VERBS`` alone: nothing is imported for it."""
         with formatter.section("Verbs"):
             formatter.write_dl(list(VERBS.items()))
 

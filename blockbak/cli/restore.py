@@ -83,11 +83,13 @@ def command(
             raise
         with common.world(wait) as world:
             plan = restore(opened, request, world, dry_run=True)
-        for sentence in describe(plan) if isinstance(plan, Plan) else ():
+        assert isinstance(plan, Plan)  # noqa: S101 - a dry run gives one
+        for sentence in describe(plan):
             render.say(sentence)
         # Asked outside of a world: there a signal is a wish, and nobody would look for it.
         _confirm(str(error.fields["path"]))
-        request = replace(request, overwrite=True)
+        # By its id: what a name such as latest means may have changed since it was shown.
+        request = replace(request, point=f"{plan.volume}@{plan.point}", overwrite=True)
         with common.world(wait) as world:
             done = restore(opened, request, world)
     _show(done, as_json=as_json)

@@ -368,10 +368,9 @@ def _locked(
         sequence = highest_sequence(volume, catalog, lock) + 1
         # Durable before the image that carries it: it must not be used again, whatever becomes of the image.
         lock.remember(sequence)
-        return _make(
-            repository, volume, seen, source, request, chosen, view, sequence,
-            _block_bytes(request, view, points), context,
-        )  # fmt: skip
+        block_bytes = _block_bytes(request, view, points)
+        job = _Making(repository, volume, seen, source, chosen, view, sequence, block_bytes, request.compress)
+        return _make(job, context)
 
 
 def _broken(catalog: Catalog) -> str:
@@ -416,60 +415,85 @@ def _planned(
     )  # fmt: skip
 
 
-def _make(
-    repository: Repository,
-    volume: Volume,
-    seen: _Seen,
-    source: SourceReader,
-    request: Request,
-    choice: Choice,
-    view: PointView | None,
-    sequence: int,
-    block: int,
-    context: Context,
-) -> Report:
-    device, identity, mode = seen.device, seen.identity, seen.mode
-    notes = [f"A full is made: {choice.reason}."] if choice.reason else []
+@dataclass(frozen=True, slots=True)
+class _Making:
+    """A point that is about to be made in a volume that is held: of what, which kind, on which parent (None for
+    a full).
+    """
+
+    repository: Repository
+    volume: Volume
+    seen: _Seen
+    source: SourceReader
+    choice: Choice
+    parent: PointView | None
+    sequence: int
+    block_bytes: int
+    compress: str
+
+
+def _opening(job: _Making, started: datetime, context: Context) -> Opening:
+    """What the header says."""
+    source, parent, device = job.source, job.parent, job.seen.device
+    point = point_id(started, context.hex_id, _taken(job.repository))
+    return Opening(
+        repository=job.repository.id, image=context.hex_id(32), volume=job.volume.name,
+        point=point, sequence=job.sequence, kind=job.choice.kind, synthetic=False,
+        parent=parent.top.opening.point if parent else None,
+        parent_root=parent.top.closing.root if parent else None,
+        identity=job.seen.identity, device_bytes=source.size, block_bytes=job.block_bytes,
+        window_bytes=window_for(source.size, job.block_bytes),
+        logical_sector=source.logical, physical_sector=source.physical,
+        created=iso(started), source=ending(plain(device.path), _SOURCE_MAX), host=context.host,
+    )  # fmt: skip
+
+
+def _read(job: _Making, writer: ImageWriter, context: Context) -> int:
+    """Read the source into the image; bytes that were read. Raises SourceChangedSize, and what ``scan`` raises."""
+    source = job.source
+    context.progress.begin(f"{job.volume.name} {job.choice.kind}", source.size)
+    try:
+        read_bytes = scan(source, writer, job.parent, job.compress, context)
+    finally:
+        context.progress.end()
+    after = source.current_size()
+    if after != source.size:
+        raise SourceChangedSize(path=job.seen.device.path, before=source.size, after=after)
+    return read_bytes
+
+
+def _doubts(job: _Making, watch: _Watch, *, written: bool, bad_bytes: int) -> Iterator[str]:
+    """What whoever restores the point should know."""
+    path = job.seen.device.path
+    if job.seen.mode == "cold" and watch.blind:
+        yield f"The kernel counts no writes to {path}: one by a process without a lock went unseen."
+    if written:
+        yield f"{path} was written while it was read: the image may be torn."
+    if bad_bytes:
+        yield f"{bad_bytes} bytes could not be read."
+
+
+def _make(job: _Making, context: Context) -> Report:
+    """Read, write, seal and commit."""
+    mode, volume = job.seen.mode, job.volume
+    notes = [f"A full is made: {job.choice.reason}."] if job.choice.reason else []
     for line in notes:
         context.say(line)
     started, clock = context.now(), context.timer()
-    with ExitStack() as stack:
-        watch = _Watch(device)
-        point = point_id(started, context.hex_id, _taken(repository))
-        opening = Opening(
-            repository=repository.id, image=context.hex_id(32), volume=volume.name, point=point,
-            sequence=sequence, kind=choice.kind, synthetic=False,
-            parent=view.top.opening.point if view else None,
-            parent_root=view.top.closing.root if view else None,
-            identity=identity, device_bytes=source.size, block_bytes=block,
-            window_bytes=window_for(source.size, block),
-            logical_sector=source.logical, physical_sector=source.physical,
-            created=iso(started), source=ending(plain(device.path), _SOURCE_MAX), host=context.host,
-        )  # fmt: skip
-        file = volume.free_name(point, choice.kind)
-        partial = stack.enter_context(volume.begin(file))
-        writer = ImageWriter(partial, opening, view.claimed_digests() if view else None)
-        context.progress.begin(f"{volume.name} {choice.kind}", source.size)
-        try:
-            read_bytes = scan(source, writer, view, request.compress, context)
-        finally:
-            context.progress.end()
-        after = source.current_size()
-        if after != source.size:
-            raise SourceChangedSize(path=device.path, before=source.size, after=after)
-        written = watch.written() if mode == "cold" else False
-        consistency = "cold" if mode == "cold" and not written else "none"
-        if mode == "cold" and watch.blind:
-            notes.append(f"The kernel counts no writes to {device.path}: one by a process without a lock went unseen.")
-        if written:
-            notes.append(f"{device.path} was written while it was read: the image may be torn.")
-        if writer.counts.by_kind[BAD]:
-            notes.append(f"{writer.counts.by_kind[BAD]} bytes could not be read.")
+    watch = _Watch(job.seen.device)
+    opening = _opening(job, started, context)
+    file = volume.free_name(opening.point, opening.kind)
+    with volume.begin(file) as partial:
+        writer = ImageWriter(partial, opening, job.parent.claimed_digests() if job.parent else None)
+        read_bytes = _read(job, writer, context)
+        written = mode == "cold" and watch.written()
+        counts = writer.counts
+        notes += _doubts(job, watch, written=written, bad_bytes=counts.by_kind[BAD])
         context.check()
         closing = Closing(
-            root=writer.root, mode=mode, consistency=consistency, change_source="scan",
-            read_bytes=read_bytes, changed_bytes=writer.counts.changed_bytes,
-            **writer.counts.by_name(), frames=writer.counts.frames,
+            root=writer.root, mode=mode, consistency="cold" if mode == "cold" and not written else "none",
+            change_source="scan", read_bytes=read_bytes, changed_bytes=counts.changed_bytes,
+            **counts.by_name(), frames=counts.frames,
             started=iso(started), finished=iso(context.now()), seconds=round(context.timer() - clock, 3),
             program=context.program, notes=notes,
         )  # fmt: skip

@@ -27,13 +27,13 @@ class Quiet:
     """Progress that nobody watches."""
 
     def begin(self, label: str, total: int) -> None:
-        pass
+        """Nothing."""
 
     def advance(self, done: int, changed: int = 0) -> None:
-        pass
+        """Nothing."""
 
     def end(self) -> None:
-        pass
+        """Nothing."""
 
 
 def never() -> None:

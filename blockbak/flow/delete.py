@@ -11,7 +11,7 @@ from blockbak.errors import Damage, DamagedImage, Interrupted, NewerFormat, Poin
 from blockbak.flow.context import Context
 from blockbak.flow.points import find, hidden_images, highest_sequence, open_reader
 from blockbak.flow.verify import check_image
-from blockbak.model.chain import POINT_CHARS, Image, Point, chains, points
+from blockbak.model.chain import POINT_CHARS, Image, Point, chains, points, shortest
 from blockbak.repository.local import Catalog, Repository, Volume
 
 Chain: TypeAlias = tuple[Image, ...]
@@ -76,8 +76,7 @@ def _keepers(
         affected = any(image.file in removed for file in files for image in before.get(file, ()))
         serving = [after[file] for file in files if file in after]
         if affected and serving:
-            chain = min(serving, key=lambda chain: (len(chain), sum(image.image_bytes for image in chain)))
-            found.update({image.file: image for image in chain if image.opening.synthetic})
+            found.update({image.file: image for image in shortest(serving) if image.opening.synthetic})
     return tuple(found.values())
 
 

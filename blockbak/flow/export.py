@@ -15,7 +15,6 @@ from blockbak.host import runner, scratch
 from blockbak.host.blockio import sync_directory
 from blockbak.repository.local import Repository
 
-FORMATS = ("raw", "qcow2")
 _CONVERT_SECONDS = 24 * 3600
 
 

@@ -19,16 +19,12 @@ _BEGINS = "# Mapfile."
 class Mapfile:
     """A file for what could not be restored, open before the first byte is."""
 
-    def __init__(self, path: str, fd: int, *, known: bool) -> None:
-        self.path, self._fd, self._known = path, fd, known
+    def __init__(self, path: str, fd: int) -> None:
+        self.path, self._fd = path, fd
         self.written = False
 
     def write(self, flaws: Sequence[Flaw], bad: Extents, size: int) -> None:
-        """Put everything that was lost into it. Where that is nothing, only an older one is written: it would go
-        on naming what this restore brought back. Raises BadTarget.
-        """
-        if not (flaws or len(bad) or self._known):
-            return
+        """Put everything that was lost into it. Raises BadTarget."""
         lost = extent.empty()
         for flaw in flaws:
             lost = extent.overlay(lost, extent.table([flaw.start], [flaw.start + flaw.length], BAD))
@@ -59,7 +55,7 @@ def mapfile(named: str | None, target: str, beside: str, repository: Repository)
         )
     except OSError as error:
         raise BadTarget(path=place, reason=error.strerror) from error
-    made = Mapfile(place, fd, known=known)
+    made = Mapfile(place, fd)
     try:
         yield made
     finally:

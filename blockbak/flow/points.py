@@ -36,11 +36,10 @@ def find(repository: Repository, name: str) -> tuple[Volume, Catalog, Point]:
     """The point a person named, with its volume. Raises NoSuchPoint, AmbiguousPoint, NoSuchVolume, and
     what makes the manifest of the point that was meant unusable: never an older one in its place.
     """
-    catalogs = {volume.name: volume.catalog() for volume in repository.volumes()}
     volume_name, at, rest = name.rpartition("@")
-    asked = {own: catalog for own, catalog in catalogs.items() if not at or own == volume_name}
+    asked = {one.name: one.catalog() for one in repository.volumes() if not at or one.name == volume_name}
     try:
-        point = choose(name, {volume: catalog.points for volume, catalog in catalogs.items()})
+        point = choose(name, {volume: catalog.points for volume, catalog in asked.items()})
     except (NoSuchPoint, NoSuchVolume):
         if (error := _unusable(rest, asked)) is not None:
             raise error from None
@@ -49,8 +48,8 @@ def find(repository: Repository, name: str) -> tuple[Volume, Catalog, Point]:
         _check_others(point, asked)
     elif point.id.startswith(rest):
         _check_prefix(name, rest, point, asked)
-        return repository.volume(point.volume), catalogs[point.volume], point
-    volume, catalog = repository.volume(point.volume), catalogs[point.volume]
+        return repository.volume(point.volume), asked[point.volume], point
+    volume, catalog = repository.volume(point.volume), asked[point.volume]
     # What a damaged manifest hides may be what was meant.
     if (error := damage_since(volume, catalog, point, until=moment(rest))) is not None:
         raise error
@@ -168,7 +167,7 @@ def open_reader(volume: Volume, image: Image, stack: ExitStack, *, from_disk: bo
     """
     source = stack.enter_context(volume.open_image(image.file))
     if from_disk:
-        source.forget()
+        source.drop_cache()
     reader = ImageReader(source)
     said = (image.opening, image.closing, image.image_bytes, image.sections)
     if (reader.opening, reader.closing, reader.source.size, len(reader.sections)) != said:

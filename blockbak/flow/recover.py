@@ -31,13 +31,14 @@ def recover(repository: Repository, context: Context) -> Report:
     NoSpace, StoreFailed, Interrupted; a damaged image is reported and left as it is.
     """
     report = Report()
-    report.done += [f"{name} was missing or another one, and is there again." for name in repository.refresh()]
     for volume in repository.volumes():
         try:
             with volume.locked(exclusive=True, wait=context.wait, check=context.check):
                 _recover(volume, repository.id, context, report)
         except VolumeLocked as error:
             report.locked = report.locked or error
+    # After the volumes: what is swept there may be the only room there is.
+    report.done += [f"{name} was missing or another one, and is there again." for name in repository.refresh()]
     return report
 
 
@@ -80,7 +81,7 @@ def _adopt(volume: Volume, file: str, repository_id: str, context: Context, repo
     try:
         with ExitStack() as stack:
             source = stack.enter_context(volume.open_image(file))
-            source.forget()
+            source.drop_cache()
             reader = ImageReader(source)
             opening = reader.opening
             if (opening.repository, opening.volume) != (repository_id, volume.name):

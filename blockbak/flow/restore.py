@@ -250,12 +250,12 @@ def _carry_out(job: _Restoring, context: Context, clock: float) -> Report:
                 error.add_note(f"{path} is not to be used as it is now (written: {shared.written_ranges()}).")
             raise
         flaws = sorted(shared.flaws, key=lambda flaw: flaw.start)
-        if lost is not None:
+        if lost is not None and (flaws or len(bad)):
             lost.write(flaws, bad, size)
     return Report(
         planned, shared.written_bytes, verified, flaws,
         [{"start": int(row["start"]), "length": int(row["length"])} for row in bad],
-        lost.path if lost is not None and (flaws or len(bad)) else "", round(context.timer() - clock, 3),
+        lost.path if lost is not None and lost.written else "", round(context.timer() - clock, 3),
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from blockbak.flow.context import Context
 from blockbak.flow.points import partition_table
 from blockbak.host import device as devices
 from blockbak.host import usage
-from blockbak.host.blockio import TargetWriter, sync_directory
+from blockbak.host.blockio import TargetWriter, read_error, sync_directory
 from blockbak.host.device import Device
 from blockbak.image.view import PointView
 from blockbak.repository.local import Repository, repository_above
@@ -99,19 +99,25 @@ def _check_device(path: str, target: Device, view: PointView) -> None:
 
 
 def is_stored(path: str, repository: Repository) -> bool:
-    """Whether ``path`` is another name of a file in the repository: a hard link, or a bind mount of one."""
+    """Whether ``path`` is another name of a file in the repository: a hard link, or a bind mount of one.
+
+    Raises UnreadableStore or NoPermission where that cannot be told.
+    """
     try:
         mine = os.stat(path)
     except OSError:
         return False
     places = [repository.path, *(volume.path for volume in repository.volumes())]
     for place in places:
-        with os.scandir(place) as entries:
-            for entry in entries:
-                # Deleted by another run meanwhile; or the disk cannot tell of it, as it could of `path`.
-                with contextlib.suppress(OSError):
-                    if os.path.samestat(mine, entry.stat(follow_symlinks=False)):
-                        return True
+        try:
+            with os.scandir(place) as entries:
+                for entry in entries:
+                    # Deleted by another run meanwhile; or the disk cannot tell of it, as it could of `path`.
+                    with contextlib.suppress(OSError):
+                        if os.path.samestat(mine, entry.stat(follow_symlinks=False)):
+                            return True
+        except OSError as error:
+            raise read_error(error, place, place) from error
     return False
 
 

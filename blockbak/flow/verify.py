@@ -122,8 +122,7 @@ def check_frames(view: PointView, context: Context) -> None:
         for layer in view.layers:
             flaws, _ = check_image(layer, context)
             if flaws:
-                where = f"{flaws[0].reason}, at bytes {flaws[0].start} to {flaws[0].start + flaws[0].length}"
-                raise DamagedImage(file=layer.name, reason=where)
+                raise DamagedImage(file=layer.name, reason=flaws[0])
     finally:
         context.progress.end()
 

@@ -136,12 +136,8 @@ class Writing:
         with self._guard:
             self.flaws += flaws
         if not self.keep_going:
-            flaw = flaws[0]
-            raise DamagedImage(
-                file=flaw.file,
-                reason=f"{flaw.reason}, at bytes {flaw.start} to {flaw.start + flaw.length} of the volume; "
-                f"written so far: {self.written_ranges()}",
-            )
+            reason = f"{flaws[0]} of the volume; written so far: {self.written_ranges()}"
+            raise DamagedImage(file=flaws[0].file, reason=reason)
 
     def written_ranges(self) -> str:
         """The ranges that are complete, for people."""

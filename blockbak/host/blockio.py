@@ -382,13 +382,16 @@ class StoredFile:
 
     @property
     def name(self) -> str:
+        """How messages call it: its path below the repository."""
         return self._name
 
     @property
     def size(self) -> int:
+        """Bytes when it was opened."""
         return self._size
 
     def read(self, offset: int, length: int) -> bytes:
+        """Exactly ``length`` bytes, as a memoryview. Raises UnreadableStore, or DamagedImage past the end."""
         if offset < 0 or offset + length > self._size:
             raise DamagedImage(file=self._name, reason="it is shorter than its index says")
         # Not a bytearray: that would be filled with zeros first.
@@ -404,7 +407,7 @@ class StoredFile:
             done += count
         return view  # type: ignore[return-value]  # it serves as well as bytes and saves a copy
 
-    def forget(self) -> None:
+    def drop_cache(self) -> None:
         """Let the page cache drop the file, so that it is read from its disk. Raises UnreadableStore, StoreFailed."""
         try:
             self._kernel.drop_cache(self.fd, block=False)
@@ -493,6 +496,7 @@ class PartialFile:
 
     @property
     def name(self) -> str:
+        """How messages call it: the final path below the repository."""
         return self._name
 
     @property
@@ -508,6 +512,7 @@ class PartialFile:
             raise store_error(error, self._name, action) from error
 
     def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        """Write all buffers, one after the other, from ``offset``. Raises NoSpace or StoreFailed."""
         pending = [memoryview(part).cast("B") for part in buffers if len(part)]
         with self._failing("written"):
             while pending:
@@ -521,6 +526,7 @@ class PartialFile:
                     pending[0] = pending[0][count:]
 
     def read(self, offset: int, length: int) -> bytes:
+        """Exactly ``length`` bytes written before. Raises StoreFailed."""
         data = bytearray(length)
         done = 0
         with self._failing("read back"):
@@ -543,6 +549,9 @@ class PartialFile:
         return unit
 
     def clone(self, source: ByteSource, source_offset: int, offset: int, length: int) -> bool:
+        """Share ``length`` bytes of ``source`` at ``offset``; False where the file system will not, now and from
+        then on. Raises NoSpace or StoreFailed.
+        """
         if not self._cloning or not isinstance(source, StoredFile):
             return False
         try:
@@ -555,6 +564,9 @@ class PartialFile:
         return True
 
     def copy(self, source: ByteSource, source_offset: int, offset: int, length: int) -> None:
+        """Copy ``length`` bytes of ``source`` to ``offset``, inside the kernel where it can. Raises NoSpace,
+        StoreFailed, and what reading the source raises.
+        """
         while length:
             count = self._copy_inside(source, source_offset, offset, length)
             if not count:

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 
 import msgspec
 
-from blockbak.errors import NoPermission, StoreFailed, VolumeLocked
-from blockbak.host.blockio import store_error
+from blockbak.errors import NoPermission, StoreFailed, UnreadableStore, VolumeLocked
+from blockbak.host.blockio import read_error, store_error
 from blockbak.host.kernel import Kernel
 from blockbak.host.system import System
 
@@ -71,16 +71,8 @@ def holder(path: str) -> Holder | None:
         info = os.stat(path)
     except OSError:
         return None
-    system = System()
-    numbers = {(os.major(info.st_dev), os.minor(info.st_dev))}
-    line = system.mount_of(path)
-    if line is not None:
-        # The kernel names the file system's own number, which for btrfs is not the one stat gives.
-        numbers.add((line.major, line.minor))
-    for lock in system.locks:
-        if lock.inode == info.st_ino and (lock.major, lock.minor) in numbers:
-            return Holder(lock.pid, socket.gethostname())
-    return None
+    locks = System().locks_on(path, info)
+    return Holder(locks[0].pid, socket.gethostname()) if locks else None
 
 
 class Lock:
@@ -138,6 +130,8 @@ def _open_to_read(path: str, error: OSError, *, exclusive: bool, kernel: Kernel)
                 continue
     if error.errno == errno.EACCES:
         raise NoPermission(action="lock", path=path) from error
+    if isinstance(unreadable := read_error(error, path, path), UnreadableStore):
+        raise unreadable from error
     raise store_error(error, path, "opened") from error
 
 
@@ -163,7 +157,7 @@ def held(
     """Hold the lock file at ``path`` (made if it is not there) for as long as the ``with`` lasts.
 
     ``wait`` seconds are spent trying, ``check`` may raise in between. Children do not inherit it. Raises
-    VolumeLocked, naming who holds it.
+    VolumeLocked, naming who holds it; NoPermission, StoreFailed or UnreadableStore where it cannot be tried.
     """
     try:
         fd = kernel.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)

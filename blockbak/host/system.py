@@ -278,6 +278,15 @@ class System:
         """Locks held by anybody."""
         return parse_locks(self._text(self.root / "proc/locks"))
 
+    def locks_on(self, path: str, info: os.stat_result) -> list[LockLine]:
+        """The locks held on a file or node, of which ``info`` is the stat."""
+        numbers = {(os.major(info.st_dev), os.minor(info.st_dev))}
+        line = self.mount_of(path)
+        if line is not None:
+            # The kernel names the file system's own number, which for btrfs is not the one stat gives.
+            numbers.add((line.major, line.minor))
+        return [lock for lock in self.locks if lock.inode == info.st_ino and (lock.major, lock.minor) in numbers]
+
     def mount_of(self, path: str) -> MountLine | None:
         """The mount that holds ``path``, or its nearest ancestor that exists."""
         place = os.path.realpath(path) if self.has_nodes else path

@@ -176,13 +176,8 @@ def _lock_uses(path: str, system: System, *, is_block: bool) -> Iterator[Use]:
         info = Path(path).stat()
     except OSError:
         return
-    numbers = {(os.major(info.st_dev), os.minor(info.st_dev))}
-    line = system.mount_of(path)
-    if line is not None:
-        # The kernel names the file system's own number, which for btrfs is not the one stat gives.
-        numbers.add((line.major, line.minor))
-    for lock in system.locks:
-        if lock.inode == info.st_ino and (lock.major, lock.minor) in numbers and lock.pid != os.getpid():
+    for lock in system.locks_on(path, info):
+        if lock.pid != os.getpid():
             yield from _lock_use(lock, info, is_block=is_block)
 
 

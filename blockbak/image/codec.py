@@ -49,6 +49,7 @@ class ZstdEncoder:
         )
 
     def encode(self, content: memoryview) -> list[Buffer]:
+        """One frame with content size and checksum, in one buffer of its own."""
         return [self._compressor.compress(content, zstd.ZstdCompressor.FLUSH_FRAME)]
 
 
@@ -60,6 +61,7 @@ class StoreEncoder:
     """
 
     def encode(self, content: memoryview) -> list[Buffer]:
+        """One frame; all but its heads and checksum are views of ``content``."""
         size = len(content)
         parts: list[Buffer] = [ZSTD_MAGIC.to_bytes(4, "little") + b"\xa4" + size.to_bytes(4, "little")]
         for start in range(0, size, _RAW_BLOCK):

@@ -365,8 +365,7 @@ class Composer:
         data = np.empty(min(geometry.window_bytes, geometry.device_bytes - start), np.uint8)
         flaws = self._view.read(view, low, data)
         if flaws:
-            where = f"{flaws[0].reason}, at bytes {flaws[0].start} to {flaws[0].start + flaws[0].length}"
-            raise DamagedImage(file=flaws[0].file, reason=where)
+            raise DamagedImage(file=flaws[0].file, reason=flaws[0])
         content = data if self._whole else _kept(data, view.stored[low : low + per_window], block)
         return make_frame(start // geometry.window_bytes, memoryview(content), encoder)
 

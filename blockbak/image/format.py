@@ -329,6 +329,11 @@ def pack_closing(closing: Closing, header: bytes, sections: SectionList) -> byte
     return body + sha256(body)
 
 
+def closing_begin(length: int) -> bytes:
+    """How a closing record of ``length`` bytes in all begins: its magic, and the length once more."""
+    return np.array((CLOSING_MAGIC, length - SKIPPABLE.itemsize), SKIPPABLE).tobytes()
+
+
 @dataclass(frozen=True, slots=True)
 class ClosingRecord:
     """A closing record as stored."""

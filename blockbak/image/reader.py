@@ -122,8 +122,12 @@ class ImageReader:
         last = np.frombuffer(self.source.read(last_at, fmt.SEEK_ENTRY.itemsize), fmt.SEEK_ENTRY)[0]
         self.closing_bytes = int(last["stored"])
         self.closing_offset = self.seek_offset - self.closing_bytes
-        if self.closing_offset < fmt.HEADER_BYTES:
+        if self.closing_offset < fmt.HEADER_BYTES or self.closing_bytes < fmt.CLOSING.itemsize:
             raise fmt.FormatError("its seek table names an impossible closing record")
+        # The record says its length too: one wrong bit of the table must not have gigabytes read for one.
+        begin = self.source.read(self.closing_offset, fmt.SKIPPABLE.itemsize)
+        if begin != fmt.closing_begin(self.closing_bytes):
+            raise fmt.FormatError("its seek table does not lead to a closing record")
         self.closing_raw = self.source.read(self.closing_offset, self.closing_bytes)
         record = fmt.unpack_closing(self.closing_raw)
         if record.header_sha256 != fmt.sha256(self.header):

@@ -35,6 +35,9 @@ class Flaw:
     reason: str
     file: str
 
+    def __str__(self) -> str:
+        return f"{self.reason}, at bytes {self.start} to {self.start + self.length}"
+
 
 @dataclass(frozen=True)
 class Summary:

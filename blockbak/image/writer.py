@@ -73,7 +73,7 @@ def encode_windows(
 
     ``data`` uint8, the piece's bytes from block ``first_block`` (a window's first); ``whole`` puts the
     whole window into its frame (a full), else only its DATA blocks (a delta). The compressor calls
-    release the GIL; this is one of the two loops over blocks or windows in the package.
+    release the GIL. Frames may be views of ``data``: write them before it changes.
     """
     per_window = geometry.window_bytes // geometry.block_bytes
     stored = kinds == DATA

@@ -30,6 +30,7 @@ class Image:
 
     @property
     def point(self) -> str:
+        """The id of the point that it holds."""
         return self.opening.point
 
     @property
@@ -47,14 +48,17 @@ class Point:
 
     @property
     def volume(self) -> str:
+        """The name of its volume."""
         return self.images[0].opening.volume
 
     @property
     def sequence(self) -> int:
+        """Its place in the volume's history."""
         return self.images[0].opening.sequence
 
     @property
     def has_full(self) -> bool:
+        """Whether one of its images is a full, made or composed."""
         return any(image.opening.kind == FULL for image in self.images)
 
 
@@ -87,6 +91,11 @@ def chains(images: Iterable[Image]) -> dict[str, tuple[Image, ...]]:
     return whole
 
 
+def shortest(found: Iterable[tuple[Image, ...]]) -> tuple[Image, ...]:
+    """The chain with the fewest images, of several such the one with the fewest bytes. There must be one."""
+    return min(found, key=lambda chain: (len(chain), sum(image.image_bytes for image in chain)))
+
+
 def plan(point: Point, images: Iterable[Image], without: Collection[str] = ()) -> tuple[Image, ...]:
     """The shortest chain that restores ``point``, base first; images named in ``without`` do not count.
 
@@ -96,7 +105,7 @@ def plan(point: Point, images: Iterable[Image], without: Collection[str] = ()) -
     whole = chains(usable)
     candidates = [whole[image.file] for image in point.images if image.file in whole]
     if candidates:
-        return min(candidates, key=lambda chain: (len(chain), sum(image.image_bytes for image in chain)))
+        return shortest(candidates)
     raise Gap(point=point.id, parent=_missing(point, usable))
 
 

@@ -65,7 +65,8 @@ def nonzero_blocks(data: Bytes, block_bytes: int) -> Mask:
 def digest_blocks(data: Bytes, block_bytes: int, wanted: Mask) -> Rows:
     """Rows of all blocks of ``data``: hashed where ``wanted``, the zero row elsewhere.
 
-    The hash calls release the GIL; this is one of the two loops over blocks in the package.
+    ``data`` uint8, ``wanted`` (n,) bool with an entry per block, the last perhaps short; the rows are (n, 4)
+    uint64. The hash calls release the GIL.
     """
     rows = np.empty((len(wanted), DIGEST_WORDS), "<u8")
     rows[:] = zero_row(block_bytes)
@@ -81,7 +82,7 @@ def digest_blocks(data: Bytes, block_bytes: int, wanted: Mask) -> Rows:
 
 
 def changed_rows(new: Rows, old: Rows) -> Mask:
-    """Which rows differ: ``(n,)`` bool.
+    """Which of two tables' rows, both ``(n, 4)`` uint64, differ: ``(n,)`` bool.
 
     The four bools of a row are read as one uint32 word, five times faster than ``any(axis=1)``.
     """

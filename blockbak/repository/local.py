@@ -10,8 +10,8 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Self
@@ -419,20 +419,27 @@ class Repository:
             except OSError:
                 pass  # not there, or not to be read: written anew
             try:
-                for old in (path, f"{path}.partial"):  # a run that was killed here has left the latter
-                    if os.path.lexists(old):
-                        self.kernel.unlink(old)
-                write_durably(path, name, data, self.kernel)
+                self._put(path, name, data)
             except OSError as error:
                 raise store_error(error, path, "written") from error
             written.append(name)
         return written
 
+    def _put(self, path: str, name: str, data: bytes) -> None:
+        """Make ``data`` the content of a file that may be there, or may be left over half-written."""
+        if os.path.lexists(path + ".partial"):
+            self.kernel.unlink(path + ".partial")
+        with PartialFile(path, name, self.kernel) as partial:
+            partial.write(0, [data])
+            # The old one goes only once there was room for the new one, for a rename never replaces.
+            if os.path.lexists(path):
+                self.kernel.unlink(path)
+            partial.seal()
+
     def volume_names(self) -> list[str]:
         """The volumes, by name. Raises NoPermission, UnreadableStore."""
-        return sorted(
-            name for name in _names_in(self.path) if usable_name(name) and _is_directory(os.path.join(self.path, name))
-        )
+        names = _names_in(self.path) - {FILE, *_SHIPPED}
+        return sorted(name for name in names if usable_name(name) and _is_directory(os.path.join(self.path, name)))
 
     def volume(self, name: str) -> Volume:
         """An existing volume. Raises NoSuchVolume."""
@@ -463,16 +470,6 @@ class Repository:
             raise store_error(error, path, "made") from error
         return Volume(self, name)
 
-    @contextmanager
-    def reading(self, names: list[str], wait: float, check: Callable[[], None]) -> Iterator[None]:
-        """Hold several volumes shared."""
-        from contextlib import ExitStack
-
-        with ExitStack() as stack:
-            for name in names:
-                stack.enter_context(self.volume(name).locked(exclusive=False, wait=wait, check=check))
-            yield
-
 
 def _names_in(path: str) -> set[str]:
     try:
@@ -496,8 +493,13 @@ def repository_above(path: str) -> str | None:
 
 
 def _is_directory(path: str) -> bool:
-    """A real one: a link would lead out of the repository."""
-    return os.path.isdir(path) and not os.path.islink(path)
+    """A real one: a link would lead out of the repository. What the disk cannot tell of counts: whoever reads it
+    will be told.
+    """
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    except OSError as error:
+        return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def usable_name(name: str) -> bool:

@@ -69,6 +69,8 @@ class Trouble(Exception):
 
 
 class Refused(Trouble):
+    """A safety rule forbids it; nothing was changed."""
+
     code = 5
 
 
@@ -94,6 +96,7 @@ def plain(text: str, encoding: Optional[str]) -> str:
 
 
 def sha256(data: bytes) -> bytes:
+    """What every piece of metadata is proved by."""
     return hashlib.sha256(data).digest()
 
 
@@ -149,9 +152,11 @@ class Image:
         self.parent_key: Key = (volume, self.opening["parent"], geometry + str(self.opening["parent_root"]))
 
     def damage(self, reason: str) -> Damage:
+        """The error that says what is wrong with this image."""
         return Damage(self.name, reason)
 
     def open(self) -> BinaryIO:
+        """Its file, of the length that the manifest names. Raises Damage."""
         try:
             if os.path.exists(self.path + ".zst") and not os.path.isfile(self.path + ".zst"):
                 raise self.damage("it is not a file")
@@ -165,6 +170,7 @@ class Image:
         return file
 
     def read(self, file: BinaryIO, offset: int, length: int) -> bytes:
+        """Exactly ``length`` bytes. Raises Damage."""
         try:
             file.seek(offset)
             data = file.read(length)
@@ -193,6 +199,9 @@ class Image:
         offset = self.bytes - SEEK_FOOTER.size - entries * SEEK_ENTRY.size - SKIPPABLE.size - length
         if magic != SEEKABLE_MAGIC or descriptor or offset < HEADER_BYTES or length < CLOSING.size:
             raise self.damage("it does not end with a seek table")
+        # The record says its length too: one wrong bit of the table must not have gigabytes read for one.
+        if self.read(file, offset, SKIPPABLE.size) != SKIPPABLE.pack(CLOSING_MAGIC, length - SKIPPABLE.size):
+            raise self.damage("its seek table does not lead to a closing record")
         record = self.read(file, offset, length)
         if sha256(record).hex() != self.closing_sha256:
             raise self.damage("its closing record is not the one its manifest names")
@@ -277,24 +286,42 @@ class Image:
             self.checked = True
 
 
+def find_manifests(repository: str, damaged: List[Damage]) -> Iterator[Tuple[str, str]]:
+    """Volume and stem of each manifest. What the disk cannot tell of is damage, and never absence."""
+    for volume in sorted(os.listdir(repository)):
+        directory = os.path.join(repository, volume)
+        try:
+            names = set(os.listdir(directory))
+        except NotADirectoryError:
+            continue
+        except PermissionError:
+            raise
+        except OSError as error:
+            damaged.append(Damage(volume, f"its directory cannot be read ({error.strerror})"))
+            continue
+        for name in sorted(names):
+            found, path = MANIFEST.fullmatch(name), os.path.join(directory, name)
+            if found and os.path.exists(path) and not os.path.isfile(path):
+                # A pipe would be waited for. Without an image beside it, it is nothing of ours.
+                if found[1] + ".zst" in names:
+                    damaged.append(Damage(f"{volume}/{name}", "it is not a file"))
+            elif found:
+                yield volume, found[1]
+
+
 def find_images(repository: str) -> Tuple[List[Image], List[Damage]]:
     """All images with a sound manifest, in the order of their points, and what is wrong with the others."""
     images: List[Image] = []
     damaged: List[Damage] = []
-    for volume in sorted(os.listdir(repository)):
-        directory = os.path.join(repository, volume)
-        for name in sorted(os.listdir(directory)) if os.path.isdir(directory) else []:
-            # A pipe of that name would be waited for.
-            found = MANIFEST.fullmatch(name) if os.path.isfile(os.path.join(directory, name)) else None
-            try:
-                if found:
-                    images.append(Image(repository, volume, found[1]))
-            except Damage as error:
-                damaged.append(error)
-            except Trouble as error:
-                tell(str(error))  # of a newer blockbak: the others are no worse for it
-            except (KeyError, TypeError, ValueError):
-                damaged.append(Damage(f"{volume}/{name}", "it is not a manifest"))
+    for volume, stem in find_manifests(repository, damaged):
+        try:
+            images.append(Image(repository, volume, stem))
+        except Damage as error:
+            damaged.append(error)
+        except Trouble as error:
+            tell(str(error))  # of a newer blockbak: the others are no worse for it
+        except (KeyError, TypeError, ValueError):
+            damaged.append(Damage(f"{volume}/{stem}.json", "it is not a manifest"))
     return sorted(images, key=lambda image: (image.volume, image.opening["sequence"], not image.full)), damaged
 
 
@@ -372,6 +399,7 @@ class Content:
             self.into.close()
 
     def feed_section(self, file: BinaryIO, section: Section) -> None:
+        """The frames of one section, each the one that the index names. Raises Damage."""
         at = section.region
         for window, content, stored, offset, checksum, _ in section.frames:
             self.image.padding(file, at, offset)
@@ -406,6 +434,7 @@ class Content:
             raise self.image.damage("zstd says: " + " ".join(said.split()))
 
     def close(self) -> None:
+        """End zstd and the feeder, wherever they are."""
         if self.zstd.poll() is None:
             self.zstd.kill()
         self.zstd.wait()
@@ -424,19 +453,7 @@ class Target:
         self.path, self.real, self.need = path, os.path.realpath(path), need
         self.new = not os.path.lexists(path)
         self.file = self.real + ".partial" if self.new else self.real
-        directory = above = os.path.dirname(self.real)
-        while above != os.path.dirname(above):
-            if above == repository or os.path.isfile(os.path.join(above, "repository.json")):
-                raise Refused(f"{path} lies in a repository")
-            above = os.path.dirname(above)
-        # Where device nodes live, a name that is not there is a slip of the pen; /dev/shm is another place.
-        node = (
-            os.path.isdir(directory)
-            and (directory + "/").startswith("/dev/")
-            and os.stat(directory).st_dev == os.stat("/dev").st_dev
-        )
-        if not os.path.isdir(directory) or (self.new and node):
-            raise Trouble(f"there is no device and no directory for {path}")
+        self.check_place(repository)
         mode = stat.S_IFREG if self.new else os.stat(path).st_mode
         self.block = stat.S_ISBLK(mode)
         if not self.block and not stat.S_ISREG(mode):
@@ -446,23 +463,43 @@ class Target:
             self.check_links(repository)
             if not yes:
                 raise Refused(f"{path} exists; say --yes to overwrite all it holds")
-        # With O_EXCL the kernel refuses a block device that is mounted, swapped on, or part of another
-        # one (LVM, RAID, encryption), and a new file that is there already.
-        exclusive = os.O_EXCL if self.new or self.block else 0
-        try:
-            self.fd = os.open(self.file, os.O_RDWR | exclusive | (os.O_CREAT if self.new else 0), 0o600)
-        except OSError as error:
-            if error.errno == errno.EBUSY:
-                raise Refused(f"{path} is in use: mounted, swapped on, or part of another device") from error
-            if error.errno == errno.EEXIST:
-                raise Refused(f"{self.file} exists; remove it first") from error
-            raise
+        self.fd = self.open()
         have = os.lseek(self.fd, 0, os.SEEK_END) if self.block else need
         if have < need:
             os.close(self.fd)
             raise Refused(f"{path} has {have} bytes, {need} are needed")
         if have > need:
             tell(f"{path} is larger than the point: its last {have - need} bytes stay as they are.")
+
+    def check_place(self, repository: str) -> None:
+        """Where it lies, or would lie: not in a repository, and not where only devices are."""
+        directory = above = os.path.dirname(self.real)
+        while above != os.path.dirname(above):
+            if above == repository or os.path.isfile(os.path.join(above, "repository.json")):
+                raise Refused(f"{self.path} lies in a repository")
+            above = os.path.dirname(above)
+        # Where device nodes live, a name that is not there is a slip of the pen; /dev/shm is another place.
+        node = (
+            os.path.isdir(directory)
+            and (directory + "/").startswith("/dev/")
+            and os.stat(directory).st_dev == os.stat("/dev").st_dev
+        )
+        if not os.path.isdir(directory) or (self.new and node):
+            raise Trouble(f"there is no device and no directory for {self.path}")
+
+    def open(self) -> int:
+        """A descriptor to write to. Raises Refused where another uses it, and OSError."""
+        # With O_EXCL the kernel refuses a block device that is mounted, swapped on, or part of another
+        # one (LVM, RAID, encryption), and a new file that is there already.
+        exclusive = os.O_EXCL if self.new or self.block else 0
+        try:
+            return os.open(self.file, os.O_RDWR | exclusive | (os.O_CREAT if self.new else 0), 0o600)
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                raise Refused(f"{self.path} is in use: mounted, swapped on, or part of another device") from error
+            if error.errno == errno.EEXIST:
+                raise Refused(f"{self.file} exists; remove it first") from error
+            raise
 
     def check_links(self, repository: str) -> None:
         """A file of the repository may have another name elsewhere."""
@@ -472,8 +509,10 @@ class Target:
                 own = file.read().rstrip("\n")
         for directory, _, names in os.walk(repository):
             for name in names:
-                if os.path.exists(own) and os.path.samefile(os.path.join(directory, name), own):
-                    raise Refused(f"{self.path} is another name of {name} in the repository")
+                # What cannot be looked at is not the target, which was.
+                with contextlib.suppress(OSError):
+                    if os.path.samefile(os.path.join(directory, name), own):
+                        raise Refused(f"{self.path} is another name of {name} in the repository")
 
     def check_loops(self) -> None:
         """A file that a loop device stands on is in use; and so is a loop device whose file another one has,
@@ -503,6 +542,7 @@ class Target:
             os.ftruncate(self.fd, self.need)
 
     def write(self, start: int, data: memoryview) -> None:
+        """All of ``data`` at byte ``start``. Raises OSError."""
         while data:
             written = os.pwrite(self.fd, data, start)
             start, data = start + written, data[written:]
@@ -582,7 +622,7 @@ def find_point(images: List[Image], damaged: List[Damage], name: str) -> str:
             raise flaw
         # What cannot be read may be what was meant: only a whole id is clear then.
         directory, _, file = flaw.image.rpartition("/")
-        hidden = directory + "/" + file.split(".")[0]
+        hidden = directory + "/" + file.split(".")[0] if directory else file + "/" + name.rsplit("/", maxsplit=1)[-1]
         if f"/{name}" in f"/{hidden}" and hidden not in points and not any(one.endswith(name) for one in points):
             points.append(hidden)
     if len(points) != 1:
@@ -591,6 +631,10 @@ def find_point(images: List[Image], damaged: List[Damage], name: str) -> str:
 
 
 def do_restore(repository: str, name: str, path: str, yes: bool) -> int:
+    """Restore by the shortest whole chain, and by another where one proves damaged; the exit status.
+
+    Raises Trouble, and OSError of the target.
+    """
     images, damaged = find_images(repository)
     point = find_point(images, damaged, name)
     if not shutil.which("zstd"):
@@ -616,6 +660,10 @@ def do_restore(repository: str, name: str, path: str, yes: bool) -> int:
                 chain = find_chains(images, without).get(point)
                 if chain or begun:
                     tell("Trying without it." if chain else f"{path} is not complete: do not use it.")
+    except (OSError, KeyboardInterrupt):
+        if begun and target and not target.new:
+            tell(f"{path} is not complete: do not use it.")
+        raise
     finally:
         if target:
             target.close()
@@ -632,6 +680,7 @@ def do_restore(repository: str, name: str, path: str, yes: bool) -> int:
 
 
 def do_list(repository: str) -> int:
+    """Print a line for each image; the exit status."""
     images, damaged = find_images(repository)
     chains = find_chains(images, set())
     for image in images:

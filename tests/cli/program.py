@@ -15,9 +15,10 @@ import tempfile
 import termios
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import pytest
 
@@ -152,8 +153,40 @@ def fails(status: int, name: str, *words: Word, **options: Any) -> Ended:
     return ended
 
 
-class Running:
+class _Child:
     """A run that is under way; whatever happens, it is over when the ``with`` is left."""
+
+    _process: subprocess.Popen[bytes]
+
+    def __init__(self, words: tuple[Word, ...]) -> None:
+        self.words = words
+        self._close = ExitStack()
+        self._out = self._file()
+
+    def _file(self) -> IO[bytes]:
+        """For what it says. No pipe: nobody needs to empty it while it runs."""
+        return self._close.enter_context(tempfile.TemporaryFile())
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def signal(self, number: int) -> Self:
+        self._process.send_signal(number)
+        return self
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        self._close.close()
+
+
+class Running(_Child):
+    """A run without a terminal."""
 
     def __init__(
         self,
@@ -162,18 +195,12 @@ class Running:
         cwd: Path | None = None,
         env: dict[str, str] | None = None,
     ) -> None:
-        self.words = words
-        # Files, not pipes: nobody needs to empty them while it runs.
-        self._out = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the `with` is left
-        self._err = tempfile.TemporaryFile()  # noqa: SIM115 - the same
+        super().__init__(words)
+        self._err = self._file()
         self._process = subprocess.Popen(
             [*program, *words], stdin=subprocess.DEVNULL, stdout=self._out, stderr=self._err, cwd=cwd,
             env=environment(env),
         )  # fmt: skip
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
 
     def _so_far(self, status: int) -> Ended:
         texts = []
@@ -201,10 +228,6 @@ class Running:
             pytest.fail(f"it was over before it could be stopped: {self._so_far(self._process.wait())}")
         return self
 
-    def signal(self, number: int) -> Self:
-        self._process.send_signal(number)
-        return self
-
     def go_on(self) -> Self:
         """Let it go on after ``pause``; signals that came meanwhile reach it first."""
         return self.signal(signal.SIGCONT)
@@ -217,18 +240,8 @@ class Running:
             pytest.fail(f"it does not end: {self._so_far(-1)}")
         return must_hold(self._so_far(status))
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
-        self._out.close()
-        self._err.close()
-
-
-class Terminal:
+class Terminal(_Child):
     """A run at a terminal: input and messages are the terminal, standard output is a file beside it, or with
     ``answers`` the terminal too. ``size`` is what the terminal says of its rows and columns.
     """
@@ -240,9 +253,10 @@ class Terminal:
         size: tuple[int, int] = (40, 160),
         answers: bool = False,
     ) -> None:
-        self.words, self.seen = words, b""
-        self._out = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the `with` is left
+        super().__init__(words)
+        self.seen = b""
         self._master, slave = os.openpty()
+        self._close.callback(os.close, self._master)
         try:
             fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
             # With a controlling terminal of its own, so that Ctrl-C typed there is SIGINT.
@@ -251,14 +265,10 @@ class Terminal:
                 env=environment({"TERM": "xterm"} | (env or {})),
             )  # fmt: skip
         except BaseException:
-            os.close(self._master)
+            self._close.close()
             raise
         finally:
             os.close(slave)
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
 
     def _read(self, deadline: float) -> bool:
         """Take what is there; False when the other side is closed."""
@@ -283,10 +293,6 @@ class Terminal:
         os.write(self._master, keys)
         return self
 
-    def signal(self, number: int) -> Self:
-        self._process.send_signal(number)
-        return self
-
     def end(self) -> Ended:
         deadline = time.monotonic() + LIMIT_SECONDS
         while self._read(deadline):
@@ -294,16 +300,6 @@ class Terminal:
         status = self._process.wait(LIMIT_SECONDS)
         self._out.seek(0)
         return must_hold(Ended(self.words, status, self._out.read(), self.seen), terminal=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
-        os.close(self._master)
-        self._out.close()
 
 
 # --- what lies on the disk -----------------------------------------------------------------------------

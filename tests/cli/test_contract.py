@@ -4,7 +4,6 @@ to points that are not there, to outputs that nobody reads. A new verb is one li
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -15,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
-import numpy as np
 import pytest
 
 from blockbak.cli.main import VERBS as BUILT
@@ -41,6 +39,8 @@ from tests.cli.program import (
     tree,
 )
 from tests.cli.stock import Stock, copied
+from tests.host.stage import flip
+from tests.images import rewrite_header, rewrite_manifest
 
 
 @dataclass(frozen=True)
@@ -360,35 +360,6 @@ def test_a_repository_that_may_not_be_written_can_be_restored_from(stock: Stock,
 
 
 # --- newer and damaged manifests and images ----------------------------------------------------------------
-
-
-def rewrite_manifest(path: Path, **more: object) -> None:
-    """A manifest that says something else, with the right digest of itself."""
-    blank = re.sub(rb'"sha256": "[0-9a-f]{64}"', b'"sha256": "' + b"0" * 64 + b'"', path.read_bytes())
-    for key, value in more.items():
-        blank, count = re.subn(rb'"%b": [^,\n]+' % key.encode(), b'"%b": %b' % (key.encode(), value), blank)
-        assert count == 1, (key, blank)
-    digest = hashlib.sha256(blank).hexdigest().encode()
-    path.write_bytes(blank.replace(b'"' + b"0" * 64 + b'"\n}\n', b'"' + digest + b'"\n}\n'))
-
-
-def rewrite_header(path: Path, version: int) -> None:
-    """An image whose header is of another version, with the right digest of the header."""
-    with path.open("r+b") as file:
-        header = bytearray(file.read(fmt.HEADER_BYTES))
-        head = np.frombuffer(header, fmt.HEADER, 1)
-        head["version"] = version
-        body = bytes(header[: -fmt.SHA256_BYTES])
-        file.seek(0)
-        file.write(body + hashlib.sha256(body).digest())
-
-
-def flip(path: Path, at: int, bits: int = 1) -> None:
-    with path.open("r+b") as file:
-        file.seek(at)
-        byte = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([byte ^ bits]))
 
 
 def test_what_rewrites_a_manifest_and_a_header_writes_them_whole(repo: Stock) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.program import Running, document, fails, grown, ok, opened, run
+from tests.cli.program import Ended, Running, both, document, fails, grown, ok, opened, run
 from tests.cli.stock import Stock
 
 
@@ -29,13 +29,17 @@ def in_its_middle(run: Running, repo: Path, volume: str) -> Running:
     return run.until("the image grew", grown(repo, f"{volume}/*.zst.partial")).pause()
 
 
+def check_holder(found: Ended, holder: Running) -> None:
+    """The error names who has the volume."""
+    assert (found.error["fields"]["pid"], found.error["fields"]["host"]) == (holder.pid, socket.gethostname())
+
+
 def test_a_held_volume_is_a_failure_that_names_process_and_host(repo: Path, slow: Path, stock: Stock) -> None:
     with backing_up(repo, slow, "--name", "v") as first:
         in_its_middle(first, repo, "v")
         for words in (["backup", stock.source, "--name", "v"], ["synthesize", "v"]):
             found = fails(1, "VolumeLocked", "-r", repo, *words)
-            assert found.error["fields"]["pid"] == first.pid
-            assert found.error["fields"]["host"] == socket.gethostname()
+            check_holder(found, first)
             assert f"process {first.pid} on {socket.gethostname()}" in found.said
             assert "--wait" in found.error["advice"]
         # It goes on to the next volume, and says in the end what it could not do.
@@ -100,19 +104,31 @@ def test_other_volumes_are_not_held(repo: Path, slow: Path, stock: Stock) -> Non
         in_its_middle(first, repo, "v")
         ok("-r", repo, "backup", stock.source, "--name", "w")
         ok("-r", repo, "verify", "w@latest")
+        # What could not be looked at is a failure, and no damage.
+        for_people, for_scripts = both("-r", repo, "verify")
+        assert (for_people.status, for_scripts.status) == (1, 1), f"{for_people}\n{for_scripts}"
+        found = for_scripts.document
+        assert (found["ok"], [image["volume"] for image in found["images"]]) == (False, ["w"])
+        assert found["error"]["name"] == "VolumeLocked"
+        assert f"process {first.pid}" in for_people.said
         ended = first.go_on().end()
     assert ended.status == 0, str(ended)
     assert {point["volume"] for point in document("-r", repo, "list")} == {"v", "w"}
     assert document("-r", repo, "verify")["ok"] is True
 
 
+def of_one_name(folder: Path, *contents: bytes) -> list[Path]:
+    """Files in directories of their own, all called alike."""
+    made = [folder / str(number) / "disk.img" for number in range(len(contents))]
+    for path, content in zip(made, contents, strict=True):
+        path.parent.mkdir()
+        path.write_bytes(content)
+    return made
+
+
 def test_two_files_of_one_name_backed_up_at_once_become_two_volumes(repo: Path, slow: Path, tmp_path: Path) -> None:
     """The first has no point yet when the second looks for a name."""
-    (tmp_path / "one").mkdir()
-    (tmp_path / "two").mkdir()
-    one, two = tmp_path / "one" / "disk.img", tmp_path / "two" / "disk.img"
-    one.write_bytes(slow.read_bytes())
-    two.write_bytes(b"two" * 3000)
+    one, two = of_one_name(tmp_path, slow.read_bytes(), b"two" * 3000)
     with backing_up(repo, one) as first:
         in_its_middle(first, repo, "*")
         second = run("-r", repo, "backup", two, "--json")
@@ -129,11 +145,7 @@ def test_two_files_of_one_name_backed_up_at_once_become_two_volumes(repo: Path, 
 def test_two_files_of_one_name_stay_two_volumes_though_the_second_waited(
     repo: Path, slow: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "one").mkdir()
-    (tmp_path / "two").mkdir()
-    one, two = tmp_path / "one" / "disk.img", tmp_path / "two" / "disk.img"
-    one.write_bytes(slow.read_bytes())
-    two.write_bytes(b"two" * 3000)
+    one, two = of_one_name(tmp_path, slow.read_bytes(), b"two" * 3000)
     with backing_up(repo, one) as first:
         in_its_middle(first, repo, "*")
         with backing_up(repo, two, "--wait", "50") as second:
@@ -167,9 +179,7 @@ def test_readers_share_a_volume_and_keep_writers_out(large: Stock, tmp_path: Pat
         reader.until("the image was opened", opened(reader, image)).pause()
         ok("-r", large.path, "restore", "latest", tmp_path / "out", "--dry-run")
         found = fails(1, "VolumeLocked", "-r", large.path, "backup", large.source)
-        # Not the last writer, which is long gone.
-        assert found.error["fields"]["pid"] == reader.pid
-        assert found.error["fields"]["host"] == socket.gethostname()
+        check_holder(found, reader)  # not the last writer, which is long gone
         ended = reader.go_on().end()
     assert ended.status == 0, str(ended)
 

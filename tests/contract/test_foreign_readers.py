@@ -19,7 +19,7 @@ import pyzstd
 from blockbak.image.reader import ImageReader
 from blockbak.image.view import PointView
 from tests.host.stage import attached, mounted, run
-from tests.images import DIFFERENTIAL, INCREMENTAL, Memory, Shelf, state
+from tests.images import DIFFERENTIAL, INCREMENTAL, Memory, Shelf, rewrite_manifest, state
 
 KIB, MIB = 1024, 1024 * 1024
 RESCUE = Path(__file__).parents[2] / "blockbak" / "repository" / "rescue.py"
@@ -257,6 +257,23 @@ def test_rescue_does_without_an_image_when_another_holds_the_point(rescue, tmp_p
     rescue.file(f"{FIRST}.full.zst").unlink()
     assert rescue.restore(THIRD, tmp_path / "child").returncode == 3
     assert (tmp_path / "child").read_bytes() == rescue.shelf.states[THIRD].content
+
+
+def test_rescue_passes_over_images_that_are_newer_than_it(rescue, tmp_path):
+    """A repository outlives programs: what this one understands is no worse for what it does not."""
+    rewrite_manifest(rescue.file(f"{THIRD}.incremental.json"), blockbak_manifest=b"2")
+    done = rescue.run("list")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[1] for line in done.stdout.splitlines()] == [FIRST, SECOND]
+    assert f"{THIRD}.incremental.zst is of a newer blockbak" in done.stderr
+    for point in (FIRST, SECOND):
+        done = rescue.restore(point, tmp_path / point)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / point).read_bytes() == rescue.shelf.states[point].content
+    done = rescue.restore(THIRD, tmp_path / "target")
+    assert done.returncode == 1, "no damage: another rescue.py can restore it"
+    assert "use a newer rescue.py" in done.stderr
+    assert not list(tmp_path.glob("target*"))
 
 
 def test_rescue_overlooks_what_is_not_committed(rescue, tmp_path):

@@ -7,11 +7,12 @@ import pytest
 
 from blockbak.errors import BadTarget, TargetFailed, TargetFull, TargetInUse, VerificationFailed
 from blockbak.flow import restore
-from blockbak.host.blockio import PAGE, TargetWriter, aligned
+from blockbak.host.blockio import PAGE, PIECE_BYTES, TargetWriter, aligned
 from blockbak.host.kernel import Kernel
 from blockbak.units import KIB, MIB, align_up
 from tests.conftest import Loop
-from tests.faults import FaultyKernel, ShortKernel
+from tests.faults import BadMedium, FaultyKernel, ShortKernel
+from tests.host.stage import put
 from tests.scene import Scene
 
 SIZE = 3 * MIB + 5 * 4096
@@ -169,17 +170,10 @@ def test_reading_back_sees_the_medium_and_not_the_page_cache(kind, target, rng):
         # Fill the page cache with the right bytes, then change what lies below.
         with open(target.path, "rb") as file:
             assert file.read() == data
-        _write_below(target, 1 * MIB, b"\x00\x01\x02\x03" * 128)
+        put(target.file, 1 * MIB, b"\x00\x01\x02\x03" * 128)
         changed = bytearray(data)
         changed[1 * MIB : 1 * MIB + 512] = b"\x00\x01\x02\x03" * 128
         assert back(writer, 0, SIZE) == changed
-
-
-def _write_below(target, offset, data):
-    """Change the medium behind the page cache of a device: its file."""
-    with open(target.file, "r+b", buffering=0) as file:
-        os.pwrite(file.fileno(), data, offset)
-        os.fsync(file.fileno())
 
 
 @pytest.mark.parametrize("sector", [512, 4096])
@@ -199,9 +193,7 @@ def test_a_restore_notices_what_was_written_under_the_page_cache(sector, loop, t
                 self.done = True
                 with open(device.path, "rb") as file:
                     file.read()
-                with open(device.file, "r+b", buffering=0) as file:
-                    os.pwrite(file.fileno(), bytes(512), 512 * KIB)
-                    os.fsync(file.fileno())
+                put(device.file, 512 * KIB, bytes(512))
 
     kernel = Forgetful()
     request = restore.Request(scene.names[0], device.path, overwrite=True)
@@ -210,6 +202,72 @@ def test_a_restore_notices_what_was_written_under_the_page_cache(sector, loop, t
     assert kernel.done
     assert failed.value.exit_code == 1
     assert (failed.value.fields["blocks"], failed.value.fields["first"]) == (1, 512 * KIB)
+
+
+class Reallocating(BadMedium):
+    """A disk gives a sector that it cannot read another place once the sector is written; ``heals`` or not."""
+
+    def __init__(self, target, bad, *, heals):
+        super().__init__(target.path, bad, logical=target.sector_size)
+        self._heals = heals
+
+    def pwritev(self, fd, buffers, offset):
+        count = super().pwritev(fd, buffers, offset)
+        if self._heals:
+            self.bad = [(start, end) for start, end in self.bad if not offset <= start < end <= offset + count]
+        return count
+
+
+BAD_PLACES = {"where it is sampled": 0, "elsewhere": 1 * MIB + 3 * 4096}
+
+
+@pytest.fixture
+def nearly(request, kind, tmp_path):
+    """A scene, and a target that holds its newer point, while the older one is wanted."""
+    scene = Scene.make(tmp_path / "scene", seed=1, points=2, size=SIZE, noise=True)
+    file = tmp_path / "target.img"
+    file.write_bytes(scene.held[scene.names[1]])
+    if kind in DEVICES:
+        return scene, request.getfixturevalue("loop")(SIZE, DEVICES[kind], file=file)
+    return scene, Loop(str(file), file, SIZE, 512)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("place", BAD_PLACES)
+def test_a_sector_of_the_target_that_cannot_be_read_is_written(kind, place, nearly):
+    """Whether it holds the point is not to be known; a restore that reads first does not end there."""
+    scene, target = nearly
+    at = BAD_PLACES[place]
+    kernel = Reallocating(target, [(at, at + target.sector_size)], heals=True)
+    request = restore.Request(scene.names[0], target.path, overwrite=True)
+    done = restore.restore(scene.repository(kernel), request, scene.world(kernel))
+    assert done.plan.method == ("write" if at == 0 else "differ")
+    assert kernel.bad == []
+    assert held(target) == scene.held[scene.names[0]]
+
+
+def test_a_volume_is_rolled_back_over_a_sector_that_cannot_be_read(tmp_path):
+    """It is read first, whatever a sample would say; only the piece around that sector is written whole."""
+    scene = Scene.make(tmp_path / "scene", seed=1, points=2, size=SIZE, noise=True)
+    target = Loop(str(scene.source), scene.source, SIZE, 512)
+    for at in BAD_PLACES.values():
+        kernel = Reallocating(target, [(at, at + 512)], heals=True)
+        request = restore.Request(scene.names[0], target.path, overwrite=True)
+        done = restore.restore(scene.repository(kernel), request, scene.world(kernel))
+        assert (done.plan.method, kernel.bad) == ("differ", [])
+        assert PIECE_BYTES <= done.written_bytes < PIECE_BYTES + 64 * KIB
+        assert held(target) == scene.held[scene.names[0]]
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_a_sector_of_the_target_that_stays_unreadable_fails_the_restore(kind, nearly):
+    scene, target = nearly
+    kernel = Reallocating(target, [(1 * MIB, 1 * MIB + target.sector_size)], heals=False)
+    request = restore.Request(scene.names[0], target.path, overwrite=True)
+    with pytest.raises(TargetFailed) as failed:
+        restore.restore(scene.repository(kernel), request, scene.world(kernel))
+    assert failed.value.exit_code == 1
+    assert any("not to be used" in note for note in failed.value.__notes__)
 
 
 @kinds

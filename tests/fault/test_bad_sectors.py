@@ -1,9 +1,7 @@
 """Real read errors: a file served through FUSE, of which chosen ranges give EIO, and a loop device on it."""
 
-import json
 import os
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +10,9 @@ import pytest
 
 from blockbak.host.device import look
 from blockbak.units import KIB, MIB
+from tests import children
 from tests.conftest import Loop
+from tests.doubles import new_repository
 
 SECTOR, BLOCK = 512, 4 * KIB
 SIZE = 2 * MIB + 3 * SECTOR
@@ -82,17 +82,13 @@ def source(request, sick_disk, loop):
 @pytest.fixture
 def blockbak(tmp_path):
     """The program as a person runs it: exit status, document, messages."""
+    new_repository(tmp_path / "repo")
 
-    def run(*argv):
-        done = subprocess.run(
-            [sys.executable, "-m", "blockbak", "-r", tmp_path / "repo", *map(str, argv), "--json"],
-            capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
-            env={**os.environ, "BLOCKBAK_STATE_DIR": str(tmp_path / "state")},
-        )  # fmt: skip
-        assert "Traceback" not in done.stderr
-        return done.returncode, json.loads(done.stdout), done.stderr
+    def run(*words):
+        done = children.run(tmp_path / "repo", *words, "--json")
+        assert "Traceback" not in done.err
+        return done.code, done.document, done.err
 
-    subprocess.run([sys.executable, "-m", "blockbak", "init", tmp_path / "repo"], check=True, capture_output=True)
     return run
 
 
@@ -144,9 +140,8 @@ def test_unreadable_sectors_are_named_from_the_backup_to_the_restore_and_healed(
     assert all(f"{start} to {end}" in told for start, end in BAD)
     assert target.read_bytes() == zeroed(content, BAD)
     rescued = tmp_path / "rescued.img"
-    rescue = [sys.executable, tmp_path / "repo" / "rescue.py", "restore", first["point"], rescued, "--yes"]
-    done = subprocess.run(rescue, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    assert done.returncode == 3, done.stderr
+    done = children.rescue(tmp_path / "repo", "restore", first["point"], rescued, "--yes")
+    assert done.code == 3, done.err
     assert rescued.read_bytes() == zeroed(content, BAD)
 
     # Still sick, and other sectors too: a bad block equals nothing, so it is read again.

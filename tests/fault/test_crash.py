@@ -15,7 +15,7 @@ import pytest
 from blockbak.errors import BlockbakError
 from blockbak.flow import backup, delete, recover, restore, synthesize
 from blockbak.repository.local import FILE, Repository
-from tests.doubles import Killed
+from tests.doubles import REPOSITORY_ID, Killed
 from tests.faults import FaultyKernel, PowerCut, QuickMortal
 from tests.scene import BLOCK, DEEDS, VOLUME, Scene, open_descriptors
 
@@ -166,7 +166,7 @@ def test_a_crash_in_the_beginnings_leaves_what_can_be_begun_again(deed, cut, mem
         try:
             if not (scene.place / FILE).exists():
                 scene.create()
-            assert Repository(str(scene.place)).id == "1" * 32
+            assert Repository(str(scene.place)).id == REPOSITORY_ID
             assert {"rescue.py", "RESTORE.txt"} <= set(os.listdir(scene.place))
             assert (scene.place / "rescue.py").stat().st_size > 0
             scene.check_points(also=source.read_bytes())

@@ -14,7 +14,7 @@ from blockbak.errors import BlockbakError, NoSpace, TargetFull
 from blockbak.flow import backup, delete, recover, restore
 from blockbak.repository.local import FILE
 from blockbak.units import KIB, MIB
-from tests.scene import BLOCK, VOLUME, Scene, write_at
+from tests.scene import BLOCK, CARRIED_FROM, VOLUME, Scene, write_at
 
 PAGE = 4096
 SIZE = 20 * BLOCK + 3
@@ -126,6 +126,44 @@ def test_the_first_backup_of_a_volume_that_finds_no_space_says_so(tmp_path, tmpf
     sentences, made = widening(filler, lambda: backup.backup(scene.repository(), scene.request(), scene.world()))
     assert len(sentences) > 10
     assert scene.restored(made.point) == source.read_bytes()
+
+
+OLDER = "print('of an older blockbak')" * 1000
+"""Of a rescue.py; it takes about as many pages."""
+
+
+def test_recovering_takes_the_room_of_what_it_sweeps(tmp_path, tmpfs):
+    """After an update of the program rescue.py is another one; a full disk must not keep recover from its work."""
+    where = tmpfs(8 * MIB)
+    scene, filler = history(tmp_path, where), Filler(where)
+    (scene.where / f"{scene.names[0]}.full.zst.partial").write_bytes(bytes(64 * PAGE))
+    (scene.place / "rescue.py").write_text(OLDER)
+    filler.leave(0)
+    report = recover.recover(scene.repository(), scene.world())
+    assert [line.split()[0] for line in report.done] == [f"{VOLUME}:", "rescue.py"]
+    assert scene.catalog().partials == []
+    assert (scene.place / "rescue.py").read_bytes() == (CARRIED_FROM / "rescue.py").read_bytes()
+
+
+def test_without_room_for_the_new_rescue_script_the_old_one_stays(tmp_path, tmpfs):
+    where = tmpfs(8 * MIB)
+    scene, filler = history(tmp_path, where), Filler(where)
+    script = scene.place / "rescue.py"
+    script.write_text(OLDER)
+
+    def run():
+        try:
+            return recover.recover(scene.repository(), scene.world())
+        except NoSpace:
+            assert script.read_text() == OLDER
+            raise
+        finally:
+            assert not list(scene.place.glob("*.partial"))
+
+    sentences, report = widening(filler, run)
+    assert any("rescue.py" in sentence for sentence in sentences)
+    assert (len(report.done), report.left) == (1, [])
+    assert script.read_bytes() == (CARRIED_FROM / "rescue.py").read_bytes()
 
 
 def test_an_init_that_finds_no_space_can_be_done_again(tmp_path, tmpfs):

@@ -10,8 +10,8 @@ from blockbak.errors import AmbiguousPoint, Damage, DamagedManifest, PointNeeded
 from blockbak.flow import backup, delete, recover, restore, verify
 from blockbak.flow.points import find
 from blockbak.units import MIB
-from tests.host.stage import damage_frame, frame_at
-from tests.scene import BLOCK, VOLUME, Scene, write_at
+from tests.host.stage import damage_frame, flip, frame_at
+from tests.scene import BLOCK, CARRIED, CARRIED_FROM, VOLUME, Scene, write_at
 
 SIZE = 75 * BLOCK + 3
 
@@ -23,9 +23,7 @@ def scene(memory, seed):
 
 def spoil(path):
     """Turn a bit over in the middle of a manifest."""
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 0x10
-    path.write_bytes(data)
+    flip(path, path.stat().st_size // 2)
 
 
 # --- names ------------------------------------------------------------------------------------------------
@@ -72,6 +70,36 @@ def test_a_volume_that_can_be_read_is_found_by_its_name_or_its_points_id(spoilt,
     for name in (f"{names[spoilt]}@latest", points[spoilt]):
         with pytest.raises(DamagedManifest):
             find(scene.repository(), name)
+
+
+@pytest.mark.parametrize("name", ["latest", f"{VOLUME}@latest"])
+def test_whoever_asks_for_the_newest_is_told_of_newer_ones_without_manifest(name, scene):
+    """As after a crash between an image and its manifest."""
+    oldest, *lost = scene.names
+    for point in lost:
+        (scene.where / f"{point}.incremental.json").unlink()
+
+    def notes(point):
+        request = restore.Request(point, str(scene.target))
+        plan = restore.restore(scene.repository(), request, scene.world(), dry_run=True)
+        assert plan.point == oldest
+        return [note for note in plan.notes if "no manifest" in note]
+
+    told = notes(name)
+    assert [note.split()[0] for note in told] == lost
+    assert all("'blockbak recover' brings it back" in note for note in told)
+    report = restore.restore(scene.repository(), restore.Request(name, str(scene.target)), scene.world())
+    assert set(told) <= set(report.plan.notes)
+    # Who named the point itself has what he asked for.
+    assert notes(oldest) == []
+
+
+def test_an_older_one_without_manifest_is_no_news_to_who_asks_for_the_newest(scene):
+    scene.synthesize(scene.names[-1])
+    (scene.where / f"{scene.names[1]}.incremental.json").unlink()
+    request = restore.Request("latest", str(scene.target))
+    plan = restore.restore(scene.repository(), request, scene.world(), dry_run=True)
+    assert (plan.point, plan.notes) == (scene.names[-1], [])
 
 
 # --- deleting ---------------------------------------------------------------------------------------------
@@ -165,3 +193,60 @@ def test_a_held_volume_does_not_keep_recover_from_the_others(held, two):
     report = recover.recover(repository, scene.world())
     assert (report.locked, report.adopted) == (None, [points[names.index(held)]])
     assert sorted(scene.listed()) == sorted(points)
+
+
+def missing(path):
+    path.unlink()
+
+
+def another(path):
+    path.write_text("an older one")
+
+
+def a_link(path):
+    path.unlink()
+    path.with_name("elsewhere").write_text("somebody's")
+    path.symlink_to("elsewhere")
+
+
+@pytest.mark.parametrize("name", CARRIED)
+@pytest.mark.parametrize("harm", [missing, another, a_link])
+def test_recover_puts_back_what_every_repository_carries(harm, name, scene):
+    """A repository that was made by an older program gets the newer script, too."""
+    assert recover.recover(scene.repository(), scene.world()).done == []
+    harm(scene.place / name)
+    (line,) = recover.recover(scene.repository(), scene.world()).done
+    assert line.startswith(f"{name} ")
+    assert not (scene.place / name).is_symlink()
+    assert (scene.place / name).read_bytes() == (CARRIED_FROM / name).read_bytes()
+    assert harm is not a_link or (scene.place / "elsewhere").read_text() == "somebody's"
+    assert recover.recover(scene.repository(), scene.world()).done == []
+
+
+# --- verifying --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("held", [VOLUME, "wolumen"])
+def test_a_held_volume_does_not_keep_verify_from_the_others(held, two):
+    """Damage in the others is found all the same, and what was left out is not called whole."""
+    scene, *points = two
+    repository = scene.repository()
+    free = points[1 - (VOLUME, "wolumen").index(held)]
+
+    def verified(names=()):
+        return verify.verify(repository, names, scene.world(), pick=lambda: 0.0)
+
+    with repository.volume(held).locked(exclusive=True):
+        for names in ((), points):
+            report = verified(names)
+            assert report.locked is not None
+            assert report.locked.fields["volume"] == held
+            assert [(verdict.point, verdict.ok) for verdict in report.images] == [(free, True)]
+            assert (report.ok, report.damaged) == (False, False)
+        report = verified([free])
+        assert (report.locked, report.ok) == (None, True)
+        damage_frame(next(scene.place.glob(f"*/{free}.full.zst")), 0)
+        assert verified().damaged
+    report = verified()
+    assert report.locked is None
+    assert {verdict.point: verdict.ok for verdict in report.images} == {point: point != free for point in points}

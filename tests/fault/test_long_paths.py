@@ -6,8 +6,7 @@ import shutil
 import pytest
 
 from blockbak.flow import backup, restore, verify
-from blockbak.repository.local import Repository
-from tests.doubles import context
+from tests.doubles import context, new_repository
 from tests.faults import QuickKernel
 
 PARTS = {
@@ -32,7 +31,7 @@ def test_a_path_of_any_length_fits_an_image(part, memory):
     """JSON may write six characters for one byte of it. What is too long is cut or digested, and still told apart."""
     kernel = QuickKernel()
     world = context(memory / "state", kernel=kernel)
-    repository = Repository.create(str(memory / "repo"), repository_id="1" * 32, created="2026-05-01T00:00:00.000Z")
+    repository = new_repository(memory / "repo")
     folder = deep(str(memory), part)
     source, other = f"{folder}/a.img", f"{folder}/b.img"
     with open(source, "xb") as file:

@@ -9,11 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from blockbak.errors import BadTarget, BlockbakError, SourceError, SourceInUse, TargetInUse, VolumeLocked
+from blockbak.errors import (
+    BadTarget,
+    BlockbakError,
+    SourceError,
+    SourceInUse,
+    SourceVanished,
+    TargetInUse,
+    VolumeLocked,
+)
 from blockbak.flow import backup, delete, recover, restore, synthesize, verify
 from blockbak.repository.local import FILE
+from tests import children
 from tests.host.stage import locking
-from tests.moments import AtOpening, AtStage, Once, WhileWaiting
+from tests.moments import SOURCE_MOMENTS, TARGET_MOMENTS, AtOpening, AtStage, Once, WhileWaiting
 from tests.scene import BLOCK, VOLUME, Scene, write_at
 
 SIZE = 75 * BLOCK + 3
@@ -44,12 +53,11 @@ def exchange(scene):
 
 
 MOMENTS = {
-    "while it waits for the volume": lambda scene, act: {"check": WhileWaiting(scene.volume(), act), "wait": 60},
-    "before the source is opened": lambda scene, act: {"kernel": AtOpening(scene.source, act)},
-    "while the parent's index is read": lambda scene, act: {
-        "kernel": AtOpening(next(scene.where.glob("*.full.zst")), act)
+    **SOURCE_MOMENTS,
+    "while the parent's index is read": lambda volume, source, act: {
+        "kernel": AtOpening(next(Path(volume.path).glob("*.full.zst")), act)
     },
-    "when reading begins": lambda scene, act: {"progress": AtStage(VOLUME, act)},
+    "when reading begins": lambda volume, source, act: {"progress": AtStage(VOLUME, act)},
 }
 
 
@@ -57,7 +65,7 @@ MOMENTS = {
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_source_that_becomes_another_gives_a_point_that_restores_or_none(moment, change, scene):
     before, held, act = scene.files(), scene.source.read_bytes(), Once(lambda: change(scene))
-    world = replace(scene.world(), **MOMENTS[moment](scene, act))
+    world = replace(scene.world(), **MOMENTS[moment](scene.volume(), scene.source, act))
     try:
         made = backup.backup(scene.repository(world.kernel), scene.request(), world)
     except SourceError:
@@ -73,6 +81,37 @@ def test_a_source_that_becomes_another_gives_a_point_that_restores_or_none(momen
     # The next run makes a point of what is there now.
     scene.back_up()
     assert scene.check_points()
+
+
+@pytest.mark.parametrize("kind", ["full", "incremental"])
+def test_a_source_that_loses_its_name_while_it_is_read_makes_no_point(kind, scene):
+    """Its bytes are all there, but whether somebody wrote to it cannot be told any more."""
+    before, act = scene.files(), Once(lambda: scene.source.rename(scene.folder / "elsewhere.img"))
+    world = replace(scene.world(), progress=AtStage(VOLUME, act))
+    with pytest.raises(SourceVanished, match="its name is gone") as raised:
+        backup.backup(scene.repository(), scene.request(kind), world)
+    assert act.done
+    assert raised.value.exit_code == 1
+    assert raised.value.fields["path"] == str(scene.source)
+    assert scene.files() == before
+    assert scene.catalog().leftovers == 0
+
+
+def test_whoever_restores_a_torn_point_is_told(scene):
+    """The one who made it was told, and may be another person."""
+    act = Once(lambda: write_at(scene.source, 0, b"written meanwhile"))
+    made = backup.backup(scene.repository(), scene.request(), replace(scene.world(), progress=AtStage(VOLUME, act)))
+    assert (act.done, made.consistency) == (True, "none")
+    torn, live = made.point, backup.backup(scene.repository(), replace(scene.request(), mode="live"), scene.world())
+    for point, may_be in ((torn, True), (live.point, True), (scene.names[-1], False)):
+        request = restore.Request(point, str(scene.target), overwrite=True)
+        plan = restore.restore(scene.repository(), request, scene.world(), dry_run=True)
+        done = restore.restore(scene.repository(), request, scene.world())
+        for notes in (plan.notes, done.plan.notes):
+            assert any("may be torn" in note for note in notes) is may_be, (point, notes)
+        rescued = children.rescue(scene.place, "restore", point, scene.target, "--yes")
+        assert rescued.code == 0, rescued
+        assert ("may be torn" in rescued.err) is may_be, rescued
 
 
 def test_a_source_that_gets_a_user_while_it_was_waited_for_is_refused(scene):
@@ -96,13 +135,6 @@ def old_target(scene):
     write_at(scene.target, 0, b"\x99" * 100)
 
 
-TARGET_MOMENTS = {
-    "before it is opened": lambda scene, act: {"kernel": AtOpening(scene.target, act, 1)},
-    "before it is opened again": lambda scene, act: {"kernel": AtOpening(scene.target, act, 2)},
-    "while the point is verified": lambda scene, act: {"progress": AtStage("verifying", act)},
-}
-
-
 def attempt(scene, target=None, **more):
     request = restore.Request(scene.names[0], str(target or scene.target), overwrite=True, verify_first=True)
     return restore.restore(scene.repository(), request, replace(scene.world(), **more))
@@ -121,7 +153,7 @@ def test_a_link_that_is_turned_meanwhile_leads_to_no_other_file(moment, scene):
 
     act = Once(turn)
     with pytest.raises(BadTarget):
-        attempt(scene, link, **TARGET_MOMENTS[moment](scene, act))
+        attempt(scene, link, **TARGET_MOMENTS[moment](scene.target, act))
     assert act.done
     assert precious.read_bytes() == b"\x23" * SIZE
 
@@ -137,7 +169,7 @@ def test_a_file_that_gets_the_targets_name_meanwhile_is_not_written(moment, scen
     act = Once(exchange)
     held = scene.target.open("rb")  # so that the new file cannot have the old one's inode number
     with held, pytest.raises(BadTarget):
-        attempt(scene, **TARGET_MOMENTS[moment](scene, act))
+        attempt(scene, **TARGET_MOMENTS[moment](scene.target, act))
     assert act.done
     assert scene.target.read_bytes() == b"\x23" * SIZE
 
@@ -149,7 +181,7 @@ def test_a_target_that_gets_a_user_meanwhile_is_refused(moment, scene):
     with ExitStack() as others:
         act = Once(lambda: others.enter_context(locking("flock", scene.target)))
         with pytest.raises(TargetInUse):
-            attempt(scene, **TARGET_MOMENTS[moment](scene, act))
+            attempt(scene, **TARGET_MOMENTS[moment](scene.target, act))
         assert act.done
     assert scene.target.read_bytes() == before
 

@@ -63,21 +63,6 @@ def test_what_the_target_holds_already_is_not_lost_with_a_damaged_frame(scene):
     assert [(int(start, 16), int(length, 16)) for start, length in lost] == [(number * BLOCK, BLOCK)]
 
 
-def test_a_mapfile_does_not_go_on_naming_what_is_there_again(scene):
-    whole = base(scene).read_bytes()
-    mapfile = scene.folder / "map"
-    damage_frame(base(scene), 0)
-    assert keep_going(scene, scene.target, mapfile).mapfile == str(mapfile)
-    base(scene).write_bytes(whole)
-    done = keep_going(scene, scene.target, mapfile)
-    assert (done.flaws, done.mapfile, done.attention) == ([], "", False)
-    assert scene.target.read_bytes() == scene.held[scene.names[-1]]
-    rows = [line.split() for line in mapfile.read_text().splitlines() if line.startswith("0x") and line[-1] in "+-"]
-    assert [(int(row[0], 16), int(row[1], 16), row[2]) for row in rows if len(row) == 3 and row[1] != "+"] == [
-        (0, SIZE, "+")
-    ]
-
-
 # --- export ---------------------------------------------------------------------------------------------------
 
 

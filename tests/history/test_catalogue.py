@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from blockbak.flow import backup, delete, recover, restore, synthesize, verify
+from blockbak.flow import backup, delete, recover, synthesize, verify
 from blockbak.repository.local import Repository
 from blockbak.units import KIB
 from tests import children
-from tests.doubles import context
-from tests.volumes import Fingerprint, Volume, difference, fingerprint
+from tests.doubles import context, new_repository
+from tests.volumes import Fingerprint, Volume, difference, restored
 
 NAMES = ("first", "second")
 
@@ -48,17 +48,14 @@ class Library:
         assert report.leftovers == []
         target = self.folder / "target"
         for point, wanted in self.held.items():
-            restore.restore(self.repository, restore.Request(point, str(target), overwrite=True), self.world)
-            assert difference(fingerprint(target), wanted) is None, point
+            assert difference(restored(self.repository, point, target, self.world), wanted) is None, point
         assert children.rescue(self.path, "list").code == 0
 
 
 @pytest.fixture
 def library(tmp_path, rng) -> Library:
     world = context(tmp_path / "state")
-    repository = Repository.create(
-        str(tmp_path / "repository"), repository_id="7" * 32, created="2026-05-01T00:00:00.000Z"
-    )
+    repository = new_repository(tmp_path / "repository")
     volumes = {name: Volume(tmp_path / f"{name}.img", 1500 * KIB + 77, rng) for name in NAMES}
     held = {}
     for name, volume in volumes.items():
@@ -181,6 +178,5 @@ def test_after_the_catalogue_is_rebuilt_life_goes_on(library):
         request = backup.Request(str(volume.path), "incremental", name=name)
         made = backup.backup(library.repository, request, library.world)
         assert made.sequence == max(used) + 2, "the deleted point's sequence stays used"
-        target = library.folder / "target"
-        restore.restore(library.repository, restore.Request(made.point, str(target), overwrite=True), library.world)
-        assert difference(fingerprint(target), volume.fingerprint) is None
+        found = restored(library.repository, made.point, library.folder / "target", library.world)
+        assert difference(found, volume.fingerprint) is None

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from blockbak.flow import backup, recover, restore, verify
+from blockbak.flow import backup, recover, verify
 from blockbak.repository.local import Repository
 from blockbak.units import KIB, MIB
 from tests import children
-from tests.doubles import context
-from tests.volumes import Volume, difference, fingerprint
+from tests.doubles import context, new_repository
+from tests.volumes import Volume, difference, restored
 
 NAMES = ("one", "two")
 
@@ -177,7 +177,7 @@ def wrong(call: dict[str, Any]) -> str | None:
 def test_all_at_once(tmp_path, rng, seed, times, tell):
     world = context(tmp_path / "state")
     office = Office(tmp_path, seed)
-    repository = Repository.create(str(office.path), repository_id="9" * 32, created="2026-05-01T00:00:00.000Z")
+    repository = new_repository(office.path)
     known = {}
     for name in NAMES:
         volume = Volume(tmp_path / name, 3 * MIB + 513, rng)
@@ -209,10 +209,9 @@ def test_all_at_once(tmp_path, rng, seed, times, tell):
         sequences = [point.sequence for point in points]
         assert sequences == sorted(set(sequences))
         for point in points:
-            target = tmp_path / "target"
-            restore.restore(repository, restore.Request(point.id, str(target), overwrite=True), world)
             wanted = tuple(bytes.fromhex(digest) for digest in known[point.id])
-            assert difference(fingerprint(target), wanted) is None, point.id
+            found = restored(repository, point.id, tmp_path / "target", world)
+            assert difference(found, wanted) is None, point.id
 
 
 @pytest.mark.slow
@@ -221,7 +220,7 @@ def test_who_looks_while_points_go_sees_no_damage(verb, tmp_path, rng, times, te
     """One deletes and makes points as fast as it can; the other looks, with and without a lock."""
     world = context(tmp_path / "state")
     path = tmp_path / "repository"
-    repository = Repository.create(str(path), repository_id="9" * 32, created="2026-05-01T00:00:00.000Z")
+    repository = new_repository(path)
     volume = Volume(tmp_path / "source", 20_001, rng)
     request = backup.Request(str(volume.path), "full", name="vol", block_bytes=4 * KIB)
     kept = backup.backup(repository, request, world).point
@@ -283,8 +282,7 @@ def look(verb: str, path: Path, kept: str, folder: Path, world) -> list[str]:
             report = verify.verify(repository, names, world, pick=lambda: 0.0)
             return [flaw.reason for verdict in report.images for flaw in verdict.damage]
         else:
-            target = folder / "target"
-            restore.restore(repository, restore.Request(points[-1], str(target), overwrite=True, verify=False), world)
+            restored(repository, points[-1], folder / "target", world, verify=False)
     except (NoSuchPoint, VolumeLocked):
         return []
     except (BlockbakError, OSError) as error:

@@ -19,7 +19,7 @@ from blockbak.image.reader import ImageReader
 from blockbak.repository.local import Repository
 from blockbak.units import KIB, MIB
 from tests import children
-from tests.doubles import context
+from tests.doubles import context, new_repository
 from tests.images import DIFFERENTIAL, INCREMENTAL, REPOSITORY, Memory, Shelf, State, state
 from tests.volumes import SECTION
 
@@ -242,7 +242,7 @@ class Patient:
 @pytest.fixture
 def patient(rng, tmp_path, request, times) -> Patient:
     path = tmp_path / "repository"
-    repository = Repository.create(str(path), repository_id=REPOSITORY, created="2026-03-01T00:00:00.000Z")
+    repository = new_repository(path, repository_id=REPOSITORY)
     shelf, others = make(request.param, rng), make(request.param, rng)
     shelf.write(path)
     found = Patient(shelf, path, repository, others, rng, times(2, len(POINTS)))

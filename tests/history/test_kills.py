@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from blockbak.flow import backup, recover, restore, synthesize, verify
+from blockbak.flow import backup, recover, synthesize, verify
 from blockbak.repository.local import Catalog, Repository
 from blockbak.units import KIB, MIB
 from tests import children
-from tests.doubles import context
-from tests.volumes import Fingerprint, Volume, difference, fingerprint
+from tests.doubles import context, new_repository
+from tests.volumes import Fingerprint, Volume, difference, fingerprint, restored
 
 NAME = "vol"
 SIZE = 9 * MIB + 4097
@@ -84,10 +84,8 @@ class Ward:
             self.right(point, expected, what)
 
     def right(self, point: str, expected: Fingerprint, what: str) -> None:
-        target = self.folder / "target"
-        request = restore.Request(point, str(target), overwrite=True, verify=False)
-        restore.restore(self.repository, request, self.world)
-        assert difference(fingerprint(target), expected) is None, (what, point)
+        found = restored(self.repository, point, self.folder / "target", self.world, verify=False)
+        assert difference(found, expected) is None, (what, point)
 
     def new_points(self) -> set[str]:
         return {point.id for point in self.catalog.points} - self.held.keys()
@@ -112,7 +110,7 @@ def ward(tmp_path, rng) -> Ward:
     volume = Volume(tmp_path / "source", SIZE, rng)
     volume.fill(0.5)
     found = Ward(tmp_path, volume, rng, {})
-    repository = Repository.create(str(found.template), repository_id="5" * 32, created="2026-05-01T00:00:00.000Z")
+    repository = new_repository(found.template)
     world = context(tmp_path / "state")
     for kind in ("full", "incremental", "differential", "incremental", "incremental"):
         made = backup.backup(repository, backup.Request(str(volume.path), kind, name=NAME, block_bytes=4 * KIB), world)

@@ -6,12 +6,11 @@ import time
 
 import pytest
 
-from blockbak.flow import backup, delete, restore, synthesize, verify
-from blockbak.repository.local import Repository
+from blockbak.flow import backup, delete, synthesize, verify
 from blockbak.units import KIB, MIB
 from tests import children
-from tests.doubles import context
-from tests.volumes import Volume, difference, fingerprint
+from tests.doubles import context, new_repository
+from tests.volumes import Volume, difference, fingerprint, restored
 
 LENGTH = 200
 NAME = "vol"
@@ -21,7 +20,7 @@ NAME = "vol"
 def test_a_chain_of_two_hundred(tmp_path, rng, tell):
     world = context(tmp_path / "state")
     path = tmp_path / "repository"
-    repository = Repository.create(str(path), repository_id="8" * 32, created="2026-05-01T00:00:00.000Z")
+    repository = new_repository(path)
     volume = Volume(tmp_path / "source", 2 * MIB + 777, rng)
     volume.fill(0.5)
     held = {}
@@ -55,9 +54,8 @@ def test_a_chain_of_two_hundred(tmp_path, rng, tell):
             assert difference(fingerprint(target), held[max(held)]) is None
 
     for point in rng.sample(sorted(held), 25):
-        target = tmp_path / "target"
-        restore.restore(repository, restore.Request(point, str(target), overwrite=True, verify=False), world)
-        assert difference(fingerprint(target), held[point]) is None, point
+        found = restored(repository, point, tmp_path / "target", world, verify=False)
+        assert difference(found, held[point]) is None, point
     done = children.run(path, "backup", volume.path, "--name", NAME, "--json", prefix=("prlimit", "--nofile=256:256"))
     assert done.code == 0, done
     assert done.document["points"][0]["kind"] == "incremental"
@@ -67,8 +65,7 @@ def test_a_chain_of_two_hundred(tmp_path, rng, tell):
     made = synthesize.synthesize(repository, NAME, world).point
     delete.delete(repository, [point for point in held if point != made.point], world)
     assert verify.verify(repository, [], world, pick=lambda: 0.0).ok
-    restore.restore(repository, restore.Request("latest", str(target), overwrite=True), world)
-    assert difference(fingerprint(target), held[made.point]) is None
+    assert difference(restored(repository, "latest", tmp_path / "target", world), held[made.point]) is None
 
 
 def test_too_few_descriptors_are_no_damage(tmp_path, rng):
@@ -77,7 +74,7 @@ def test_too_few_descriptors_are_no_damage(tmp_path, rng):
     """
     world = context(tmp_path / "state")
     path = tmp_path / "repository"
-    repository = Repository.create(str(path), repository_id="8" * 32, created="2026-05-01T00:00:00.000Z")
+    repository = new_repository(path)
     volume = Volume(tmp_path / "source", 40 * KIB + 7, rng)
     for _ in range(40):
         backup.backup(repository, backup.Request(str(volume.path), name=NAME, block_bytes=4 * KIB), world)

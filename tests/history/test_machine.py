@@ -21,13 +21,13 @@ from blockbak.flow.context import Context
 from blockbak.host.kernel import Kernel
 from blockbak.repository.local import Repository
 from blockbak.units import KIB, MIB
-from tests.doubles import Killed, MortalKernel, context
+from tests.doubles import Killed, MortalKernel, context, new_repository
+from tests.volumes import SECTION
 
 BLOCK = 4 * KIB
-SECTION = 4096 * BLOCK
-"""16 MiB: sources lie on both sides of its end."""
 VOLUME = "vol"
 
+# On both sides of a section's end.
 sizes = st.sampled_from(
     [1, 511, BLOCK, BLOCK + 1, 256 * KIB, 300_001, MIB + 513, 4 * MIB + 4097, SECTION - 7, SECTION + 9 * BLOCK + 3]
 )
@@ -65,9 +65,7 @@ class Histories(RuleBasedStateMachine):
         with open(self.source, "xb") as file:
             file.truncate(size)
         self.seed = seed
-        self.repository = Repository.create(
-            os.path.join(self.folder, "repo"), repository_id="1" * 32, created="2026-05-01T00:00:00.000Z"
-        )
+        self.repository = new_repository(os.path.join(self.folder, "repo"))
 
     def bytes_now(self) -> bytes:
         with open(self.source, "rb") as file:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from blockbak.repository.local import Repository
 from blockbak.units import GIB, MIB, TIB
 from tests import children
 from tests.children import Measured
+from tests.doubles import new_repository
 
 LIMIT = 128 * MIB
 PIECE = 4096
@@ -91,7 +91,7 @@ def giant(tmp_path, rng, times, tell) -> Giant:
     found = Giant(tmp_path, size, rng, {}, tell)
     with found.source.open("xb") as made:
         made.truncate(size)
-    Repository.create(str(found.path), repository_id="6" * 32, created="2026-05-01T00:00:00.000Z")
+    new_repository(found.path)
     found.scatter(200)
     yield found
     shutil.rmtree(tmp_path)
@@ -121,7 +121,7 @@ def test_reading_back_a_new_file_passes_over_its_holes(tmp_path, rng, times, tel
     giant = Giant(tmp_path, size, rng, {}, tell)
     with giant.source.open("xb") as made:
         made.truncate(size)
-    Repository.create(str(giant.path), repository_id="6" * 32, created="2026-05-01T00:00:00.000Z")
+    new_repository(giant.path)
     giant.scatter(50)
     giant.run("full", "backup", giant.source, "--name", "giant")
     without = giant.run("restore", "restore", "latest", tmp_path / "one", "--no-verify")
@@ -141,7 +141,7 @@ def test_a_volume_full_of_data_needs_no_more(tmp_path, rng, times, tell):
         for number in range(size // MIB):
             made.write(number.to_bytes(8, "little") + block[8:])
         made.truncate(size)
-    Repository.create(str(giant.path), repository_id="6" * 32, created="2026-05-01T00:00:00.000Z")
+    new_repository(giant.path)
     for compress in ("zstd", "none"):
         backup = ("backup", giant.source, "--name", compress, "--block-size", "4K", "--compress", compress)
         giant.run(f"full, {compress}", *backup)

@@ -16,10 +16,9 @@ import pyzstd
 from blockbak.errors import NoUsableParent, PointNeeded
 from blockbak.flow import backup, delete, recover, restore, synthesize, verify
 from blockbak.model.chain import Point
-from blockbak.repository.local import Repository
 from blockbak.units import KIB, MIB
 from tests import children
-from tests.doubles import context
+from tests.doubles import context, new_repository
 from tests.volumes import SECTION, Fingerprint, Volume, difference, fingerprint
 
 POINTS = 30
@@ -42,7 +41,7 @@ class History:
     def __init__(self, folder: Path, volume: Volume, block: int, dice: random.Random, repository: Path) -> None:
         self.folder, self.volume, self.block, self.dice = folder, volume, block, dice
         self.world = context(folder / "state")
-        self.repository = Repository.create(str(repository), repository_id="3" * 32, created="2026-05-01T00:00:00.000Z")
+        self.repository = new_repository(repository)
         self.held: dict[str, Fingerprint] = {}
         self.made = 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from blockbak.repository.local import Repository
+from tests.doubles import new_repository
 from tests.host.stage import Forks, Program
 
 
@@ -23,7 +23,7 @@ def program_at(forks):
 
     def make(directory):
         repository = directory / "repository"
-        Repository.create(str(repository), repository_id="1f" * 16, created="2026-05-01T00:00:00.000Z")
+        new_repository(repository)
         return Program(forks, repository, directory / "state")
 
     return make

@@ -438,13 +438,13 @@ def record_at(path, number):
         return int(entry["offset"]), int(entry["length"])
 
 
-def flip(path, offset):
-    """Turn one bit over."""
+def flip(path, offset, bits=0x10):
+    """Turn one bit over, or several of one byte."""
     with open(path, "r+b", buffering=0) as file:
         file.seek(offset)
         (old,) = file.read(1)
         file.seek(offset)
-        file.write(bytes([old ^ 0x10]))
+        file.write(bytes([old ^ bits]))
 
 
 def damage_frame(path, window):

@@ -9,8 +9,7 @@ import time
 import pytest
 
 from blockbak.flow import backup, synthesize
-from blockbak.repository.local import Repository
-from tests.doubles import context
+from tests.doubles import context, new_repository
 from tests.host.stage import (
     KIB,
     MIB,
@@ -110,7 +109,7 @@ def free_bytes(where):
 @pytest.mark.parametrize("kind", ["xfs", "btrfs"])
 def test_a_synthetic_full_shares_its_blocks(store, tmp_path, seed, kind):
     where = store(kind)
-    repository = Repository.create(str(where / "repository"), repository_id="1" * 32, created="2026-05-01T00:00:00Z")
+    repository = new_repository(where / "repository")
     world = context(tmp_path / "state")
     source = tmp_path / "source.img"
     source.write_bytes(bytes(SIZE))

@@ -19,7 +19,7 @@ from blockbak.host import usage
 from blockbak.repository.local import Repository
 from tests.doubles import context
 from tests.host.stage import MIB, Oracle, attached, mounted, run, settle, sha, spare_node
-from tests.moments import AtOpening, AtStage, Once, WhileWaiting
+from tests.moments import SOURCE_MOMENTS, TARGET_MOMENTS, Once, WhileWaiting
 
 SIZE = 16 * MIB
 
@@ -67,13 +67,6 @@ def exchange(node):
 
 # --- sources ----------------------------------------------------------------------------------------------
 
-MOMENTS = {
-    "while it waits for the volume": lambda repository, node, act: {
-        "check": WhileWaiting(repository.volume("disk"), act), "wait": 60,
-    },
-    "before the source is opened": lambda repository, node, act: {"kernel": AtOpening(node, act)},
-}  # fmt: skip
-
 
 @pytest.fixture
 def backed_up_once(program, node):
@@ -89,13 +82,15 @@ def backed_up_once(program, node):
         def again(self, moment, act):
             # The same host as the first point's, or everything would be another volume.
             host = program("show", self.first).document["host"]
-            world = replace(context(program.state), host=host, **MOMENTS[moment](self.repository, node, act))
+            world = replace(
+                context(program.state), host=host, **SOURCE_MOMENTS[moment](self.repository.volume("disk"), node, act)
+            )
             return backup.backup(self.repository, backup.Request(node, name="disk"), world)
 
     return Ready()
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", SOURCE_MOMENTS)
 def test_another_disk_under_the_same_node_is_never_stored_as_the_first_one(
     moment, program, node, files, exchange, backed_up_once, tmp_path
 ):
@@ -121,7 +116,7 @@ def test_another_disk_under_the_same_node_is_never_stored_as_the_first_one(
 
 
 @pytest.mark.parametrize("size", [SIZE - 5 * MIB, SIZE + 5 * MIB])
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", SOURCE_MOMENTS)
 def test_a_device_that_is_resized_gives_a_point_that_restores_or_none(
     moment, size, program, node, files, exchange, backed_up_once, tmp_path
 ):
@@ -144,7 +139,6 @@ def test_a_device_that_is_resized_gives_a_point_that_restores_or_none(
 
 def resize(node, size):
     """As ``lvextend`` and ``lvreduce`` do while the volume is open elsewhere."""
-
     descriptor = os.open(node, os.O_RDWR)
     try:
         # linux/loop.h: LOOP_GET_STATUS64, LOOP_SET_STATUS64; lo_sizelimit is the fifth u64.
@@ -170,12 +164,6 @@ def test_a_device_that_is_mounted_while_it_was_waited_for_is_not_read(loop, prog
 
 
 # --- targets ----------------------------------------------------------------------------------------------
-
-TARGET_MOMENTS = {
-    "before it is opened": lambda target, act: {"kernel": AtOpening(target, act, 1)},
-    "before it is opened again": lambda target, act: {"kernel": AtOpening(target, act, 2)},
-    "while the point is verified": lambda target, act: {"progress": AtStage("verifying", act)},
-}
 
 
 def attempt(program, point, target, moment, act):

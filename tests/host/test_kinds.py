@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from blockbak.flow import backup
+from blockbak.errors import NoUsableParent
+from blockbak.flow import backup, restore
 from blockbak.image import format as fmt
 from blockbak.model.chain import Image
 from blockbak.model.identity import Identity
 from blockbak.repository import manifest
 from blockbak.repository.local import Repository
 from tests import images
-from tests.doubles import context
+from tests.doubles import REPOSITORY_ID, context, new_repository
 from tests.host.stage import (
     KIB,
     MIB,
@@ -116,7 +118,7 @@ def test_another_window_size_makes_a_full(program, source):
     folder.mkdir()
     opening = images.opening(
         "vol", point, 1, state, 64 * KIB, None,
-        repository="1f" * 16, identity=Identity("file", str(source)), window_bytes=fmt.WINDOW_MAX,
+        repository=REPOSITORY_ID, identity=Identity("file", str(source)), window_bytes=fmt.WINDOW_MAX,
         host=socket.gethostname(),
     )  # fmt: skip
     memory = images.Memory(name=f"{point}.full.zst")
@@ -190,9 +192,7 @@ def test_a_parent_with_another_root_is_no_parent(tmp_path, source, program, seed
     other = stamped(tmp_path / "other.img", seed + 1)
     made = {}
     for folder, content in (("one", source), ("two", other)):
-        repository = Repository.create(
-            str(tmp_path / folder), repository_id="1f" * 16, created="2026-05-01T00:00:00.000Z"
-        )
+        repository = new_repository(tmp_path / folder)
         world = context(tmp_path / "state")
         shutil.copy(content, tmp_path / "disk.img")
         for _ in range(2):
@@ -378,3 +378,30 @@ def test_volumes_with_one_name_get_names_of_their_own(program, tmp_path, seed):
     again = [program.backup(tmp_path / folder / "disk.img") for folder in ("c", "a", "b")]
     assert [one["volume"] for one in again] == [made[2]["volume"], made[0]["volume"], made[1]["volume"]]
     assert {one["kind"] for one in again} == {"incremental"}
+
+
+def test_one_path_on_two_hosts_is_two_volumes(program, source):
+    """They may share a repository on a network file system; each has a file of that name, and they are not alike."""
+    repository = Repository(str(program.repository))
+
+    def backed_up(host, **more):
+        world = replace(context(program.state), host=host)
+        return backup.backup(repository, backup.Request(str(source), **more), world)
+
+    one, other = backed_up("one"), backed_up("other")
+    assert (one.kind, other.kind, one.volume != other.volume) == ("full", "full", True)
+    for host, first in (("other", other), ("one", one)):
+        again = backed_up(host)
+        assert (again.volume, again.kind, again.parent) == (first.volume, "incremental", first.point)
+    # Asked for by its name, the other host's volume takes a full, and says why.
+    with pytest.raises(NoUsableParent):
+        backed_up("other", name=one.volume, kind="incremental")
+    named = backed_up("other", name=one.volume)
+    assert (named.kind, named.parent) == ("full", None)
+    assert any("on other, the last point is of one" in note for note in named.notes), named.notes
+    # Nothing is rolled back that another host calls by that name.
+    for host, itself in (("one", True), ("other", False)):
+        request = restore.Request(one.point, str(source), overwrite=True)
+        world = replace(context(program.state), host=host)
+        plan = restore.restore(repository, request, world, dry_run=True)
+        assert any("the volume itself" in note for note in plan.notes) is itself, plan.notes

@@ -10,6 +10,7 @@ import pytest
 from blockbak.errors import DamagedImage, UnreadableStore
 from blockbak.flow import backup, delete, restore, verify
 from blockbak.units import KIB, MIB
+from tests import children
 from tests.host.stage import frame_at, run
 from tests.scene import BLOCK, Scene
 
@@ -112,3 +113,37 @@ def test_an_image_whose_inode_is_gone_is_an_orphan_without_its_manifest(scene, d
     newest.unlink()
     lose_inodes(disk, [newest.with_suffix(".zst")])
     assert scene.catalog().orphans == [f"{scene.names[-1]}.incremental.zst"]
+
+
+def test_a_volume_whose_directory_cannot_be_looked_at_is_not_passed_over(scene, disk):
+    """Else 'latest' would be clear: that of the other volume."""
+    request = backup.Request(os.path.realpath(scene.source), name="other", block_bytes=BLOCK)
+    other = backup.backup(scene.repository(), request, scene.world()).point
+    lose_inodes(disk, [scene.where])
+    with pytest.raises(UnreadableStore):
+        verify.verify(scene.repository(), [], scene.world(), pick=lambda: 0.0)
+    with pytest.raises(UnreadableStore):
+        restore.restore(scene.repository(), restore.Request("latest", str(scene.target)), scene.world())
+    assert not scene.target.exists()
+    listed = children.rescue(scene.place, "list")
+    assert listed.code == 4, listed
+    assert children.rescue(scene.place, "restore", other[:8], scene.target).code == 1
+    assert not scene.target.exists()
+    for name in (other, f"other/{other[:8]}"):
+        assert children.rescue(scene.place, "restore", name, scene.target).code == 0
+        assert scene.target.read_bytes() == scene.source.read_bytes()
+        scene.target.unlink()
+    restore.restore(scene.repository(), restore.Request("other@latest", str(scene.target)), scene.world())
+    assert scene.target.read_bytes() == scene.source.read_bytes()
+
+
+def test_rescue_names_a_point_whose_inodes_are_gone(scene, disk):
+    newest = f"{scene.names[-1]}.incremental"
+    lose_inodes(disk, [scene.where / f"{newest}.json", scene.where / f"{newest}.zst"])
+    listed = children.rescue(scene.place, "list")
+    assert listed.code == 4, listed
+    assert newest in listed.err
+    scene.target.write_bytes(b"old")
+    done = children.rescue(scene.place, "restore", scene.names[0], scene.target, "--yes")
+    assert done.code == 0, done
+    assert scene.target.read_bytes() == scene.held[scene.names[0]]

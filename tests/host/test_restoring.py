@@ -14,7 +14,7 @@ from blockbak.errors import VerificationFailed
 from blockbak.flow import backup, restore
 from blockbak.host.kernel import Kernel
 from blockbak.repository.local import Repository
-from tests.doubles import context
+from tests.doubles import context, new_repository
 from tests.host.stage import (
     KIB,
     MIB,
@@ -250,7 +250,7 @@ class Falsifying(Kernel):
 @pytest.fixture
 def small(tmp_path, seed):
     """A repository with one point of 8 MiB, made in this process; what it holds, and the world."""
-    repository = Repository.create(str(tmp_path / "small"), repository_id="1" * 32, created="2026-05-01T00:00:00Z")
+    repository = new_repository(tmp_path / "small")
     world = context(tmp_path / "state")
     source = tmp_path / "source.img"
     source.write_bytes(bytes(8 * MIB))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from blake3 import blake3
 
+from blockbak.errors import UnreadableStore
 from blockbak.image import check, codec
 from blockbak.image import format as fmt
 from blockbak.image.check import Span
@@ -196,6 +197,48 @@ def test_flaws_of_several_frames_are_told_apart(full):
         (4, "a frame does not begin as one"),
         (5, "a frame does not end with the checksum of its record"),
     ]
+
+
+class BadSectors(MemorySource):
+    """Reads that touch one of the ``bad`` ranges fail."""
+
+    def __init__(self, data, bad):
+        super().__init__(data)
+        self.bad = bad
+
+    def read(self, offset, length):
+        if any(offset < end and start < offset + length for start, end in self.bad):
+            raise UnreadableStore(file=self.name, offset=offset, reason="Input/output error")
+        return super().read(offset, length)
+
+
+@pytest.mark.parametrize("hurt", [[0], [1], [3], [4], [0, 4], [2, 3]])
+def test_a_bad_sector_condemns_its_own_frame_and_no_other(hurt, full):
+    """Frames are read many at once; the others of a read that failed are looked at one by one."""
+    reader, _ = full
+    frames = frames_of(reader)
+    gaps = {0: fmt.padding(70), 2: fmt.padding(90), 5: fmt.padding(77)}
+    reader, span = rebuilt(reader, frames, gaps)
+    table = span.section.frames
+    ends = (table["offset"] + table["stored"]).astype(int).tolist()
+    # The last byte of a frame: what is read too much by one is hit as well.
+    reader.source = BadSectors(reader.source.data, [(ends[index] - 1, ends[index]) for index in hurt])
+    told = reasons(reader, span)
+    assert [window for window, _ in told] == table["window"][hurt].tolist()
+    assert all("Input/output error" in reason for _, reason in told)
+
+
+def test_beside_a_bad_sector_other_flaws_are_told_all_the_same(full):
+    reader, _ = full
+    frames = frames_of(reader)
+    frames[3] = b"not a frame at all"
+    reader, span = rebuilt(reader, frames, {1: bytes(77), 5: bytes(77)})
+    start = int(span.section.frames["offset"][2])
+    reader.source = BadSectors(reader.source.data, [(start, start + 1)])
+    told = reasons(reader, span)
+    assert [window for window, _ in told] == [1, 2, 4, 0]
+    gap = "bytes between frames are not padding"
+    assert [reason for _, reason in told if "Input/output" not in reason] == [gap, "a frame does not begin as one", gap]
 
 
 def test_a_section_of_zeros_is_looked_at_as_a_whole():

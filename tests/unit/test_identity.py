@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,11 @@ from blockbak.host import device, usage
 from blockbak.host.proc import parse_locks, parse_mountinfo, unescape
 from blockbak.host.system import System, lv_uuid, lvm_names
 from blockbak.model.identity import Identity, ending, plain
+from tests.points import image
 
+KINDS = (
+    "lv-uuid", "wwn", "serial", "partuuid", "partition", "dm-uuid", "md-uuid", "file", "gpt", "mbr", "path",
+)  # fmt: skip
 VG, LV = "A" * 32, "abcdefGHIJklmnOPQRstuvWXyz012345"
 
 
@@ -142,6 +147,21 @@ def test_a_node_is_surely_the_same_disk_only_within_its_boot(first, second, sure
     # A name of its own proves as much as ever.
     assert Identity("serial", "A", *first).surely_same_as(Identity("serial", "A", *second))
     assert not Identity("serial", "A", *first).surely_same_as(Identity("serial", "B", *first))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_another_host_only_what_is_given_out_once_in_the_world_is_the_same(kind):
+    """A path there is another file, and clones of one machine have all their ids in common."""
+    identity = Identity(kind, "one", 3, "boot")
+    opening = replace(image(1).opening, identity=identity, host="here")
+    for same in (opening.is_of, opening.surely_of):
+        assert same(identity, "here")
+        assert same(identity, "elsewhere") is (kind == "wwn")
+        assert not same(Identity(kind, "other", 3, "boot"), "here")
+    # After a reboot a node may be the same one; that is not enough where a mistake would cost data.
+    later = Identity(kind, "one", 4, "another boot")
+    assert opening.is_of(later, "here")
+    assert opening.surely_of(later, "here") is (kind != "path")
 
 
 @given(st.text(min_size=513), st.text(min_size=513))
