@@ -309,7 +309,9 @@ def backup(repository: Repository, request: Request, context: Context, *, dry_ru
         while True:
             volume = repository.make_volume(seen.name)
             with ExitStack() as holding:
-                lock = holding.enter_context(volume.locked(exclusive=True, wait=context.wait, check=context.check))
+                lock = holding.enter_context(
+                    volume.locked(exclusive=True, wait=context.wait, check=context.check, say=context.say)
+                )
                 # While it was waited for, the source may have become another one, or in use; and another
                 # identity may have taken a name that was free.
                 again = _look(repository, request, context)
@@ -319,7 +321,7 @@ def backup(repository: Repository, request: Request, context: Context, *, dry_ru
             seen = again
         source = stack.enter_context(_open_source(again, request, context))
         made = _locked(repository, volume, lock, again, source, request, context)
-    return replace(made, seconds=round(context.timer() - clock, 3))
+    return replace(made, seconds=round(context.timer() - clock - lock.waited, 3))
 
 
 def _open_source(seen: _Seen, request: Request, context: Context) -> SourceReader:

@@ -136,7 +136,9 @@ def delete(repository: Repository, names: Sequence[str], context: Context, *, dr
         plans: list[tuple[Volume, Removal, list[str]]] = []
         for name, gone in sorted(by_volume.items()):
             volume = repository.volume(name)
-            lock = stack.enter_context(volume.locked(exclusive=not dry_run, wait=context.wait, check=context.check))
+            lock = stack.enter_context(
+                volume.locked(exclusive=not dry_run, wait=context.wait, check=context.check, say=context.say)
+            )
             catalog = volume.catalog()
             plans.append((volume, *_decide(volume, catalog, gone)))
             if not dry_run:

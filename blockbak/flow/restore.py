@@ -194,7 +194,9 @@ def restore(repository: Repository, request: Request, context: Context, *, dry_r
     clock = context.timer()
     volume, _, _ = find(repository, request.point)
     with ExitStack() as stack:
-        stack.enter_context(volume.locked(exclusive=False, wait=context.wait, check=context.check))
+        lock = stack.enter_context(
+            volume.locked(exclusive=False, wait=context.wait, check=context.check, say=context.say)
+        )
         volume, catalog, point = find(repository, request.point)
         opener = _open_damaged if request.keep_going else open_point
         opened = opener(volume, catalog, point, stack)
@@ -208,7 +210,7 @@ def restore(repository: Repository, request: Request, context: Context, *, dry_r
             return planned
         if request.verify_first:
             check_frames(view, context)
-        return _carry_out(_Restoring(repository, request, opened, target, planned), context, clock)
+        return _carry_out(_Restoring(repository, request, opened, target, planned), context, clock + lock.waited)
 
 
 @dataclass(frozen=True, slots=True)

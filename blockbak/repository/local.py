@@ -119,15 +119,21 @@ class Volume:
         return os.path.join(self.path, file)
 
     def locked(
-        self, *, exclusive: bool, wait: float = 0, check: Callable[[], None] = lambda: None
+        self,
+        *,
+        exclusive: bool,
+        wait: float = 0,
+        check: Callable[[], None] = lambda: None,
+        say: Callable[[str], None] = lambda _: None,
     ) -> AbstractContextManager[lock.Lock]:
-        """Hold the volume. Raises VolumeLocked."""
+        """Hold the volume; ``say`` is told who is waited for. Raises VolumeLocked."""
         return lock.held(
             self._at(".lock"),
             self.name,
             exclusive=exclusive,
             wait=wait,
             check=check,
+            say=say,
             clock=time.monotonic,
             sleep=time.sleep,
             kernel=self._kernel,

@@ -209,6 +209,10 @@ class Running(_Child):
             texts.append(file.read())
         return Ended(self.words, status, texts[0], texts[1])
 
+    def said(self) -> str:
+        """What it said until now; the place where it writes stays where it is."""
+        return os.pread(self._err.fileno(), 1 << 20, 0).decode()
+
     def until(self, what: str, holds: Callable[[], bool]) -> Self:
         """Come back as soon as ``holds`` does; fails if the run is over before."""
         deadline = time.monotonic() + LIMIT_SECONDS
