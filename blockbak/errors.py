@@ -389,7 +389,7 @@ class Refused(BlockbakError):
 
 class SourceInUse(Refused):
     message = "{path} is in use ({holders})."
-    advice = "Unmount it, or read it as it is with '--mode live' (consistency: none)."
+    advice = "Unmount or stop what uses it, or read it as it is with '--mode live' (consistency: none)."
 
 
 class SourceHoldsRepository(Refused):
@@ -454,7 +454,7 @@ class UnsafeHook(Refused):
 
 
 class Interrupted(BlockbakError):
-    """SIGINT or SIGTERM. What was begun has been undone."""
+    """SIGINT, SIGTERM or SIGHUP. Nothing is left half-made, unless ``state`` says so."""
 
     exit_code = 130
     message = "Interrupted; {state}."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import signal
 import subprocess
 import tempfile
 import time
@@ -17,6 +18,8 @@ import psutil
 import pytest
 from hypothesis import settings
 
+from blockbak.host.signals import ENDING
+
 TESTS = Path(__file__).parent
 
 # Levels are folders; the marker of the same name is set here, so that it cannot be forgotten.
@@ -27,6 +30,15 @@ SEED = int(os.environ.get("BLOCKBAK_TEST_SEED") or random.SystemRandom().randran
 # A deadline for one example would fail on a machine that is busy with something else.
 settings.register_profile("blockbak", deadline=None, print_blob=True)
 settings.load_profile("blockbak")
+
+
+def pytest_configure() -> None:
+    """Under nohup, or behind a script that runs the tests in its background, signals are ignored, and every
+    child would inherit that. A handler of ours is none for a child. Ctrl-C is what Python makes of it.
+    """
+    for number in ENDING:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else lambda *_: None)
 
 
 def pytest_report_header() -> str:

@@ -15,7 +15,7 @@ from tests.doubles import Killed, MortalKernel
 
 CALLS = (
     "open", "close", "preadv", "pwritev", "fsync", "truncate", "rename", "unlink", "mkdir", "clone_range",
-    "copy_range", "punch", "zero_out", "device_size", "sector_sizes", "drop_cache", "lock",
+    "copy_range", "punch", "zero_out", "device_size", "sector_sizes", "drop_cache", "lock", "extents",
 )  # fmt: skip
 """Every method of a Kernel; a test holds this list to the class."""
 
@@ -135,7 +135,7 @@ def _faulty(call: str, descriptors: Sequence[int]) -> Callable[..., Any]:
 for _call, _descriptors in (
     ("preadv", [0]), ("pwritev", [0]), ("truncate", [0]), ("unlink", []), ("mkdir", []),
     ("clone_range", [0, 3]), ("copy_range", [0, 3]), ("punch", [0]), ("zero_out", [0]), ("device_size", [0]),
-    ("sector_sizes", [0]), ("drop_cache", [0]), ("lock", [0]),
+    ("sector_sizes", [0]), ("drop_cache", [0]), ("lock", [0]), ("extents", [0]),
 ):  # fmt: skip
     setattr(FaultyKernel, _call, _faulty(_call, _descriptors))
 

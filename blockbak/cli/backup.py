@@ -69,11 +69,14 @@ def _name(_: click.Context, __: click.Parameter, value: str | None) -> str | Non
 def summary(report: Report) -> str:
     """A sentence that a person can read aloud."""
     what = f"{report.volume}: {report.kind} {report.point}"
-    changed = f"{render.size(report.changed_bytes)} changed" if report.kind != "full" else "all of it"
-    return (
-        f"{what} made in {render.seconds(report.seconds)}: {render.size(report.read_bytes)} read, {changed}, "
-        f"{render.size(report.stored_bytes)} stored, consistency {report.consistency}."
-    )
+    of = f" of {render.size(report.device_bytes)}" if report.read_bytes < report.device_bytes else ""
+    told = [f"{render.size(report.read_bytes)}{of} read"]
+    if report.bad_bytes:
+        told[0] += f" but for {render.size(report.bad_bytes)} that could not be"
+    if report.kind != "full":
+        told.append(f"{render.size(report.changed_bytes)} changed")
+    told += [f"{render.size(report.stored_bytes)} stored", f"consistency {report.consistency}"]
+    return f"{what} made in {render.seconds(report.seconds)}: {', '.join(told)}."
 
 
 @click.command(
@@ -165,7 +168,7 @@ def command(
 
     All sources are tried; the exit status is that of the first error.
     """
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from blockbak.flow.backup import backup_all
     from blockbak.flow.hot import HotOptions
@@ -178,6 +181,12 @@ def command(
     reports: list[Report] = []
     errors: list[BlockbakError] = []
 
+    said: set[str] = set()
+
+    def say(sentence: str) -> None:
+        said.add(sentence)
+        render.say(sentence)
+
     def tell(result: Report | BlockbakError) -> None:
         if isinstance(result, BlockbakError):
             errors.append(result)
@@ -185,8 +194,10 @@ def command(
             return
         reports.append(result)
         for note in result.notes:
-            if result.attention or dry_run:
+            if (result.attention or dry_run) and note not in said:
                 render.say(note)
+        if result.bad_bytes:
+            render.say(f"'blockbak show {result.volume}@{result.point}' names what could not be read.")
         if not as_json:
             render.line(_would(result) if dry_run else summary(result))
 
@@ -198,7 +209,7 @@ def command(
     if idle:
         read_idly()
     with common.world(wait) as world:
-        backup_all(opened, requests, world, tell, hot=hot, dry_run=dry_run)
+        backup_all(opened, requests, replace(world, say=say), tell, hot=hot, dry_run=dry_run)
     if as_json:
         document: dict[str, object] = {
             "points": [asdict(report) for report in reports],

@@ -163,7 +163,7 @@ def world(wait: float = 0) -> Iterator[Context]:
 
     def check() -> None:
         if caught:
-            raise Interrupted(state="what was begun has been undone")
+            raise Interrupted(state="nothing is left half-made")
 
     keep_memory()
     allow_many_files()

@@ -19,6 +19,9 @@ def command(points: tuple[str, ...], dry_run: bool, repository: str | None, as_j
 
     Refused where a later point needs one and no other image serves it: compose a synthetic full first.
     An image that takes over from a removed one is read and checked before.
+
+    What is freed (freed_bytes with --json) is the disk space that comes back. Blocks that a removed image shares
+    with one that stays (shared_bytes), as with a synthetic full on XFS and btrfs, stay with that.
     """
     from dataclasses import asdict
 
@@ -32,7 +35,9 @@ def command(points: tuple[str, ...], dry_run: bool, repository: str | None, as_j
         return
     for file in report.files:
         render.line(f"{'Would remove' if dry_run else 'Removed'} {file}.")
+    shared = f"; {render.size(report.shared_bytes)} are shared with images that stay" if report.shared_bytes else ""
     render.line(
-        f"{len(report.points)} points, {len(report.files)} images, {render.size(report.freed_bytes)}"
-        f"{' would be' if dry_run else ''} freed."
+        f"{render.count(len(report.points), 'point')}, {render.count(len(report.files), 'image')}, "
+        f"{render.size(report.freed_bytes)}"
+        f"{' would be' if dry_run else ''} freed{shared}."
     )

@@ -87,6 +87,7 @@ def command(context: click.Context, volume: str | None, repository: str | None, 
             ["volume", "point", "made (UTC)", "images", "parent", "size", "stored", "consistency"],
             [_row(point) for point in points],
             numeric=["size", "stored"],
+            spare=["parent", "made (UTC)"],  # what `show` says, and what the point's id says itself
         )
     else:
         render.line("No points yet.")
@@ -99,6 +100,7 @@ def command(context: click.Context, volume: str | None, repository: str | None, 
         if catalog.leftovers and not one.holder()
     )
     if leftovers:
-        render.say(f"{leftovers} files are left over from runs that did not end; 'blockbak recover' treats them.")
+        files = render.count(leftovers, "file")
+        render.say(f"Left over from runs that did not end: {files}; 'blockbak recover' treats what is left.")
     worst = next((error for error in damage if isinstance(error, Damage)), next(iter(damage), None))
     context.exit(worst.exit_code if worst else 0)

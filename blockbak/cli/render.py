@@ -11,7 +11,7 @@ import io
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
@@ -142,22 +142,67 @@ def unknown(error: Exception, *, as_json: bool) -> None:
     say("Please report it; BLOCKBAK_DEBUG=1 shows where it happened.")
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, numeric: Sequence[str] = ()) -> None:
-    """A table for people on standard output; plain columns where it is not a terminal."""
+def table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    numeric: Sequence[str] = (),
+    spare: Sequence[str] = (),
+) -> None:
+    """A table for people on standard output; plain columns, a line a row, where it is not a terminal.
+
+    Where a terminal is too narrow, ``spare`` columns are left out, the first one first, and then cells are
+    broken between words. No word ever is, for it may be an id or a device to copy: the line rather runs over.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     terminal = sys.stdout.isatty()
-    view = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for column in columns:
-        view.add_column(column, justify="right" if column in numeric else "left", overflow="fold")
-    for row in rows:
-        view.add_row(*(plain(str(cell)).translate(_ESCAPED) for cell in row))
+    cells = [list(columns), *([plain(str(cell)).translate(_ESCAPED) for cell in row] for row in rows)]
+    by_name = dict(zip(columns, zip(*cells, strict=True), strict=True))
     text = io.StringIO()
-    width = None if terminal else 200
-    Console(file=text, force_terminal=terminal, width=width, highlight=False, markup=False, emoji=False).print(view)
+    room = Console(file=text).width if terminal else sys.maxsize
+    left_out = list(spare)
+    while left_out and _table_width(_widest(column) for column in by_name.values()) > room:
+        by_name.pop(left_out.pop(0))
+    least = [_widest(column if name in numeric else _words(column)) for name, column in by_name.items()]
+    widths = _narrowed([_widest(column) for column in by_name.values()], least, room)
+    view = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for name, width in zip(by_name, widths, strict=True):
+        view.add_column(name, justify="right" if name in numeric else "left", width=width)
+    for row in list(zip(*by_name.values(), strict=True))[1:]:
+        view.add_row(*row)
+    whole = _table_width(widths)
+    console = Console(file=text, force_terminal=terminal, width=whole, highlight=False, markup=False, emoji=False)
+    console.print(view)
     _answer(_fit(text.getvalue().removesuffix("\n"), sys.stdout))
+
+
+_GAP = 2
+"""Cells between two columns: one of padding, one of the box."""
+
+
+def _widest(texts: Iterable[str]) -> int:
+    from rich.cells import cell_len
+
+    return max(map(cell_len, texts), default=0)
+
+
+def _table_width(widths: Iterable[int]) -> int:
+    every = list(widths)
+    return sum(every) + _GAP * (len(every) - 1)
+
+
+def _words(texts: Iterable[str]) -> list[str]:
+    return [word for text in texts for word in text.split(" ")]
+
+
+def _narrowed(widths: list[int], least: Sequence[int], room: int) -> list[int]:
+    """Widths of a table that fits into ``room``, as far as the ``least`` allow: the widest column gives first."""
+    while _table_width(widths) > room and (wide := [at for at in range(len(widths)) if widths[at] > least[at]]):
+        widths[max(wide, key=widths.__getitem__)] -= 1
+    return widths
 
 
 def size(value: object) -> str:
@@ -165,9 +210,22 @@ def size(value: object) -> str:
     return format_size(int(str(value)))
 
 
+def count(number: int, thing: str) -> str:
+    """So many things, for people: ``1 image``, ``2 images``."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def seconds(value: float) -> str:
     """A duration for people."""
     return format_seconds(value)
+
+
+def _bar_size() -> dict[str, Any]:
+    """A serial console may report no columns or no rows, which tqdm takes for no room."""
+    columns, rows = os.get_terminal_size(sys.stderr.fileno())
+    if columns and rows:
+        return {"dynamic_ncols": True}
+    return {"ncols": columns or 80, "nrows": rows or 24}
 
 
 class Bar:
@@ -192,7 +250,7 @@ class Bar:
         try:
             self._bar = tqdm(
                 total=total, desc=label, unit="B", unit_scale=True, unit_divisor=1024, leave=False,
-                dynamic_ncols=True, file=sys.stderr,
+                file=sys.stderr, **_bar_size(),
             )  # fmt: skip
         except OSError:
             self._stop()

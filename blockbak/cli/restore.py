@@ -141,8 +141,18 @@ def _show(done: Plan | Report, *, as_json: bool) -> None:
     for note in done.plan.notes:
         render.say(note)
     if not as_json:
-        read_back = f", {render.size(done.verified_bytes)} read back and equal" if done.verified_bytes else ""
-        render.line(
-            f"Restored {done.plan.point} of {done.plan.volume} to {done.plan.target} "
-            f"in {render.seconds(done.seconds)}: {render.size(done.written_bytes)} written{read_back}."
-        )
+        render.line(summary(done))
+
+
+def summary(done: Report) -> str:
+    """A sentence that a person can read aloud: it must not sound better than it is."""
+    but = f", all but {render.size(done.lost_bytes)}" if done.lost_bytes else ""
+    told = [f"{render.size(done.written_bytes)} written"]
+    if done.plan.method == "differ" and not done.flaws:
+        told.append(f"{render.size(done.plan.device_bytes - done.written_bytes)} equal already")
+    if done.verified_bytes:
+        told.append(f"{render.size(done.verified_bytes)} read back and equal")
+    return (
+        f"Restored {done.plan.point} of {done.plan.volume} to {done.plan.target} "
+        f"in {render.seconds(done.seconds)}{but}: {', '.join(told)}."
+    )

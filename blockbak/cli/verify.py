@@ -75,9 +75,15 @@ def command(
         told = [f"{bad} damaged"] if bad else []
         told += [f"{newer} of a newer blockbak"] if newer else []
         result = ", ".join(told) or ("all whole" if share == 1 else f"nothing wrong in a sample of {100 * share:g}%")
-        render.line(
-            f"{len(report.images)} images checked in {render.seconds(report.seconds)}, "
-            f"{render.size(read)} read: {result}."
-        )
+        if report.locked is not None:
+            result += "; what another run holds was left out"
+        if report.images:
+            render.line(
+                f"{render.count(len(report.images), 'image')} checked in {render.seconds(report.seconds)}, "
+                f"{render.size(read)} read: {result}."
+            )
+        else:
+            why = "another run holds what was to be" if report.locked is not None else "there is none"
+            render.line(f"No image was checked: {why}.")
     # A newer image and a volume that is held are both a plain failure.
     context.exit(Damage.exit_code if report.damaged else 0 if report.ok else Failed.exit_code)

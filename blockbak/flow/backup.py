@@ -259,7 +259,8 @@ def _backup_group(
                 if hot.together or isinstance(error, Interrupted):
                     return
         try:
-            _read_held(repository, held, hot, clock, context, tell)
+            waited = sum(one.lock.waited for one in held)
+            _read_held(repository, held, hot, clock + waited, context, tell)
         except BlockbakError as error:
             tell(error)
 
@@ -309,7 +310,9 @@ def _hold(repository: Repository, request: Request, context: Context, stack: Exi
     while True:
         volume = repository.make_volume(seen.name)
         with ExitStack() as holding:
-            lock = holding.enter_context(volume.locked(exclusive=True, wait=context.wait, check=context.check))
+            lock = holding.enter_context(
+                volume.locked(exclusive=True, wait=context.wait, check=context.check, say=context.say)
+            )
             # While it was waited for, the source may have become another one, or in use; and another
             # identity may have taken a name that was free.
             again = look(repository, request, context)

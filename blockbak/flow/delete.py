@@ -20,12 +20,14 @@ Chain: TypeAlias = tuple[Image, ...]
 @dataclass(frozen=True, slots=True)
 class Report:
     """What was, or with ``dry_run`` would be, removed. ``verified`` are the images that now alone hold what
-    removed ones held; their frames were read first.
+    removed ones held; their frames were read first. ``freed_bytes`` is the disk space that comes back with
+    it, ``shared_bytes`` what the removed images share with others, and which stays.
     """
 
     points: list[str]
     files: list[str]
     freed_bytes: int
+    shared_bytes: int
     verified: list[str]
 
 
@@ -134,7 +136,9 @@ def delete(repository: Repository, names: Sequence[str], context: Context, *, dr
         plans: list[tuple[Volume, Removal, list[str]]] = []
         for name, gone in sorted(by_volume.items()):
             volume = repository.volume(name)
-            lock = stack.enter_context(volume.locked(exclusive=not dry_run, wait=context.wait, check=context.check))
+            lock = stack.enter_context(
+                volume.locked(exclusive=not dry_run, wait=context.wait, check=context.check, say=context.say)
+            )
             catalog = volume.catalog()
             plans.append((volume, *_decide(volume, catalog, gone)))
             if not dry_run:
@@ -145,20 +149,28 @@ def delete(repository: Repository, names: Sequence[str], context: Context, *, dr
         if not dry_run:
             for volume, removal, _ in plans:
                 _verify(volume, removal, context)
+        spaces = [volume.space_of(_files(removal, broken)) for volume, removal, broken in plans]
+        if not dry_run:
             _remove(plans, context)
     images = [image for _, removal, _ in plans for image in removal.images]
     return Report(
         list(dict.fromkeys(point for _, point in asked)),
         [image.file for image in images] + [file for _, _, broken in plans for file in broken],
-        sum(image.image_bytes for image in images),
+        sum(space.own for space in spaces),
+        sum(space.shared for space in spaces),
         [image.file for _, removal, _ in plans for image in removal.verify],
     )
+
+
+def _files(removal: Removal, broken: Sequence[str]) -> list[str]:
+    """What goes, in the order in which it may."""
+    return [*(image.file for image in removal.images), *broken]
 
 
 def _remove(plans: Sequence[tuple[Volume, Removal, list[str]]], context: Context) -> None:
     removed = 0
     for volume, removal, broken in plans:
-        for file in (*(image.file for image in removal.images), *broken):
+        for file in _files(removal, broken):
             try:
                 context.check()
             except Interrupted as error:

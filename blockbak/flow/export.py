@@ -41,9 +41,18 @@ def export(
     Raises TargetExists unless ``overwrite``, NoPermission, NoSpace, BadTarget, MissingProgram,
     CommandFailed, and what a restore raises.
     """
-    clock = context.timer()
     path = os.path.abspath(path)
     _check_file(path, overwrite=overwrite)
+    volume, _, _ = find(repository, name)
+    # Held all along: the restores below wait for nobody, and so it is not in the seconds.
+    with volume.locked(exclusive=False, wait=context.wait, check=context.check, say=context.say):
+        return _export(repository, name, path, file_format, context, overwrite=overwrite)
+
+
+def _export(
+    repository: Repository, name: str, path: str, file_format: str, context: Context, *, overwrite: bool
+) -> Report:
+    clock = context.timer()
     # Refuse what must not be written before the long part, and before anything lies beside it.
     planned = restore.restore(repository, restore.Request(name, path), context, dry_run=True)
     assert isinstance(planned, restore.Plan)  # noqa: S101 - a dry run gives one

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from blockbak.errors import BlockbakError
 from blockbak.host import device as devices
@@ -37,12 +37,18 @@ def offers() -> list[Offer]:
     volumes = _volumes() if any(one.is_lv for one in found) else []
     by_uuid = {one.uuid: one for one in volumes}
     by_label = {one.label: one for one in volumes}
+    names = [devices.identity(device, system) for device in found]
     told = []
-    for device in found:
+    for device, name in zip(found, names, strict=True):
         known = by_uuid.get(device.lv_uuid)
-        if not _is_ours(device, known):
-            pool = by_label.get(f"{known.group}/{known.pool}") if known else None
-            told.append(offer(device, usage.users(device, system), known, pool, lvm.thin_pool_label(device, system)))
+        if _is_ours(device, known):
+            continue
+        pool = by_label.get(f"{known.group}/{known.pool}") if known else None
+        one = offer(device, usage.users(device, system), known, pool, lvm.thin_pool_label(device, system))
+        if sum(other.same_as(name) for other in names) > 1 and (twin := devices.find_twin(device, system)) is not None:
+            # Whatever the mode: which of the two is meant cannot be told.
+            one = replace(one, mode="refused", reason=f"{twin.path} carries the same identity; detach one of them")
+        told.append(one)
     return told
 
 

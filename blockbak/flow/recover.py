@@ -33,7 +33,7 @@ def recover(repository: Repository, context: Context) -> Report:
     report = Report()
     for volume in repository.volumes():
         try:
-            with volume.locked(exclusive=True, wait=context.wait, check=context.check):
+            with volume.locked(exclusive=True, wait=context.wait, check=context.check, say=context.say):
                 _recover(volume, repository.id, context, report)
         except VolumeLocked as error:
             report.locked = report.locked or error

@@ -84,6 +84,14 @@ class Report:
     seconds: float
 
     @property
+    def lost_bytes(self) -> int:
+        """Bytes of the volume that are zeros on the target instead of content."""
+        flaws = [(flaw.start, flaw.start + flaw.length) for flaw in self.flaws]
+        unread = [(row["start"], row["start"] + row["length"]) for row in self.unreadable]
+        tables = [extent.table([a for a, _ in pairs], [b for _, b in pairs], BAD) for pairs in (unread, flaws)]
+        return extent.total(extent.overlay(*tables))
+
+    @property
     def attention(self) -> bool:
         """Something a person must look at."""
         return bool(self.flaws or self.unreadable or self.plan.damage)
@@ -125,6 +133,8 @@ def _plan(
         notes += twin_notes(target, opened.view)
     if target is not None and target.is_block and target.size > opening.device_bytes:
         notes.append(f"The target is larger by {target.size - opening.device_bytes} bytes; they are left alone.")
+    if target is not None and not target.is_block and target.size > opening.device_bytes:
+        notes.append(f"The file is longer by {target.size - opening.device_bytes} bytes; they are cut off.")
     if target is not None and target.is_block:
         notes += _doubts(opened, target.logical_sector)
     else:
@@ -205,7 +215,9 @@ def restore(repository: Repository, request: Request, context: Context, *, dry_r
     clock = context.timer()
     volume, _, _ = find(repository, request.point)
     with ExitStack() as stack:
-        stack.enter_context(volume.locked(exclusive=False, wait=context.wait, check=context.check))
+        lock = stack.enter_context(
+            volume.locked(exclusive=False, wait=context.wait, check=context.check, say=context.say)
+        )
         volume, catalog, point = find(repository, request.point)
         opener = _open_damaged if request.keep_going else open_point
         opened = opener(volume, catalog, point, stack)
@@ -224,7 +236,8 @@ def restore(repository: Repository, request: Request, context: Context, *, dry_r
             return planned
         if request.verify_first:
             check_frames(view, context)
-        return _carry_out(_Restoring(repository, request, opened, target, new, pool, planned), context, clock)
+        job = _Restoring(repository, request, opened, target, new, pool, planned)
+        return _carry_out(job, context, clock + lock.waited)
 
 
 @dataclass(frozen=True, slots=True)

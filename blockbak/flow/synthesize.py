@@ -49,7 +49,7 @@ def synthesize(
     NoSuchVolume, NoSuchPoint, Damage, ComposeFailed, NoSpace, StoreFailed.
     """
     volume = repository.volume(name)
-    with volume.locked(exclusive=True, wait=context.wait, check=context.check), ExitStack() as stack:
+    with volume.locked(exclusive=True, wait=context.wait, check=context.check, say=context.say), ExitStack() as stack:
         catalog = volume.catalog()
         for line in volume.tidy(catalog):
             context.say(line)

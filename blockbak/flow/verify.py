@@ -280,10 +280,14 @@ def verify(
         volume = repository.volume(name)
         with ExitStack() as stack:
             try:
-                stack.enter_context(volume.locked(exclusive=False, wait=context.wait, check=context.check))
+                lock = stack.enter_context(
+                    volume.locked(exclusive=False, wait=context.wait, check=context.check, say=context.say)
+                )
             except VolumeLocked as error:
                 locked = locked or error
+                clock += context.wait  # in vain
                 continue
+            clock += lock.waited
             catalog = volume.catalog()
             if points is None:
                 verdicts += [_unusable(error) for error in catalog.damage]

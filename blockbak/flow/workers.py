@@ -34,7 +34,8 @@ def run(
     """Call ``make()`` once per thread, and what it returns with each job.
 
     The first error ends all workers and is raised; ``stop`` is called then, so that workers waiting for
-    each other wake up. ``check`` runs now and then in the calling thread and may raise too.
+    each other wake up. ``check`` runs before the first job, and then now and then, in the calling thread, and may raise
+    too.
     """
     pending = iter(jobs)
     guard = threading.Lock()
@@ -62,6 +63,7 @@ def run(
 
     threads: list[threading.Thread] = []
     try:
+        check()  # small work may be done before anybody would look again
         for number in range(workers):
             thread = threading.Thread(target=loop, name=f"worker-{number}", daemon=True)
             thread.start()
@@ -71,9 +73,6 @@ def run(
                 thread.join(0.1)
                 if not over.is_set():
                     check()
-        if not errors:
-            # However quick they were: a wish to stop that came meanwhile is heard here.
-            check()
     except BaseException as error:  # noqa: BLE001 - raised again below, once the workers have ended
         fail(error)
         for thread in threads:

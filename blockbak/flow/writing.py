@@ -97,10 +97,12 @@ class _Sections:
     def _name_missing(self, section: SectionView, begin: int) -> None:
         """Without the base, blocks that no newer image holds become zeros; each run of them is a flaw."""
         block, size = self._view.geometry.block_bytes, self._view.geometry.device_bytes
+        lowest = self._view.layers[0].opening
+        missing = f"{lowest.volume}/{lowest.parent}"
         for low, high in _pairs(section.kinds == extent.ABSENT):
             start, end = begin + low * block, min(begin + high * block, size)
-            reason = "the image that holds it is missing or damaged"
-            self.flaws.append(Flaw(start, end - start, reason, self._view.layers[0].name))
+            reason = "an image that is missing or damaged, or one below it, holds what was there"
+            self.flaws.append(Flaw(start, end - start, reason, missing))
 
 
 class Writing:

@@ -7,7 +7,8 @@ import errno
 import mmap
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -32,7 +33,7 @@ from blockbak.errors import (
 )
 from blockbak.host.kernel import Kernel
 from blockbak.model import extent
-from blockbak.model.extent import BAD, Extents
+from blockbak.model.extent import BAD, DATA, Extents
 from blockbak.model.streams import Buffer, ByteSource
 from blockbak.units import KIB, MIB, SECTOR, align_down, align_up
 
@@ -430,6 +431,54 @@ class StoredFile:
         # It was only read.
         with contextlib.suppress(OSError):
             self.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """Bytes of disk space of some files: those that only they hold, and those that other files hold too."""
+
+    own: int
+    shared: int
+
+
+def space_of(paths: Sequence[str], others: Sequence[str], kernel: Kernel) -> Space:
+    """What removing the files ``paths`` gives back, and what stays because ``others`` share it.
+
+    Where the file system does not tell, all of it counts as their own. What it holds for others yet (a
+    snapshot of btrfs) does so too, for it comes back with them.
+    """
+    places = [place for path in paths for place in _map_of(path, kernel)]
+    shared = [place for place in places if place[2]]
+    if not shared:
+        return Space(sum(map(_allocated, paths)), 0)
+    kept = _united(place for path in others for place in _map_of(path, kernel) if place[2])
+    # btrfs keeps all of an extent while any of it is used; XFS tells of each part by itself.
+    stays = _united(place for place in shared if len(extent.clip(kept, place[0], place[0] + place[1])))
+    alone = sum(length for _, length, is_shared in places if not is_shared)
+    return Space(alone + extent.total(extent.subtract(_united(shared), stays)), extent.total(stays))
+
+
+def _map_of(path: str, kernel: Kernel) -> list[tuple[int, int, bool]]:
+    """Where a file lies; empty where that cannot be told."""
+    try:
+        with StoredFile(path, path, kernel) as file:
+            return kernel.extents(file.fd)
+    except OSError:
+        return []
+
+
+def _allocated(path: str) -> int:
+    """Bytes that a file takes on its file system; 0 if it is not there."""
+    try:
+        return os.stat(path).st_blocks * SECTOR
+    except OSError:
+        return 0
+
+
+def _united(places: Iterable[tuple[int, int, bool]]) -> Extents:
+    """Ranges of a device, sorted and without overlaps."""
+    rows = sorted((start, start + length) for start, length, _ in places)
+    return extent.align_out(extent.table([a for a, _ in rows], [b for _, b in rows], DATA), 1, (1 << 63) - 1)
 
 
 class PartialFile:

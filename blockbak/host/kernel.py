@@ -24,6 +24,14 @@ _BLKZEROOUT = 0x127F
 """linux/fs.h."""
 _FICLONERANGE = 0x4020940D
 """linux/fs.h, ``_IOW(0x94, 13, struct file_clone_range)``."""
+_FS_IOC_FIEMAP = 0xC020660B
+"""linux/fs.h, ``_IOWR('f', 11, struct fiemap)``."""
+_FIEMAP_FLAG_SYNC, _FIEMAP_EXTENT_LAST, _FIEMAP_EXTENT_SHARED = 1, 1, 0x2000
+"""linux/fiemap.h."""
+_FIEMAP_HEAD = struct.Struct("=QQIIII")
+_FIEMAP_EXTENT = struct.Struct("=QQQ16xI12x")
+_FIEMAP_EXTENTS = 4096
+"""Asked for in one call."""
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 """linux/falloc.h."""
 _RENAME_NOREPLACE = 1
@@ -124,6 +132,26 @@ class Kernel:
     def copy_range(self, source_fd: int, source_offset: int, length: int, fd: int, offset: int) -> int:
         """Bytes copied inside the kernel, perhaps fewer than asked."""
         return os.copy_file_range(source_fd, fd, length, source_offset, offset)
+
+    def extents(self, fd: int) -> list[tuple[int, int, bool]]:
+        """Where a file's bytes lie on its file system's device: start, length, and whether another file, or
+        another place of this one, has them too (FIEMAP). Not every file system can tell.
+        """
+        found: list[tuple[int, int, bool]] = []
+        begin, last = 0, False
+        while not last:
+            size = _FIEMAP_HEAD.size + _FIEMAP_EXTENTS * _FIEMAP_EXTENT.size
+            asked = _FIEMAP_HEAD.pack(begin, (1 << 63) - begin, _FIEMAP_FLAG_SYNC, 0, _FIEMAP_EXTENTS, 0)
+            data = bytearray(asked.ljust(size, b"\0"))
+            fcntl.ioctl(fd, _FS_IOC_FIEMAP, data)
+            count = _FIEMAP_HEAD.unpack_from(data)[3]
+            last = count == 0
+            for number in range(count):
+                at = _FIEMAP_HEAD.size + number * _FIEMAP_EXTENT.size
+                start, place, length, flags = _FIEMAP_EXTENT.unpack_from(data, at)
+                found.append((place, length, bool(flags & _FIEMAP_EXTENT_SHARED)))
+                begin, last = start + length, bool(flags & _FIEMAP_EXTENT_LAST)
+        return found
 
     def punch(self, fd: int, offset: int, length: int) -> None:
         """Make a range of a file read as zeros without blocks of its own."""

@@ -76,9 +76,10 @@ def holder(path: str) -> Holder | None:
 
 
 class Lock:
-    """A held lock. ``remember`` stores the highest sequence in the file, durably."""
+    """A held lock, after ``waited`` seconds. ``remember`` stores the highest sequence in the file, durably."""
 
-    def __init__(self, fd: int, path: str, kernel: Kernel) -> None:
+    def __init__(self, fd: int, path: str, kernel: Kernel, waited: float) -> None:
+        self.waited = waited
         self._fd, self._path, self._kernel = fd, path, kernel
         self.sequence = _read_note(path).sequence
         self._identity = ""
@@ -135,6 +136,13 @@ def _open_to_read(path: str, error: OSError, *, exclusive: bool, kernel: Kernel)
     raise store_error(error, path, "opened") from error
 
 
+def _locked_by(path: str, volume: str) -> VolumeLocked:
+    """That the volume is locked, and by whom."""
+    note = _read_note(path)
+    who = holder(path) or Holder(note.pid, note.host or "another host")
+    return VolumeLocked(volume=volume, pid=who.pid or note.pid, host=who.host)
+
+
 def _check_own(fd: int, path: str) -> None:
     """It is written to, so it must be nothing but a lock file. Raises StoreFailed."""
     info = os.fstat(fd)
@@ -150,14 +158,16 @@ def held(
     exclusive: bool,
     wait: float,
     check: Callable[[], None],
+    say: Callable[[str], None],
     clock: Callable[[], float],
     sleep: Callable[[float], None],
     kernel: Kernel,
 ) -> Iterator[Lock]:
     """Hold the lock file at ``path`` (made if it is not there) for as long as the ``with`` lasts.
 
-    ``wait`` seconds are spent trying, ``check`` may raise in between. Children do not inherit it. Raises
-    VolumeLocked, naming who holds it; NoPermission, StoreFailed or UnreadableStore where it cannot be tried.
+    ``wait`` seconds are spent trying, ``check`` may raise in between; ``say`` is told who is waited for.
+    Children do not inherit it. Raises VolumeLocked, naming who holds it; NoPermission, StoreFailed or
+    UnreadableStore where it cannot be tried.
     """
     try:
         fd = kernel.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
@@ -167,21 +177,23 @@ def held(
         _check_own(fd, path)
         with contextlib.suppress(OSError):
             os.fchmod(fd, 0o600)  # whatever the umask took from it; somebody else's file has its mode already
-        deadline = clock() + wait
+        begun, waiting = clock(), False
+        deadline = begun + wait
         while True:
             try:
                 kernel.lock(fd, exclusive=exclusive)
                 break
             except BlockingIOError as error:
                 if clock() >= deadline:
-                    note = _read_note(path)
-                    who = holder(path) or Holder(note.pid, note.host or "another host")
-                    raise VolumeLocked(volume=volume, pid=who.pid or note.pid, host=who.host) from error
+                    raise _locked_by(path, volume) from error
+                if not waiting:
+                    say(f"{str(_locked_by(path, volume)).removesuffix('.')}; waiting for it to end.")
+                    waiting = True
             except OSError as error:
                 raise StoreFailed(path=path, action="locked", reason=error.strerror) from error
             check()
             sleep(min(_PAUSE_SECONDS, max(0.0, deadline - clock())))
-        lock = Lock(fd, path, kernel)
+        lock = Lock(fd, path, kernel, clock() - begun if waiting else 0.0)
         if exclusive:
             lock.sign()
         yield lock

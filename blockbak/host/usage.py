@@ -335,12 +335,27 @@ def _foundations(path: str, system: System) -> tuple[set[str], set[tuple[int, in
             if line is not None:
                 starts = set(system.devices_of(line))
                 pending += _layers(line.fstype, line.source, line.options)
+            else:
+                starts = _by_number(place, system)
         for start in starts:
             names |= system.below(start)
         for loop in names & set(system.loops):
             files |= _loop_files(loop, system)
             pending.append(system.loops[loop])
     return names, files
+
+
+def _by_number(place: str, system: System) -> set[str]:
+    """The device that a path lies on, by its file system's number: after a chroot into a plain directory the
+    mount that holds it is not in the list.
+    """
+    while place != os.path.dirname(place) and not os.path.exists(place):
+        place = os.path.dirname(place)
+    try:
+        number = Path(place).stat().st_dev
+    except (OSError, ValueError):
+        return set()
+    return {system.name_of(os.major(number), os.minor(number))} - {""}
 
 
 def _layers(fstype: str, source: str, options: tuple[str, ...]) -> list[str]:

@@ -10,7 +10,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -34,7 +34,16 @@ from blockbak.errors import (
     VolumeExists,
 )
 from blockbak.host import lock
-from blockbak.host.blockio import PartialFile, StoredFile, read_error, store_error, sync_directory, write_durably
+from blockbak.host.blockio import (
+    PartialFile,
+    Space,
+    StoredFile,
+    read_error,
+    space_of,
+    store_error,
+    sync_directory,
+    write_durably,
+)
 from blockbak.host.kernel import Kernel
 from blockbak.model.chain import Image, Point, chains, plan, points
 from blockbak.repository import manifest
@@ -110,15 +119,21 @@ class Volume:
         return os.path.join(self.path, file)
 
     def locked(
-        self, *, exclusive: bool, wait: float = 0, check: Callable[[], None] = lambda: None
+        self,
+        *,
+        exclusive: bool,
+        wait: float = 0,
+        check: Callable[[], None] = lambda: None,
+        say: Callable[[str], None] = lambda _: None,
     ) -> AbstractContextManager[lock.Lock]:
-        """Hold the volume. Raises VolumeLocked."""
+        """Hold the volume; ``say`` is told who is waited for. Raises VolumeLocked."""
         return lock.held(
             self._at(".lock"),
             self.name,
             exclusive=exclusive,
             wait=wait,
             check=check,
+            say=say,
             clock=time.monotonic,
             sleep=time.sleep,
             kernel=self._kernel,
@@ -290,6 +305,11 @@ class Volume:
                 self._kernel.unlink(self._at(aside))
         except OSError as error:
             raise store_error(error, f"{self.name}/{name}", "written anew") from error
+
+    def space_of(self, files: Collection[str]) -> Space:
+        """The disk space of images, and how much of it other images of the volume share."""
+        others = [name for name in self.names() if name.endswith((".zst", ".zst.partial")) and name not in files]
+        return space_of([self._at(name) for name in sorted(files)], [self._at(name) for name in others], self._kernel)
 
     def remove(self, file: str) -> None:
         """Delete an image so that a crash on the way can be told from loss.

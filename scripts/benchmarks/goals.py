@@ -6,6 +6,7 @@ rounds kept it; the spread beside it tells how far to trust either.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,7 +23,9 @@ TIMES = "x"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table. ``value`` is what is judged: a ratio, or a number in ``unit``."""
+    """One line of the table. ``value`` is what is judged: a ratio, or a number in ``unit``; NaN where what was
+    measured cannot be true.
+    """
 
     work: str
     blockbak: str
@@ -34,14 +37,18 @@ class Row:
     aim: float | None
 
     @property
+    def measured(self) -> bool:
+        return not math.isnan(self.value)
+
+    @property
     def met(self) -> bool | None:
-        """None where nothing is promised."""
-        return None if self.at_least is None else self.value <= self.at_least
+        """None where nothing is promised, or measured."""
+        return None if self.at_least is None or not self.measured else self.value <= self.at_least
 
     @property
     def verdict(self) -> str:
         if self.met is None:
-            return ""
+            return "" if self.measured else "not measured"
         if not self.met:
             return "NO"
         return "yes" if self.aim is None or self.value > self.aim else "yes, and the aim"
@@ -152,11 +159,13 @@ def _synthetic(bench: Bench) -> Iterator[Row]:
         granted = ours.fact("encoded_bytes") + ours.fact("copied_bytes") + 2 * _UNIT * calls.fact("clones")
         granted += ours.fact("cloned_bytes") // MIB * 64  # the seek table and the manifest
         taken = ours.fact("taken_bytes")
+        # Less than what was encoded anew cannot have been taken: the file system accounted for something else.
+        true = taken >= ours.fact("encoded_bytes")
         yield Row(
             f"{contest}, new blocks",
-            _mib(taken),
+            _mib(taken) if true else "",
             f"what it must write: {_mib(granted)}",
-            taken / granted,
+            taken / granted if true else math.nan,
             "",
             TIMES,
             1.0,

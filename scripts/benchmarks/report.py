@@ -12,6 +12,7 @@ from benchmarks import place
 from benchmarks.contests import Bench
 from benchmarks.goals import TIMES, Row, is_fast
 from benchmarks.place import GIB, MIB, run
+from benchmarks.reasons import reasons
 
 _VERSIONS = (
     ("dd", "--version"), ("zstd", "--version"), ("borg", "--version"), ("restic", "version"),
@@ -79,13 +80,19 @@ def _setting(bench: Bench, load_before: str) -> list[str]:
     return ["- " + " ".join(point.split()) for point in points]
 
 
+def _value(row: Row) -> str:
+    if not row.measured:
+        return ""
+    return f"{row.value:.2f} {TIMES}" if row.unit == TIMES else f"{row.value:.3g} {row.unit}"
+
+
 def goals_table(rows: Sequence[Row]) -> list[str]:
     """The goals, each with what was measured."""
     head = ("work", "blockbak", "peer", "ratio or value", "spread", "at least", "aim", "met?")
     lines = [
         (
             row.work, row.blockbak, row.peer,
-            f"{row.value:.2f} {TIMES}" if row.unit == TIMES else f"{row.value:.3g} {row.unit}",
+            _value(row),
             row.spread, row.limit(row.at_least), row.limit(row.aim), row.verdict,
         )
         for row in rows
@@ -135,18 +142,41 @@ beside its name.
 
 {closing}
 
-## All runs
+{reasons}## All runs
 
 {runs}
 
-Not measured here: changes reported by the kernel (snapshots of LVM volumes), and repositories that are not
-local directories.
+Not measured here: {absent}.
 """
+_REASONS = """\
+## Why goals are missed
+
+{reasons}
+
+"""
+
+
+def absent(bench: Bench, rows: Sequence[Row]) -> str:
+    """What has a goal, or should have one, and is not in the tables."""
+    missing = [row.work for row in rows if not row.measured]
+    if not is_fast(bench):
+        missing.append(
+            "a device at memory speed (nothing changed: at least 2.5 x, aim 1.6 x; restore: at least 1.6 x, aim 1.2 x; "
+            "`scripts/bench --on /dev/shm`)"
+        )
+    missing += [
+        "changes reported by the kernel (snapshots of LVM volumes)",
+        "repositories that are not local directories",
+    ]
+    return "; ".join(missing)
 
 
 def document(bench: Bench, rows: Sequence[Row], load_before: str) -> str:
     """The whole report."""
+    why = "\n".join(f"- {text}" for text in reasons(bench, rows))
     return _TEXT.format(
+        reasons=_REASONS.format(reasons=why) if why else "",
+        absent=absent(bench, rows),
         setting="\n".join(_setting(bench, load_before)),
         goals="\n".join(goals_table(rows)),
         closing=closing(rows),

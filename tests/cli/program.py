@@ -210,6 +210,10 @@ class Running(_Child):
             texts.append(file.read())
         return Ended(self.words, status, texts[0], texts[1])
 
+    def said(self) -> str:
+        """What it said until now; the place where it writes stays where it is."""
+        return os.pread(self._err.fileno(), 1 << 20, 0).decode()
+
     def until(self, what: str, holds: Callable[[], bool]) -> Self:
         """Come back as soon as ``holds`` does; fails if the run is over before."""
         deadline = time.monotonic() + LIMIT_SECONDS
@@ -243,18 +247,26 @@ class Running(_Child):
 
 
 class Terminal(_Child):
-    """A run at a terminal: input and messages are the terminal, standard output is a file beside it."""
+    """A run at a terminal: input and messages are the terminal, standard output is a file beside it, or with
+    ``answers`` the terminal too. ``size`` is what the terminal says of its rows and columns.
+    """
 
-    def __init__(self, *words: Word, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        *words: Word,
+        env: dict[str, str] | None = None,
+        size: tuple[int, int] = (40, 160),
+        answers: bool = False,
+    ) -> None:
         super().__init__(words)
         self.seen = b""
         self._master, slave = os.openpty()
         self._close.callback(os.close, self._master)
         try:
-            fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
+            fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
             # With a controlling terminal of its own, so that Ctrl-C typed there is SIGINT.
             self._process = subprocess.Popen(
-                ["setsid", "--ctty", *PROGRAM, *words], stdin=slave, stdout=self._out, stderr=slave,
+                ["setsid", "--ctty", *PROGRAM, *words], stdin=slave, stdout=slave if answers else self._out, stderr=slave,
                 env=environment({"TERM": "xterm"} | (env or {})),
             )  # fmt: skip
         except BaseException:

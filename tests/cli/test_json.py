@@ -425,7 +425,7 @@ def test_recover_says_3_for_what_a_person_must_look_at(repo: Stock) -> None:
 
 
 def test_delete(repo: Stock) -> None:
-    shape = {"points": list, "files": list, "freed_bytes": NUMBER, "dry_run": FLAG}
+    shape = {"points": list, "files": list, "freed_bytes": NUMBER, "shared_bytes": NUMBER, "dry_run": FLAG}
     before = sorted(repo.path.rglob("*.zst"))
     would = is_shaped(document("-r", repo.path, "delete", repo.db, repo.web[1], "--dry-run"), shape)
     assert would["dry_run"] is True

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import re
 import signal
 import socket
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.cli.program import Ended, Running, both, document, fails, grown, ok, opened, run
-from tests.cli.stock import Stock
+from tests.cli.stock import Stock, copied
 
 
 @pytest.fixture
@@ -65,6 +68,34 @@ def test_who_waits_goes_on_when_the_volume_is_free(repo: Path, slow: Path) -> No
     ((older,), (newer,)) = one.document["points"], two.document["points"]
     assert (newer["parent"], newer["sequence"], newer["kind"]) == (older["point"], 2, "incremental")
     assert document("-r", repo, "verify")["ok"] is True
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["backup", "SOURCE", "--name", "web"], ["verify", "web@latest"], ["restore", "web@latest", "OUT"],
+     ["export", "web@latest", "OUT"], ["synthesize", "web"]],
+    ids=lambda words: words[0],
+)  # fmt: skip
+def test_waiting_is_told_and_is_no_work(words: list[str], stock: Stock, tmp_path: Path) -> None:
+    """Whoever waits learns for whom, and the seconds are those of the work."""
+    copy = copied(stock, tmp_path)
+    places = {"SOURCE": copy.source, "OUT": tmp_path / "out"}
+    with (copy.path / "web" / ".lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        begun = time.monotonic()
+        named = [places.get(word, word) for word in words]
+        with Running("-r", copy.path, *named, "--wait", "50", "--json") as second:
+            second.until("it said something", lambda: second.said().endswith("\n"))
+            said = second.said()
+            time.sleep(5)
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            ended = second.end()
+    elapsed = time.monotonic() - begun
+    assert ended.status == 0, str(ended)
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+    assert said == f"blockbak: Volume web is in use by {holder}; waiting for it to end.\n"
+    report = ended.document["points"][0] if "points" in ended.document else ended.document
+    assert report["seconds"] <= elapsed - 5
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

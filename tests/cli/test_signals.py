@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.cli.program import PROGRAM, Running, Terminal, document, grown, ok, opened, run
+from tests.cli.program import PROGRAM, ROOT, Running, Terminal, document, grown, ok, opened, run
 from tests.cli.stock import SEED, Stock, overwrite
 from tests.patterns import stamp
 
@@ -236,3 +238,34 @@ def test_export_while_another_program_converts(
     assert os.listdir(place) == []
     with pytest.raises(ProcessLookupError):
         os.kill(int(begun.read_text()), 0)
+
+
+# --- wherever the tests run ------------------------------------------------------------------------------------
+
+# What nohup does, and a shell to what it starts in the background of a script.
+_IGNORING = """
+import os, signal, sys
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def test_a_child_of_the_tests_ignores_no_signal() -> None:
+    status = subprocess.run(["cat", "/proc/self/status"], capture_output=True, text=True, check=True).stdout
+    (ignored,) = re.findall(r"^SigIgn:\s*([0-9a-f]+)$", status, re.MULTILINE)
+    assert not [number for number in SIGNALS if int(ignored, 16) & 1 << (number - 1)]
+
+
+def test_nor_where_the_tests_themselves_were_started_so() -> None:
+    pytest_words = [
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"{__file__}::test_a_child_of_the_tests_ignores_no_signal",
+    ]
+    words = [sys.executable, "-c", _IGNORING, sys.executable, *pytest_words]
+    done = subprocess.run(words, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

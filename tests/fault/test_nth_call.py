@@ -47,6 +47,7 @@ NUMBERS = {
     "sector_sizes": (errno.EIO,),
     "drop_cache": (errno.EIO,),
     "lock": (errno.ENOLCK,),
+    "extents": (errno.EIO, errno.EOPNOTSUPP),
 }
 ALWAYS = ("open", "close", "preadv", "lock")
 WRITES = ("pwritev", "fsync", "rename")
@@ -54,7 +55,7 @@ MET = {
     "backup-full": (*ALWAYS, *WRITES),
     "backup-incremental": (*ALWAYS, *WRITES),
     "synthesize": (*ALWAYS, *WRITES),
-    "delete": (*ALWAYS, "fsync", "rename", "unlink"),
+    "delete": (*ALWAYS, "fsync", "rename", "unlink", "extents"),
     "recover": (*ALWAYS, *WRITES, "unlink"),
     "restore-to-a-new-file": (*ALWAYS, *WRITES, "truncate", "drop_cache"),
     "restore-to-an-old-file": (*ALWAYS, "pwritev", "fsync", "truncate", "punch", "drop_cache"),

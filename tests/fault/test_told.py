@@ -86,3 +86,17 @@ def test_an_export_of_the_latest_names_a_newer_orphan(scene):
     report = exported(scene, f"{scene.where.name}@latest")
     assert report.point == scene.names[0]
     assert [note for note in report.notes if scene.names[-1] in note]
+
+
+# --- the plan -------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_says_that_a_longer_file_is_cut(scene):
+    scene.target.write_bytes(b"\xa5" * (SIZE + 100))
+    request = restore.Request(scene.names[-1], str(scene.target), overwrite=True)
+    planned = restore.restore(scene.repository(), request, scene.world(), dry_run=True)
+    assert "The file is longer by 100 bytes; they are cut off." in planned.notes
+    restore.restore(scene.repository(), request, scene.world())
+    assert scene.target.stat().st_size == SIZE
+    planned = restore.restore(scene.repository(), request, scene.world(), dry_run=True)
+    assert planned.notes == []

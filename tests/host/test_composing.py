@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 
 import pytest
 
@@ -186,6 +187,39 @@ def test_points_live_on_when_the_images_below_a_synthetic_full_go(store, program
     assert (chain.points[-1]["kind"], chain.points[-1]["parent"]) == ("incremental", points[3])
     chain.check(target, 4, 2)
     assert program("list").document[-1]["sequence"] == 5
+
+
+@pytest.mark.parametrize("kind", ["xfs", "btrfs", "ext4", "tmpfs"])
+def test_what_is_told_as_freed_comes_back(store, program_at, tmp_path, seed, kind):
+    """Below a synthetic full that shares its blocks, next to nothing does."""
+    where = store(kind)
+    program = program_at(where)
+    chain = Chain(program, tmp_path / "source.img", seed).grow()
+    program("synthesize", chain.volume)
+    points = [one["point"] for one in chain.points]
+    # The last increment stands on those that go, and goes with them.
+    stored = sum(one["stored_bytes"] for one in chain.points)
+    everything = program("delete", *points, "--dry-run").document
+    would = program("delete", *points[:3], "--dry-run").document
+    before = free_bytes(where)
+    gone = program("delete", *points[:3]).document
+    assert (gone["freed_bytes"], gone["shared_bytes"]) == (would["freed_bytes"], would["shared_bytes"])
+    if kind in ("xfs", "btrfs"):
+        assert gone["shared_bytes"] > 15 * MIB
+        assert stored <= gone["freed_bytes"] + gone["shared_bytes"] <= stored + 64 * BLOCK
+    else:
+        assert gone["shared_bytes"] == 0
+        assert stored <= gone["freed_bytes"] <= stored + 64 * BLOCK
+    # The manifests and the file system's own trees come back too; btrfs keeps an extent while part of it is used.
+    slack = 2 * MIB if kind == "btrfs" else 64 * BLOCK
+    deadline = time.monotonic() + 45  # what is unlinked is freed in the background
+    while abs((freed := free_bytes(where) - before) - gone["freed_bytes"]) > slack:
+        assert time.monotonic() < deadline, f"{freed} bytes came back, {gone['freed_bytes']} were told"
+        time.sleep(0.2)
+    # Images that share with each other alone, and go together, leave nothing.
+    assert everything["shared_bytes"] == 0
+    alone = 0 if kind in ("xfs", "btrfs") else 15 * MIB
+    assert stored + alone <= everything["freed_bytes"] <= stored + alone + 8 * MIB
 
 
 def test_a_synthetic_differential_holds_what_several_increments_held(chain, program, target):

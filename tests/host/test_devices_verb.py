@@ -91,3 +91,13 @@ def test_the_table_for_people_names_every_device(loop, tmp_path):
     assert "cold" in row
     assert "file" in row
     assert done.stderr == ""
+
+
+def test_two_devices_that_cannot_be_told_apart_are_refused(loop, program):
+    one, lone = loop(8 * MIB), loop(8 * MIB)
+    two = loop(8 * MIB, file=one.file)
+    found = listed(program)
+    for device, twin in ((one, two), (two, one)):
+        assert found[device.path]["mode"] == "refused"
+        assert found[device.path]["reason"] == f"{twin.path} carries the same identity; detach one of them"
+    assert found[lone.path]["mode"] == "cold"

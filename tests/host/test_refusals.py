@@ -13,6 +13,9 @@ import pytest
 from blockbak.errors import TargetInUse
 from blockbak.flow.target import check_target
 from blockbak.host import device as devices
+from blockbak.host import usage
+from blockbak.host.device import look
+from blockbak.host.system import System
 from blockbak.image.view import PointView
 from blockbak.repository.local import Repository
 from tests import images
@@ -537,3 +540,16 @@ def test_a_link_that_leads_nowhere_makes_no_device_node(program, point, tmp_path
         assert not place.exists()
     finally:
         place.unlink(missing_ok=True)
+
+
+def test_a_device_carries_what_lies_on_it_where_no_mount_is_to_be_seen(loop, ext4, tmp_path):
+    """As in a chroot into a directory that is none."""
+
+    class Chrooted(System):
+        mounts = ()
+
+    device = loop(16 * MIB)
+    where = ext4(device).where
+    for path in (where, where / "not" / "yet"):
+        assert usage.carries(look(device.path), str(path), Chrooted())
+    assert not usage.carries(look(device.path), str(tmp_path / "elsewhere"), Chrooted())

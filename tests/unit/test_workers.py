@@ -145,3 +145,14 @@ def test_an_error_of_the_jobs_themselves_comes_back():
 
     with pytest.raises(Boom, match="no more"):
         workers.run(jobs(), lambda: lambda job: None, workers=3, check=never)
+
+
+def test_a_wish_to_stop_that_came_before_is_seen_before_the_first_job():
+    done = []
+
+    def asked():
+        raise Interrupted(state="it was a test")
+
+    with pytest.raises(Interrupted):
+        workers.run(range(3), lambda: done.append, workers=2, check=asked)
+    assert done == []
