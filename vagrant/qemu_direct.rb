@@ -178,8 +178,10 @@ module QemuDirect
       @driver = Driver.new(machine)
     end
 
-    # The steps of a command, chosen by the state the machine is in.
+    # The steps of a command, chosen by the state the machine is in; nil for what this provider cannot do.
     def action(name)
+      return unless %i[up halt reload destroy ssh ssh_run].include?(name)
+
       state = driver.state
       builtin = Vagrant::Action::Builtin
       graceful = [builtin::Call, builtin::GracefulHalt, :poweroff, :running]
@@ -189,7 +191,7 @@ module QemuDirect
       Vagrant::Action::Builder.new.tap do |steps|
         steps.use(Create) if name == :up && state == :not_created
         steps.use(*graceful) { |_, rest| rest.use Stop } if %i[halt reload].include?(name) && state == :running
-        steps.use(Start) if (name == :up && state != :running) || name == :reload
+        steps.use(Start) if (name == :up && state != :running) || (name == :reload && state != :not_created)
         steps.use(*asked) { |env, rest| rest.use Delete if env[:result] } if name == :destroy && state != :not_created
         steps.use(builtin::SSHExec) if name == :ssh
         steps.use(builtin::SSHRun) if name == :ssh_run

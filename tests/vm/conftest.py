@@ -53,9 +53,11 @@ FIELDS = "vg_name,lv_name,lv_uuid,lv_attr,lv_size,origin,pool_lv,snap_percent,lv
 
 def suspended() -> set[str]:
     """The device-mapper devices that are suspended: whatever reads or writes them hangs."""
-    told = run("dmsetup", "info", "--columns", "--noheadings", "--separator", "|", "-o", "name,suspended")
-    rows = [line.split("|") for line in told.splitlines() if "|" in line]
-    return {name for name, state in rows if state == "Suspended"}
+    return {
+        (path.parent / "name").read_text().strip()
+        for path in Path("/sys/block").glob("dm-*/dm/suspended")
+        if path.read_text().strip() == "1"
+    }
 
 
 def things() -> set[tuple[str, str]]:
@@ -179,8 +181,13 @@ class Group:
         # Nothing of a group with a suspended device could be removed.
         for name in suspended():
             run("dmsetup", "resume", name)
-        if run("vgs", "--noheadings", "-S", f"vg_name={self.name}"):
-            run("vgremove", "--quiet", "--force", "--force", "--yes", self.name)
+        done = subprocess.run(
+            ["vgremove", "--quiet", "--force", "--force", "--yes", self.name],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0 or f'"{self.name}" not found' in done.stderr, done.stderr
         if left:
             pytest.fail("blockbak left behind: " + "; ".join(left), pytrace=False)
 
@@ -189,7 +196,7 @@ _NUMBERS = itertools.count(1)
 
 
 @pytest.fixture
-def make_group(loop_pv: Callable[..., Loop]) -> Iterator[Callable[..., Group]]:
+def make_group(loop: Callable[..., Loop]) -> Iterator[Callable[..., Group]]:
     """``make_group(sector=512, size=1 GiB, disks=1)`` makes a volume group; it is removed afterwards.
 
     A test may remove it itself. The names have a hyphen in them, which device-mapper's names double.
@@ -198,7 +205,8 @@ def make_group(loop_pv: Callable[..., Loop]) -> Iterator[Callable[..., Group]]:
 
         def make(sector: int = 512, size: int = 1024 * MIB, disks: int = 1) -> Group:
             group = Group(f"bb-{os.getpid():x}-{next(_NUMBERS)}", sector)
-            run("vgcreate", "--quiet", group.name, *(loop_pv(size, sector) for _ in range(disks)))
+            # It makes the physical volumes itself; each of LVM's commands takes a second in here.
+            run("vgcreate", "--quiet", "--yes", group.name, *(loop(size, sector_size=sector) for _ in range(disks)))
             undo.callback(group.remove)
             return group
 

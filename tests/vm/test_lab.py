@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.patterns import SECTOR, explain, stamp
-from tests.vm.conftest import MIB, clear, lvs, of_blockbak, run, things
+from tests.vm.conftest import MIB, clear, of_blockbak, run, things
 from tests.volumes import difference, fingerprint
 
 TARGETS = ("crypt", "era", "flakey", "log-writes", "snapshot", "thin-pool")
@@ -21,7 +21,7 @@ PROGRAMS = (
 )  # fmt: skip
 
 
-def write(path, sequence, seed, start=0, length=MIB):
+def write(path, sequence, seed, start=0, length=MIB // 4):
     """Stamp some of a device, past the page cache's mercy."""
     with open(path, "r+b", buffering=0) as device:
         device.seek(start)
@@ -29,7 +29,7 @@ def write(path, sequence, seed, start=0, length=MIB):
     run("sync", path)
 
 
-def read(path, length=MIB):
+def read(path, length=MIB // 4):
     """The first bytes of a device, as the device has them."""
     run("blockdev", "--flushbufs", path)
     with open(path, "rb") as device:
@@ -63,33 +63,18 @@ def test_no_database_runs_by_itself():
         assert run("systemctl", "is-active", service, expect=3) == "inactive"
 
 
-def test_udev_runs_and_names_volumes(group):
-    run("udevadm", "control", "--ping")
-    path = group.volume("named", 16 * MIB)
-    # lvcreate waits for udev's rules, so the link is there when it comes back.
-    assert Path(path).is_symlink()
-    told = run("udevadm", "info", "--query=property", path).splitlines()
-    assert {f"DM_VG_NAME={group.name}", "DM_LV_NAME=named"} <= set(told)
-
-
 def test_snapshots_keep_what_was(group, seed):
-    data = group.volume("data", 64 * MIB)
-    assert run("blockdev", "--getss", data) == str(group.sector)
-    write(data, 1, seed)
-    snapshot = group.snapshot("data", "then", 16 * MIB, "-p", "r")
-    write(data, 2, seed)
-    assert explain(read(snapshot), 0, 1, seed) is None
-    assert explain(read(data), 0, 2, seed) is None
-    assert group.lvs()["then"]["lv_attr"].startswith("sri-a-s")
-
-
-def test_thin_snapshots_keep_what_was(group, seed):
-    data = group.thin(group.pool("pool", 128 * MIB), "data", 256 * MIB)
-    write(data, 1, seed)
-    snapshot = group.thin_snapshot("data", "then")
-    write(data, 2, seed)
-    assert explain(read(snapshot), 0, 1, seed) is None
-    assert explain(read(data), 0, 2, seed) is None
+    data = group.volume("data", 16 * MIB)
+    thin = group.thin(group.pool("pool", 64 * MIB), "thin", 128 * MIB)
+    assert {run("blockdev", "--getss", path) for path in (data, thin)} == {str(group.sector)}
+    for path in (data, thin):
+        write(path, 1, seed)
+    snapshots = group.snapshot("data", "data-then", 16 * MIB, "-p", "r"), group.thin_snapshot("thin", "thin-then")
+    for path in (data, thin):
+        write(path, 2, seed)
+    for path, sequence in zip((*snapshots, data, thin), (1, 1, 2, 2), strict=True):
+        assert explain(read(path), 0, sequence, seed) is None
+    assert group.lvs()["data-then"]["lv_attr"].startswith("sri-a-s")
 
 
 # --- the check after each test ----------------------------------------------------------------------------
@@ -135,9 +120,15 @@ def test_whatever_else_is_left_is_seen_and_cleared_away(tmp_path):
 # --- blockbak -------------------------------------------------------------------------------------------
 
 
-def test_a_logical_volume_is_listed_by_its_names(group, run_blockbak):
+def test_a_logical_volume_is_listed_by_its_names(make_group, run_blockbak):
+    group = make_group(4096)
     path = group.volume("my-data", 16 * MIB)
-    (uuid,) = (one["lv_uuid"] for one in lvs(group.name) if one["lv_name"] == "my-data")
+    # lvcreate waits for the rules of udev, so the link is there when it comes back.
+    assert Path(path).is_symlink()
+    run("udevadm", "control", "--ping")
+    told = run("udevadm", "info", "--query=property", path).splitlines()
+    assert {f"DM_VG_NAME={group.name}", "DM_LV_NAME=my-data"} <= set(told)
+    uuid = group.lvs()["my-data"]["lv_uuid"]
     (one,) = (one for one in run_blockbak.json("devices") if one["vg"] == group.name)
     assert (one["lv"], one["label"], one["size"]) == ("my-data", f"{group.name}/my-data", 16 * MIB)
     assert one["identity"]["kind"] == "lv-uuid"
@@ -152,7 +143,7 @@ def test_a_volume_that_is_not_mounted_goes_there_and_back(group, run_blockbak, r
     # The first run is the command itself, as a person's shell finds it.
     held, points = [], []
     for sequence, (kind, do) in enumerate((("full", run_blockbak.command), ("incremental", run_blockbak)), start=1):
-        write(data, sequence, seed, start=sequence * 4 * MIB, length=2 * MIB)
+        write(data, sequence, seed, start=sequence * 4 * MIB, length=MIB)
         held.append(fingerprint(data))
         (point,) = do("backup", f"{group.name}/data", "--json").document["points"]
         assert point["kind"] == kind
