@@ -37,7 +37,7 @@ def _lines(about: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("restored from", ", ".join(about["chain"])),
         *[("image", f"{one['file']}, {render.size(one['stored_bytes'])}") for one in about["images"]],
-        *([("set", about["set_id"])] if about["set_id"] else []),
+        *([("set id", about["set_id"])] if about["set_id"] else []),
         *[(f"hook {name}", line) for name, said in about["hooks"].items() for line in said.splitlines()],
         *_group(about),
         *[("note", note) for note in about["notes"]],

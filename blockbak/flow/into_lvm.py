@@ -22,7 +22,7 @@ from blockbak.flow.leftovers import settle
 from blockbak.flow.points import partition_table, reader
 from blockbak.host import device as devices
 from blockbak.host import lvm
-from blockbak.host.blockio import TargetWriter
+from blockbak.host.blockio import PIECE_BYTES, TargetWriter
 from blockbak.host.device import Device
 from blockbak.host.lvm import PoolWatch
 from blockbak.host.system import System
@@ -54,7 +54,7 @@ class NewVolume:
         return f"{self.group}/{self.name}"
 
 
-def plan_volume(label: str, pool: str, view: PointView) -> NewVolume:
+def plan_volume(label: str, pool: str, view: PointView, context: Context) -> NewVolume:
     """The volume that the point needs. Raises BadTarget, VolumeNameTaken, NoVolumeRoom, TargetSectorSize;
     MissingProgram, CommandFailed.
     """
@@ -77,10 +77,10 @@ def plan_volume(label: str, pool: str, view: PointView) -> NewVolume:
         if group.free < size:
             raise NoVolumeRoom(place=f"Volume group {group_name}", free=group.free, volume=wanted.label, needed=size)
         return wanted
-    return replace(wanted, blank=_check_pool(wanted, view))
+    return replace(wanted, blank=_check_pool(wanted, view, context))
 
 
-def _check_pool(wanted: NewVolume, view: PointView) -> bool:
+def _check_pool(wanted: NewVolume, view: PointView, context: Context) -> bool:
     """Whether a new volume of the pool reads as zeros. Raises BadTarget, NoVolumeRoom."""
     label = f"{wanted.group}/{wanted.pool}"
     pool = lvm.named(wanted.group, wanted.pool)
@@ -91,7 +91,7 @@ def _check_pool(wanted: NewVolume, view: PointView) -> bool:
     # An inactive pool tells nothing yet; it is watched in any case.
     if pool.data_percent is not None:
         free = int(pool.size * (100 - pool.data_percent) / 100)
-        needed += plan.pool_reserve(pool.size)
+        needed += plan.pool_reserve(pool.size) + _on_the_way(context)
         if free < needed:
             raise NoVolumeRoom(place=f"Thin pool {label}", free=free, volume=wanted.label, needed=needed)
     return blank
@@ -107,6 +107,11 @@ def _check_sectors(label: str, disks: tuple[str, ...], view: PointView) -> int:
     if have and have != need and partition_table(view) is not None:
         raise TargetSectorSize(path=label, have=have, need=need)
     return have
+
+
+def _on_the_way(context: Context) -> int:
+    """Bytes that may be written after a look at the pool that any of the workers had."""
+    return context.workers * PIECE_BYTES
 
 
 def taken(view: PointView, unit: int) -> int:
@@ -148,7 +153,7 @@ def new_volume(
     ):
         _check_sectors(wanted.label, (path,), view)
         if wanted.pool:
-            watch(PoolWatch(devices.look(path)))
+            watch(PoolWatch(devices.look(path), _on_the_way(context)))
         if not wanted.blank:
             # From the last whole sector on, which the content is then written into.
             start = align_down(view.geometry.device_bytes, target.logical)
@@ -157,15 +162,14 @@ def new_volume(
         yield target
 
 
-def pool_of(target: Device, view: PointView, path: str) -> PoolWatch | None:
+def pool_of(target: Device, view: PointView, path: str, context: Context) -> PoolWatch | None:
     """What watches the pool of a thin target; None for any other. Raises TargetUnsafe where the point surely
     does not fit into the pool: all its other volumes would fail with it.
     """
     if not lvm.thin_pool(target):
         return None
-    watch = PoolWatch(target)
-    needed = max(0, taken(view, watch.unit) - watch.mapped(target))
-    short = watch.short(needed)
+    watch = PoolWatch(target, _on_the_way(context))
+    short = watch.short(taken(view, watch.unit))
     if short is not None:
         free, needed = short
         reason = f"thin pool {watch.label} has {free} bytes free, at least {needed} are needed"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from blockbak.errors import BlockbakError, Damage, Interrupted
-from blockbak.flow.context import Context
+from blockbak.flow.context import Context, never
 from blockbak.flow.into_lvm import NewVolume, new_volume, plan_volume, pool_of, twin_notes
 from blockbak.flow.mapfile import Mapfile, mapfile
 from blockbak.flow.points import Opened, find, newer_orphans, open_point, open_reader
@@ -224,11 +224,11 @@ def restore(repository: Repository, request: Request, context: Context, *, dry_r
         view = opened.view
         target, new, pool = None, None, None
         if request.create_lv is not None:
-            new = plan_volume(request.create_lv, request.thin_pool or "", view)
+            new = plan_volume(request.create_lv, request.thin_pool or "", view, context)
         else:
             target = look_at_target(request.target)
             check_target(request.target, target, view, repository, context, overwrite=request.overwrite or dry_run)
-            pool = pool_of(target, view, request.target) if target is not None else None
+            pool = pool_of(target, view, request.target, context) if target is not None else None
         method = _method(view, target, pool, context)
         planned = _plan(opened, request, target, new, method, context.host)
         planned.notes.extend(newer_orphans(volume, catalog, point, request.point))
@@ -271,14 +271,14 @@ def _carry_out(job: _Restoring, context: Context, clock: float) -> Report:
     path, size, request, planned = job.path, job.size, job.request, job.planned
     view, bad, method = job.opened.view, job.opened.summary.bad, planned.method
     pools = [job.pool] if job.pool is not None else []
-    context = replace(context, check=_with_pools(context.check, pools))
     with ExitStack() as stack:
         lost = stack.enter_context(_mapfile(job)) if request.keep_going else None
         target = stack.enter_context(_open(job, context, pools))
         # What is new and yet not blank holds what others left there.
         blank = method == "create" and (job.new is None or job.new.blank)
         writing = "create" if blank else "differ" if method == "differ" else "write"
-        shared = Writing(view, target, writing, context, keep_going=request.keep_going)
+        permit = pools[0].check if pools else never
+        shared = Writing(view, target, writing, context, keep_going=request.keep_going, permit=permit)
         try:
             verified = _fill(shared, request, size, context)
         except Interrupted as error:
@@ -299,15 +299,6 @@ def _carry_out(job: _Restoring, context: Context, clock: float) -> Report:
         [{"start": int(row["start"]), "length": int(row["length"])} for row in bad],
         lost.path if lost is not None and lost.written else "", round(context.timer() - clock, 3),
     )  # fmt: skip
-
-
-def _with_pools(check: Callable[[], None], pools: Sequence[PoolWatch]) -> Callable[[], None]:
-    def both() -> None:
-        check()
-        for pool in pools:
-            pool.check()
-
-    return both
 
 
 def _open(job: _Restoring, context: Context, pools: list[PoolWatch]) -> AbstractContextManager[TargetWriter]:

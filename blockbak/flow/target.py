@@ -31,19 +31,23 @@ from blockbak.units import align_down
 
 
 def look_at_target(path: str) -> Device | None:
-    """The target as it is now; None for a file that does not exist. Raises BadTarget."""
+    """The target as it is now; None for a file that does not exist. Raises BadTarget, VolumeInactive."""
     if not path:
         raise BadTarget(path="''", reason="an empty name names nothing")
     try:
         return devices.look(path)
     except NoSuchSource as error:
-        if (volume := lvm.inactive(path)) is not None:
-            raise activation_needed(volume) from error
         directory = os.path.dirname(os.path.realpath(path))
+        # Where device nodes live, a name that is not there is a slip of the pen; /dev/shm is another place.
+        is_node = f"{directory}/".startswith("/dev/") and (
+            not os.path.isdir(directory) or os.stat(directory).st_dev == os.stat("/dev").st_dev
+        )
+        # LVM is not asked of a file that is to be made.
+        if (is_node or not os.path.isdir(directory)) and (volume := lvm.inactive(path)) is not None:
+            raise activation_needed(volume) from error
         if not os.path.isdir(directory):
             raise BadTarget(path=path, reason=f"there is no directory {directory}") from error
-        # Where device nodes live, a name that is not there is a slip of the pen; /dev/shm is another place.
-        if f"{directory}/".startswith("/dev/") and os.stat(directory).st_dev == os.stat("/dev").st_dev:
+        if is_node:
             raise BadTarget(path=path, reason="there is no such device") from error
         return None
     except NotABlockSource as error:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from blockbak.errors import Damage, DamagedImage, TargetFailed, VerificationFailed
 from blockbak.flow import workers
-from blockbak.flow.context import Context
+from blockbak.flow.context import Context, never
 from blockbak.host.blockio import PIECE_BYTES, TargetWriter, aligned
 from blockbak.image.view import Flaw, PointView, SectionView
 from blockbak.model import extent, hashmap
@@ -106,12 +106,14 @@ class _Sections:
 
 
 class Writing:
-    """What the workers of one restore share."""
+    """What the workers of one restore share. ``permit`` is asked before each piece is written, and may raise."""
 
     def __init__(
-        self, view: PointView, target: TargetWriter, method: str, context: Context, *, keep_going: bool
-    ) -> None:
+        self, view: PointView, target: TargetWriter, method: str, context: Context, *, keep_going: bool,
+        permit: Callable[[], None] = never,
+    ) -> None:  # fmt: skip
         self.view, self.target, self.method, self.context = view, target, method, context
+        self.permit = permit
         self.keep_going = keep_going
         self.flaws: list[Flaw] = []
         self.written_bytes = 0
@@ -191,6 +193,7 @@ class _Writer:
                 if (high - low) * block < min(_ZERO_RUN, job.length):
                     zero[low:high] = False
                     data[low * block : high * block] = 0
+        self._shared.permit()
         written = 0
         for low, high in _pairs(wanted & ~zero):
             part = data[low * block : high * block]

@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import os
 import threading
-import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -537,46 +536,41 @@ def thin_pool_label(device: Device, system: System | None = None) -> str:
 
 
 class PoolWatch:
-    """A thin pool, looked at while one of its volumes is written."""
+    """A thin pool, looked at while one of its volumes is written. ``beside`` bytes at most are on their way to it
+    while somebody looks. Its methods raise MapperFailed.
+    """
 
-    def __init__(self, device: Device, system: System | None = None) -> None:
-        system = system or System()
+    def __init__(self, device: Device, beside: int) -> None:
+        system = System()
         pool = thin_pool(device, system)
-        self._volume = device.label
+        self._device, self._beside = device, beside
         self._dm_name = system.attribute(pool, "dm/name")
         self._bytes = system.size(pool)
         self.label = thin_pool_label(device, system)
-        self._next = 0.0
 
     @property
     def unit(self) -> int:
-        """Bytes that the pool gives at a time. Raises MapperFailed."""
+        """Bytes that the pool gives at a time."""
         use = self._use()
         return self._bytes // use.data_total if use and use.data_total else SECTOR
 
     def short(self, stored: int) -> tuple[int, int] | None:
-        """Free bytes and those needed, if there is surely no room for ``stored`` bytes of content in the volume:
-        it takes at least what it does not hold yet. Raises MapperFailed.
+        """Free bytes and those needed, if there is surely no room for ``stored`` bytes of content in the volume: it
+        takes at least what it does not hold yet.
         """
-        use = self._use()
-        return plan.surely_short(use, self._bytes, stored) if use else (0, stored)
+        with Mapper() as mapper:
+            targets = mapper.status(self._device.dm_name)
+        held = plan.parse_thin(targets[0].kind, targets[0].parameters) if targets else 0
+        use, needed = self._use(), max(0, stored - held) + self._beside
+        return plan.surely_short(use, self._bytes, needed) if use else (0, needed)
 
     def check(self) -> None:
         """Raise PoolFilling before the pool is full, when writes of all its volumes would hang or fail."""
-        if time.monotonic() < self._next:
-            return
         use = self._use()
-        what = plan.pool_gives_out(use, self._bytes) if use else "data"
+        what = plan.pool_gives_out(use, self._bytes, self._beside) if use else "data"
         if what:
             percent = 100.0 if use is None else use.metadata_percent if what == "metadata" else use.data_percent
-            raise PoolFilling(pool=self.label, used=round(percent, 1), what=what, volume=self._volume)
-        self._next = time.monotonic() + POLL_SECONDS
-
-    def mapped(self, device: Device) -> int:
-        """Bytes that the volume holds already."""
-        with Mapper() as mapper:
-            targets = mapper.status(device.dm_name)
-        return plan.parse_thin(targets[0].kind, targets[0].parameters) if targets else 0
+            raise PoolFilling(pool=self.label, used=round(percent, 1), what=what, volume=self._device.label)
 
     def _use(self) -> plan.PoolUse | None:
         with Mapper() as mapper:

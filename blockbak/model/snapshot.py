@@ -343,12 +343,14 @@ def pool_short(use: PoolUse, pool_bytes: int, needed: int) -> str:
     return "data" if free < needed + pool_reserve(pool_bytes) else ""
 
 
-def pool_gives_out(use: PoolUse, pool_bytes: int) -> str:
-    """What runs out, so that the snapshot is given up before its origin's writes fail; or ''."""
+def pool_gives_out(use: PoolUse, pool_bytes: int, beside: int = 0) -> str:
+    """What runs out, so that the snapshot is given up before its origin's writes fail; or ''. ``beside`` bytes are
+    on their way already.
+    """
     if use.metadata_percent >= POOL_META_GIVE_UP:
         return "metadata"
     free = pool_bytes * (use.data_total - use.data_used) // max(use.data_total, 1)
-    return "data" if free < pool_reserve(pool_bytes) else ""
+    return "data" if free < pool_reserve(pool_bytes) + beside else ""
 
 
 def surely_short(use: PoolUse, pool_bytes: int, needed: int) -> tuple[int, int] | None:

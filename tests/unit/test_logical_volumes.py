@@ -210,6 +210,14 @@ def test_a_pool_is_short_only_where_that_is_sure():
     assert snapshot.surely_short(use, 1000 * MIB, 400 * MIB) == (400 * MIB, 400 * MIB + reserve)
 
 
+def test_what_is_on_its_way_to_a_pool_counts_before_it_is_full():
+    use = snapshot.PoolUse(10, 1000, 900, 1000, writable=True)
+    reserve = snapshot.pool_reserve(1000 * MIB)
+    assert snapshot.pool_gives_out(use, 1000 * MIB) == ""
+    assert snapshot.pool_gives_out(use, 1000 * MIB, 100 * MIB - reserve) == ""
+    assert snapshot.pool_gives_out(use, 1000 * MIB, 100 * MIB - reserve + 1) == "data"
+
+
 @pytest.mark.parametrize(
     ("kind", "status", "mapped"),
     [("thin", "35584 409599", 35584 * 512), ("thin", "0 -", 0), ("thin", "Fail", 0), ("error", "", 0)],
