@@ -87,7 +87,9 @@ def command(
 
     if mapfile is not None and not keep_going:
         raise click.UsageError("--mapfile names what --keep-going leaves out, so it takes that too.")
-    if (target is None) is (create_lv is None):
+    if target is None and create_lv is None:
+        raise click.UsageError("Missing argument 'TARGET'; or take --create-lv VG/NAME.")
+    if target is not None and create_lv is not None:
         raise click.UsageError("Name one of the two: TARGET, or --create-lv VG/NAME.")
     if thin_pool is not None and create_lv is None:
         raise click.UsageError("--thin-pool is where --create-lv makes its volume, so it takes that too.")
