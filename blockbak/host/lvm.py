@@ -140,11 +140,10 @@ def alive(run_id: str, host: str, boot: str, run_dir: str) -> Iterator[Run]:
     path = _lock_path(run_dir, run_id)
     try:
         _private(run_dir)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fd = _held(path)
     except OSError as error:
         raise MapperFailed(action="lock", device=path, reason=error.strerror, errno=error.errno) from error
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield Run(run_id, host, boot, run_dir, fd)
     finally:
         with contextlib.suppress(OSError):
@@ -152,12 +151,28 @@ def alive(run_id: str, host: str, boot: str, run_dir: str) -> Iterator[Run]:
         os.close(fd)
 
 
+def _held(path: str) -> int:
+    """A new lock file, held. Who sweeps may meet it before it is, and remove it: then it is made once more."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.fstat(fd).st_nlink:
+            return fd
+        os.close(fd)
+
+
+def _known_runs(run_dir: str) -> set[str]:
+    """The runs that have a lock file, alive or not."""
+    return {path.name.removeprefix("run-").removesuffix(".lock") for path in Path(run_dir).glob("run-*.lock")}
+
+
 @contextmanager
-def _dead_runs(run_dir: str) -> Iterator[tuple[set[str], list[_Note]]]:
-    """The runs that are alive, and the notes of those that are over, whose files go when this is over."""
-    living, notes = set[str](), list[_Note]()
+def _dead_runs(run_dir: str) -> Iterator[dict[str, _Note]]:
+    """The runs that are over and what they noted; their files go when this is over."""
+    dead: dict[str, _Note] = {}
     with ExitStack() as stack:
-        for path in sorted(Path(run_dir).glob("run-*.lock")):
+        for run_id in sorted(_known_runs(run_dir)):
+            path = Path(_lock_path(run_dir, run_id))
             try:
                 fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
             except OSError:
@@ -166,12 +181,12 @@ def _dead_runs(run_dir: str) -> Iterator[tuple[set[str], list[_Note]]]:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                living.add(path.name.removeprefix("run-").removesuffix(".lock"))
                 continue
+            dead[run_id] = _Note()
             with contextlib.suppress(OSError, ValueError):
-                notes.append(msgspec.json.decode(os.pread(fd, 1 << 20, 0) or b"{}", type=_Note))
+                dead[run_id] = msgspec.json.decode(os.pread(fd, 1 << 20, 0) or b"{}", type=_Note)
             stack.callback(_unlink, path)
-        yield living, notes
+        yield dead
 
 
 def _unlink(path: Path) -> None:
@@ -188,10 +203,15 @@ def sweep(run_dir: str, host: str, boot: str) -> list[str]:
     Raises MissingProgram, CommandFailed where LVM cannot be asked; what cannot be removed is only told.
     """
     said = []
-    with _dead_runs(run_dir) as (living, notes):
+    before = _known_runs(run_dir)
+    with _dead_runs(run_dir) as dead:
         # Asking waits for LVM's own lock: an lvcreate that outlived its blockbak has come to its end then.
         found = volumes()
-        said += _resume(notes)
+        for run_id, note in dead.items():
+            for name, uuid in note.origins:
+                said += _resume(name, uuid, run_id)
+        # Looked for after the volumes: a run that began meanwhile has its snapshot among them.
+        living = (before | _known_runs(run_dir)) - set(dead)
         for one in plan.leftovers(found, host, boot, living):
             what = "unfinished restore" if plan.RESTORE_TAG in one.tags else "snapshot"
             try:
@@ -204,19 +224,14 @@ def sweep(run_dir: str, host: str, boot: str) -> list[str]:
     return said
 
 
-def _resume(notes: Sequence[_Note]) -> list[str]:
-    """Let volumes go on that a killed LVM command left suspended."""
-    origins = [origin for note in notes for origin in note.origins]
-    if not origins:
-        return []
+def _resume(name: str, uuid: str, run_id: str) -> list[str]:
+    """Let a volume go on that a killed LVM command left suspended, with what it suspends below and beside it."""
     said = []
     with Mapper() as mapper:
-        for name, uuid in origins:
-            # The command suspends what lies below and beside the volume as well.
-            for one in mapper.devices():
-                if one.suspended and (_same_volume(one.uuid, uuid) or _is_ours(one.name, name)):
-                    mapper.resume(one.name)
-                    said.append(f"Resumed {one.name}, which was left suspended while {name} was snapshotted.")
+        for one in mapper.devices():
+            if one.suspended and (_same_volume(one.uuid, uuid) or _is_of_run(one.name, name, run_id)):
+                mapper.resume(one.name)
+                said.append(f"Resumed {one.name}, which was left suspended while {name} was snapshotted.")
     return said
 
 
@@ -225,9 +240,9 @@ def _same_volume(uuid: str, other: str) -> bool:
     return uuid.split("-", 2)[:2] == other.split("-", 2)[:2]
 
 
-def _is_ours(name: str, origin: str) -> bool:
-    """Whether it is a part of one of our snapshots in the group of a volume."""
-    return name.startswith(plan.dm_name(lvm_names(origin)[0], plan.PREFIX))
+def _is_of_run(name: str, origin: str, run_id: str) -> bool:
+    """Whether it is a part of a run's own snapshot in the group of a volume."""
+    return name.startswith(plan.dm_name(lvm_names(origin)[0], plan.PREFIX + run_id))
 
 
 def remove(label: str) -> None:
