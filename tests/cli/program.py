@@ -162,8 +162,9 @@ class Running:
         program: Sequence[str] = PROGRAM,
         cwd: Path | None = None,
         env: dict[str, str] | None = None,
+        limit: float = LIMIT_SECONDS,
     ) -> None:
-        self.words = words
+        self.words, self._limit = words, limit
         # Files, not pipes: nobody needs to empty them while it runs.
         self._out = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the `with` is left
         self._err = tempfile.TemporaryFile()  # noqa: SIM115 - the same
@@ -185,7 +186,7 @@ class Running:
 
     def until(self, what: str, holds: Callable[[], bool]) -> Self:
         """Come back as soon as ``holds`` does; fails if the run is over before."""
-        deadline = time.monotonic() + LIMIT_SECONDS
+        deadline = time.monotonic() + self._limit
         while not holds():
             if (status := self._process.poll()) is not None:
                 pytest.fail(f"it was over before {what}: {self._so_far(status)}")
@@ -213,7 +214,7 @@ class Running:
     def end(self) -> Ended:
         """Wait for its end."""
         try:
-            status = self._process.wait(LIMIT_SECONDS)
+            status = self._process.wait(self._limit)
         except subprocess.TimeoutExpired:
             pytest.fail(f"it does not end: {self._so_far(-1)}")
         return must_hold(self._so_far(status))
