@@ -428,6 +428,10 @@ def take(origin: LogicalVolume, run_now: Run, name: str, size: int, *, limit: in
         _create(origin, run_now, name, size)
         _check_hidden(made)
     except BaseException as error:
+        # A command that something killed leaves what it suspended; removing needs none of it, its writers do.
+        with contextlib.suppress(MapperFailed):
+            for line in _resume(origin.dm_name, origin.dm_uuid, run_now.id):
+                error.add_note(line)
         left = made.release()
         if left:
             error.add_note(left)

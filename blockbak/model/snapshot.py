@@ -86,6 +86,11 @@ class LogicalVolume:
         return dm_name(self.group, self.name)
 
     @property
+    def dm_uuid(self) -> str:
+        """Its UUID in device-mapper."""
+        return "LVM-" + (self.group_uuid + self.uuid).replace("-", "")
+
+    @property
     def run(self) -> str:
         """The run that made it, or an empty string."""
         return self._tagged(RUN_TAG)
