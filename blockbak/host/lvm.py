@@ -44,6 +44,7 @@ POLL_SECONDS = 0.25
 _METADATA_MOST = 4 << 20
 """Bytes of a group's metadata text that a point keeps."""
 _REMOVE_TRIES = 10
+_EXTEND_TRIES = 3
 
 
 def _lvm(*arguments: str, deadline: float = CHANGE_SECONDS) -> Completed:
@@ -279,6 +280,7 @@ class Snapshot:
         self.extended = 0
         self._limit, self._pool_bytes = limit, pool
         self._stuck = self._gone = False
+        self._failures = 0
         self._error: SnapshotError | None = None
         self._guard = threading.Lock()
         self._over = threading.Event()
@@ -347,11 +349,14 @@ class Snapshot:
             free = now.free if now else 0
             more = plan.extension(use, self.origin.size, self.origin.lvm_extent, free, self._limit)
             if not more:
-                self._stuck = use.total >= plan.full_size(self.origin.size, self.origin.lvm_extent) or free == 0
+                # It is full size, or at its limit, or the group is empty: asking again would only cost.
+                self._stuck = True
                 return
             _lvm("lvextend", "-q", "-q", "-y", "-L", f"+{more}b", self.label)
         except BlockbakError:
-            self._stuck = True
+            # Another snapshot may have taken what was free a moment ago: then less is asked for.
+            self._failures += 1
+            self._stuck = self._failures >= _EXTEND_TRIES
             return
         self.extended += more
         self.size += more
