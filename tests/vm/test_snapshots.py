@@ -87,7 +87,9 @@ def test_mounted_volumes_thick_and_thin(group, ext4, repository, run_blockbak, t
 
 def seen_by_lvm(*options):
     """What LVM says of physical volumes, on both channels."""
-    done = subprocess.run(["pvs", "--noheadings", "-o", "pv_name,vg_name", *options], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["pvs", "--noheadings", "-o", "pv_name,vg_name", *options], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done
     return done.stdout + done.stderr
 
