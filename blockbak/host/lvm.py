@@ -461,6 +461,6 @@ def _check_hidden(made: Snapshot) -> None:
     name = system.mapped.get(made.dm_name, "")
     if not name:
         raise SnapshotLost(volume=made.origin.label, reason="its device did not appear")
-    reason = scanners.seen(name, system)
+    reason = scanners.seen(name, system) or scanners.seen_by_lvm(made.path)
     if reason:
         raise SnapshotSeen(volume=made.origin.label, reason=reason, device=made.label)
