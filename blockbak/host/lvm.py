@@ -43,6 +43,7 @@ CHANGE_SECONDS = 600.0
 POLL_SECONDS = 0.25
 _METADATA_MOST = 4 << 20
 """Bytes of a group's metadata text that a point keeps."""
+_METADATA_PREFIX = ".metadata-"
 _REMOVE_TRIES = 10
 _EXTEND_TRIES = 3
 
@@ -84,7 +85,7 @@ def pool_bytes(group: str, pool: str) -> int:
 
 def group_metadata(group: str, run_dir: str) -> str:
     """The group's metadata as ``vgcfgbackup`` writes it; empty where LVM does not tell."""
-    path = os.path.join(run_dir, f".metadata-{os.getpid()}-{threading.get_ident()}")
+    path = os.path.join(run_dir, f"{_METADATA_PREFIX}{os.getpid()}-{threading.get_ident()}")
     try:
         _private(run_dir)
         _lvm("vgcfgbackup", "-q", "-q", "-f", path, group)
@@ -190,6 +191,13 @@ def _dead_runs(run_dir: str) -> Iterator[dict[str, _Note]]:
         yield dead
 
 
+def _clear(run_dir: str) -> None:
+    """Remove the metadata texts of processes that are over."""
+    for path in Path(run_dir).glob(f"{_METADATA_PREFIX}*"):
+        if not Path("/proc", path.name.removeprefix(_METADATA_PREFIX).partition("-")[0]).exists():
+            _unlink(path)
+
+
 def _unlink(path: Path) -> None:
     with contextlib.suppress(OSError):
         path.unlink()
@@ -204,6 +212,7 @@ def sweep(run_dir: str, host: str, boot: str) -> list[str]:
     Raises MissingProgram, CommandFailed where LVM cannot be asked; what cannot be removed is only told.
     """
     said = []
+    _clear(run_dir)
     before = _known_runs(run_dir)
     with _dead_runs(run_dir) as dead:
         # Asking waits for LVM's own lock: an lvcreate that outlived its blockbak has come to its end then.
