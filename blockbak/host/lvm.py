@@ -68,7 +68,8 @@ def _report(*arguments: str) -> list[LogicalVolume]:
 
 def volumes() -> list[LogicalVolume]:
     """Every logical volume that is not an inner part of another. Raises MissingProgram, CommandFailed."""
-    return _report()
+    # One that a killed command left suspended would be waited for, if LVM looks into logical volumes.
+    return _report("--config", "devices/ignore_suspended_devices=1")
 
 
 def by_uuid(uuid: str) -> LogicalVolume | None:
