@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import threading
 import time
 from pathlib import Path
 
@@ -291,6 +290,3 @@ exec /usr/sbin/lvs "$@"
             running.go_on()
             assert running.end().status == 0
     check_gone(group)
-
-
-_ = threading

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests.vm.conftest import MIB, lvs, run
-from tests.vm.hot import as_disk, check_gone, check_point, dm_name, noise, ours, pause_reading, start, write
+from tests.vm.hot import as_disk, check_gone, check_point, noise, pause_reading, start, write
 from tests.volumes import fingerprint
 
 RULES = ("12-blockbak.rules", "57-blockbak.rules")
@@ -94,17 +94,18 @@ def seen_by_lvm(*options):
     return done.stdout + done.stderr
 
 
+LVM_LOCAL = Path("/etc/lvm/lvmlocal.conf")
+LOOKS = "devices {\n\tscan_lvs = 1\n}\n"
+LOOKS_ASIDE = 'devices {\n\tscan_lvs = 1\n\tglobal_filter = [ "r|-blockbak--|" ]\n}\n'
+
+
 @pytest.fixture
 def lvm_looks_into_volumes():
     """LVM takes physical volumes inside logical ones for its own, as some set it."""
-    local = Path("/etc/lvm/lvmlocal.conf")
-    before = local.read_bytes() if local.exists() else None
-    local.write_text("devices {\n\tscan_lvs = 1\n}\n")
+    before = LVM_LOCAL.read_bytes() if LVM_LOCAL.exists() else b""
+    LVM_LOCAL.write_text(LOOKS)
     yield
-    if before is None:
-        local.unlink()
-    else:
-        local.write_bytes(before)
+    LVM_LOCAL.write_bytes(before)
 
 
 def test_twins_of_btrfs_and_of_physical_volumes_are_seen_by_nobody(
@@ -121,31 +122,41 @@ def test_twins_of_btrfs_and_of_physical_volumes_are_seen_by_nobody(
         run("lvcreate", "--quiet", "--yes", "-n", "nested", "-L", "16m", inner)
         write(f"/dev/{inner}/nested", 0, noise(2, MIB))
         shown, known = run("btrfs", "filesystem", "show"), seen_by_lvm()
-        words = ("backup", f"{group.name}/btr", f"{group.name}/outer", "--snapshot-size", "16M", "--json")
-        with start(run_blockbak, *words) as running:
-            first = pause_reading(running)
+        words = ("backup", "--snapshot-size", "16M", "--json", f"{group.name}/outer")
+        with start(run_blockbak, *words, f"{group.name}/btr") as running:
+            # LVM would meet the twin, so the first is refused.
+            pause_reading(running)
             run("btrfs", "device", "scan")
             assert run("btrfs", "filesystem", "show") == shown
             (mounted.where / "more").write_bytes(noise(3, 2 * MIB))
             running.go_on()
-            second = pause_reading(running, first)
-            frozen = fingerprint(f"/dev/mapper/{second}")
-            run("pvscan", "--cache")
+            ended = running.end()
+        assert (ended.status, ended.error["name"]) == (1, "SnapshotSeen"), str(ended)
+        assert "global_filter" in ended.error["message"]
+        assert [point["mode"] for point in ended.document["points"]] == ["hot"]
+        run("btrfs", "scrub", "start", "-B", mounted.where)
+        run("btrfs", "device", "stats", "--check", mounted.where)
+        check_gone(group)
+        LVM_LOCAL.write_text(LOOKS_ASIDE)
+        with start(run_blockbak, *words) as running:
+            name = pause_reading(running)
+            frozen = fingerprint(f"/dev/mapper/{name}")
             assert seen_by_lvm() == known
-            assert seen_by_lvm("--config", "devices/scan_lvs=0").split() == [
-                word for word in known.split() if word not in (inner, outer, os.path.realpath(outer))
-            ]
             # Nor is the group locked against changes, as it is where a physical volume has a duplicate.
-            run("lvchange", "--addtag", "changed", f"{inner}/nested")
+            run("lvchange", "--quiet", "--addtag", "changed", f"{inner}/nested")
+            LVM_LOCAL.write_text("")
+            outside = seen_by_lvm()
+            assert group.name in outside
+            assert "WARNING" not in outside
+            assert "blockbak" not in outside
             running.go_on()
             made = running.end()
+        LVM_LOCAL.write_text(LOOKS_ASIDE)
         assert made.status == 0, str(made)
-        run("btrfs", "scrub", "start", "-B", mounted.where)
-        assert run("btrfs", "device", "stats", "--check", mounted.where)
-        check_point(run_blockbak, made.document["points"][1]["point"], tmp_path, frozen)
+        check_point(run_blockbak, made.document["points"][0]["point"], tmp_path, frozen)
         check_gone(group)
     finally:
-        run("vgremove", "--force", "--yes", inner)
+        run("vgremove", "--quiet", "--force", "--yes", inner)
 
 
 def test_a_rule_that_unhides_the_snapshot_is_noticed(make_group, repository, run_blockbak):
@@ -171,7 +182,7 @@ def test_no_room_is_said_beforehand(make_group, repository, run_blockbak):
     group.volume("other", 40 * MIB)
     free = int(float(run("vgs", "--noheadings", "--units", "b", "--nosuffix", "-o", "vg_free", group.name)))
     data = f"{group.name}/data"
-    # A little more than the origin would hold all of it: the room of a small one is not a share, but the whole.
+    # The least that is begun with where nobody asked, and what was asked for.
     for words, needed in (((), 32 * MIB), (("--snapshot-size", "50%"), 32 * MIB)):
         refused = run_blockbak("backup", "--mode", "hot", data, *words, "--json", expect=1).error
         assert refused["name"] == "NoSnapshotRoom"
@@ -248,10 +259,11 @@ def test_two_runs_at_one_time_and_how_fast_they_read(make_group, repository, run
         begun = time.monotonic()
         one.go_on()
         ended = [one.end(), two.end()]
-        assert time.monotonic() - begun > 64 / 8 * 0.8
+        lasted = time.monotonic() - begun
+    # At 8 MiB/s; how much slower it is, is the machine's affair.
+    assert lasted > 64 / 8 * 0.8
     for made, content in zip(ended, held, strict=True):
         assert made.status == 0, str(made)
         (point,) = made.document["points"]
         check_point(run_blockbak, point["point"], tmp_path, content)
     check_gone(group)
-    assert dm_name(group, "one") not in ours(group)

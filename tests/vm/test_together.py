@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import struct
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from tests.cli.program import environment
 from tests.vm.conftest import MIB, run, suspended
-from tests.vm.hot import check_gone, dm_name, instead, killed, noise, ours, start, suspended_path, write
+from tests.vm.hot import as_disk, check_gone, dm_name, instead, killed, noise, ours, start, suspended_path, write
 from tests.volumes import fingerprint
 
 WRITER = """
@@ -138,8 +136,6 @@ def refusal(blockbak, *sources, **env):
 
 
 def test_who_is_refused(make_group, ext4, repository, run_blockbak, tmp_path):
-    from tests.vm.hot import as_disk
-
     group, paths, _ = two(make_group)
     group.pool("pool", 32 * MIB)
     group.thin("pool", "thin", 16 * MIB)
@@ -158,17 +154,11 @@ def test_who_is_refused(make_group, ext4, repository, run_blockbak, tmp_path):
     state.mkdir()
     said = refusal(run_blockbak, first, second, BLOCKBAK_STATE_DIR=str(state))
     assert f"{first} cannot be suspended together with others: it carries blockbak's state directory." in said
-    # What stands for every place that LVM and blockbak's commands need: here a log.
-    where = Path("/var/log/blockbak-test")
-    where.mkdir()
+    # It stands for every place that LVM and blockbak's commands need.
     run("mount", "--bind", mounted.where, "/tmp")
     try:
         said = refusal(run_blockbak, first, second)
         assert f"{first} cannot be suspended together with others: it carries /tmp." in said
     finally:
         run("umount", "/tmp")
-        where.rmdir()
     check_gone(group)
-
-
-_ = os
