@@ -29,8 +29,10 @@ from blockbak.errors import (
     SnapshotLost,
     SnapshotOverflowed,
     SnapshotSeen,
+    SourceError,
 )
 from blockbak.host import scanners
+from blockbak.host.blockio import SourceReader, aligned
 from blockbak.host.device import Device
 from blockbak.host.mapper import Mapper
 from blockbak.host.runner import Completed, run
@@ -348,9 +350,24 @@ class Snapshot:
             if use.percent >= plan.EXTEND_AT and not self._stuck:
                 self._extend(use)
             return None
+        if use == "overflowed" and self._disk_failed():
+            return SnapshotLost(volume=self.origin.label, reason="a disk below it or its origin failed")
         if use == "overflowed":
             return SnapshotOverflowed(volume=self.origin.label, size=self.size)
         return SnapshotLost(volume=self.origin.label, reason="another device has its place")
+
+    def _disk_failed(self) -> bool:
+        """Whether it was given up though it was not full: the kernel does so where it cannot copy a chunk."""
+        with contextlib.suppress(OSError, SourceError), SourceReader(f"{self.path}-cow", exclusive=False) as store:
+
+            def read(offset: int, length: int) -> bytes:
+                memory = aligned(length)
+                # What cannot be read of the table is zeros, and ends it.
+                store.read(offset, memory, length)
+                return memory.tobytes()
+
+            return plan.surely_not_full(read, store.size)
+        return False
 
     def _extend(self, use: plan.ThickUse) -> None:
         """Make it larger. Where that cannot be, it may last until the end all the same."""

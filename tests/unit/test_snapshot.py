@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import replace
 
 import pytest
@@ -179,6 +180,33 @@ def test_extensions_come_to_their_end_in_few_steps(volume):
 )
 def test_the_status_of_a_thick_snapshot(kind, parameters, found):
     assert plan.parse_thick(kind, parameters) == found
+
+
+def store(chunks, held, chunk_bytes=4 * KIB):
+    """An exception store of so many chunks with so many exceptions, as far as anybody reads of it."""
+    each = chunk_bytes // 16
+    table = bytearray(chunks * chunk_bytes)
+    struct.pack_into("<4I", table, 0, 0x70416E53, 0, 1, chunk_bytes // 512)
+    for number in range(held):
+        area, entry = divmod(number, each)
+        struct.pack_into("<QQ", table, (1 + area * (each + 1)) * chunk_bytes + entry * 16, number, 2 + number)
+    return bytes(table)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "held", "room"),
+    [(3000, 0, True), (3000, 255, True), (3000, 256, True), (3000, 257, True), (3000, 945, True), (3000, 946, False),
+     (3000, 2980, False), (2048, 0, False)],
+)  # fmt: skip
+def test_a_store_that_was_not_full_did_not_overflow(chunks, held, room):
+    content = store(chunks, held)
+    assert plan.surely_not_full(lambda at, length: content[at : at + length], len(content)) is room
+
+
+@pytest.mark.parametrize("spoiled", [b"", b"SnAq", b"SnAp" + bytes(4) + b"\2"])
+def test_what_is_no_store_tells_nothing(spoiled):
+    content = spoiled + store(3000, 1)[len(spoiled) :] if spoiled else bytes(3000 * 4 * KIB)
+    assert not plan.surely_not_full(lambda at, length: content[at : at + length], len(content))
 
 
 @pytest.mark.parametrize(
