@@ -155,10 +155,10 @@ def test_who_is_refused(make_group, ext4, repository, run_blockbak, tmp_path):
     said = refusal(run_blockbak, first, second, BLOCKBAK_STATE_DIR=str(state))
     assert f"{first} cannot be suspended together with others: it carries blockbak's state directory." in said
     # It stands for every place that LVM and blockbak's commands need.
-    run("mount", "--bind", mounted.where, "/tmp")
+    run("mount", "--bind", mounted.where, "/var/log")
     try:
         said = refusal(run_blockbak, first, second)
-        assert f"{first} cannot be suspended together with others: it carries /tmp." in said
+        assert f"{first} cannot be suspended together with others: it carries /var/log." in said
     finally:
-        run("umount", "/tmp")
+        run("umount", "/var/log")
     check_gone(group)
