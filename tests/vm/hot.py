@@ -94,16 +94,19 @@ def dm_name(group: Group, volume: str) -> str:
     return f"{group.name.replace('-', '--')}-{volume.replace('-', '--')}"
 
 
-def ours(group: Group) -> list[str]:
-    """The volumes of a group that are named or tagged as blockbak's, and mapped devices that are named so."""
-    named = [one["lv_name"] for one in lvs(group.name) if "blockbak" in one["lv_name"] or "blockbak" in one["lv_tags"]]
-    mapped = [path.read_text().strip() for path in Path("/sys/block").glob("dm-*/dm/name")]
-    return named + [name for name in mapped if "blockbak" in name]
+def mapped(group: Group) -> set[str]:
+    """The group's volumes that are active, as device-mapper has them, without the stores of snapshots."""
+    names = {path.read_text().strip() for path in Path("/sys/block").glob("dm-*/dm/name")}
+    prefix = dm_name(group, "")
+    parts = ("-cow", "-real", "-tpool", "_tdata", "_tmeta")
+    return {name.removeprefix(prefix).replace("--", "-") for name in names if not name.endswith(parts)}
 
 
 def check_gone(group: Group) -> None:
     """Nothing of any run is left on the machine."""
-    assert ours(group) == []
+    left = [one["lv_name"] for one in lvs(group.name) if "blockbak" in one["lv_name"] or "blockbak" in one["lv_tags"]]
+    assert left == []
+    assert [name for name in mapped(group) if "blockbak" in name] == []
     assert suspended() == set()
     assert [path.name for path in RUN_FOLDER.iterdir()] == []
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 
@@ -22,8 +21,8 @@ from tests.vm.hot import (
     dm_name,
     instead,
     killed,
+    mapped,
     noise,
-    ours,
     pause_reading,
     start,
     suspended_path,
@@ -210,39 +209,37 @@ def test_killed_at_each_step(make_group, repository, run_blockbak, tmp_path):
     group.volume("other", 16 * MIB)
     write(data, 0, noise(1, 8 * MIB))
     words = (*HOT, "--snapshot-size", "8M", label)
-    host, boot = os.uname().nodename, Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    host = os.uname().nodename
     ours_of = ("blockbak", "blockbak_run=0badc0de")
     foreigners = {
         foreign(group, "blockbak-untagged", ()),
         foreign(group, "tagged", ("blockbak", "blockbak_run=0badc0de", f"blockbak_host={host}", "blockbak_boot=old")),
         foreign(group, "blockbak-elsewhere", (*ours_of, "blockbak_host=elsewhere", "blockbak_boot=old")),
     }
-    before = foreign(group, "blockbak-0badc0de", (*ours_of, f"blockbak_host={host}", "blockbak_boot=old"))
-    assert boot != "old"
+    others = {"data", "other", *foreigners}
+    foreign(group, "blockbak-0badc0de", (*ours_of, f"blockbak_host={host}", "blockbak_boot=old"))
 
     killed(run_blockbak, *words, env=instead(tmp_path, "lvcreate", KILL_BEFORE))
     # The leftover of an earlier boot went when the run began.
-    left = {name for name in ours(group) if "--" not in name}
-    assert left == foreigners
+    assert mapped(group) == others
     killed(run_blockbak, *words, env=instead(tmp_path, "lvcreate", KILL_AFTER.format(program="lvcreate")))
-    assert len({name for name in ours(group) if "--" not in name} - foreigners) == 1
+    (second,) = mapped(group) - others
     (tmp_path / "bin" / "lvcreate").unlink()
     with start(run_blockbak, *words) as running:
         pause_reading(running)
-        assert len({name for name in ours(group) if "--" not in name} - foreigners) == 1
-    assert before not in ours(group)
+        (third,) = mapped(group) - others - {second}
     said = run_blockbak.json("recover")["done"]
-    assert len([line for line in said if line.startswith(f"Removed {group.name}/blockbak-")]) == 1
-    assert {name for name in ours(group) if "--" not in name} == foreigners
+    removed = [line for line in said if line.startswith(f"Removed {group.name}/")]
+    assert removed == [f"Removed {group.name}/{third}, the snapshot of a run that did not end."]
+    assert mapped(group) == others
     killed(run_blockbak, *words, env=instead(tmp_path, "lvremove", KILL_BEFORE))
     (tmp_path / "bin" / "lvremove").unlink()
     write(data, MIB, noise(2, MIB))
     held = fingerprint(data)
     (point,) = run_blockbak.json(*words[:-1], label)["points"]
     assert point["kind"] == "incremental"
-    assert {name for name in ours(group) if "--" not in name} == foreigners
-    for name in foreigners:
-        run("lvremove", "--quiet", "--yes", f"{group.name}/{name}")
+    assert mapped(group) == others
+    run("lvremove", "--quiet", "--yes", *(f"{group.name}/{name}" for name in foreigners))
     check_gone(group)
     check_point(run_blockbak, point["point"], tmp_path, held)
 

@@ -10,7 +10,7 @@ import time
 
 from tests.cli.program import environment
 from tests.vm.conftest import MIB, run, suspended
-from tests.vm.hot import as_disk, check_gone, dm_name, instead, killed, noise, ours, start, suspended_path, write
+from tests.vm.hot import as_disk, check_gone, dm_name, instead, killed, mapped, noise, start, suspended_path, write
 from tests.volumes import fingerprint
 
 WRITER = """
@@ -117,7 +117,7 @@ kill -KILL $(sed 's/.*"pid": *\\([0-9]*\\).*/\\1/' /run/blockbak/guardian-*.json
     said = run_blockbak.json("recover")["done"]
     assert any("died" in line for line in said), said
     assert suspended() == set()
-    assert ours(group) == []
+    assert mapped(group) == {"a-data", "b-wal"}
     (tmp_path / "bin" / "lvcreate").unlink()
     held = [fingerprint(path) for path in paths]
     assert len(run_blockbak.json(*words(group)[:-3], *words(group)[-2:])["points"]) == 2
