@@ -24,12 +24,14 @@ from tests.vm.hot import (
     mapped,
     noise,
     pause_reading,
+    snapshot_read,
     start,
     suspended_path,
     write,
 )
 from tests.volumes import fingerprint
 
+KIB = 1024
 HOT = ("backup", "--mode", "hot", "--json")
 
 
@@ -86,25 +88,30 @@ def test_a_snapshot_that_fills_is_extended_or_given_up(make_group, repository, r
 
 def test_a_pool_that_fills_is_not_filled_by_the_snapshot(make_group, repository, run_blockbak, tmp_path):
     group = make_group()
-    group.pool("pool", 128 * MIB)
+    group.pool("pool", 112 * MIB)
     data, label = group.thin("pool", "data", 96 * MIB), f"{group.name}/data"
     write(data, 0, noise(1, 64 * MIB))
     other = group.thin("pool", "other", 64 * MIB)
     with start(run_blockbak, *HOT, "--limit", "4M", label) as running:
         pause_reading(running)
         running.go_on()
-        # Each of it must be copied first, for as long as there is a snapshot.
-        for number in range(60):
-            write(data, number * MIB, noise(100 + number, MIB))
-            state = lvs(f"{group.name}/pool")[0]["lv_attr"] if number % 15 == 0 else ""
-            assert "D" not in state
-            time.sleep(0.05)
+        # Each of it takes room of its own, for as long as there is a snapshot: until a twentieth is left.
+        write(data, 0, noise(100, 40 * MIB))
+        for number in range(300):
+            write(data, 40 * MIB + number * 64 * KIB, noise(101 + number, 64 * KIB))
+            if not snapshot_read(running.pid) and number > 40:
+                break
+            time.sleep(0.1)
         error = failed(running.end(), "PoolFull")
+    write(data, 0, noise(3, 16 * MIB))
+    use = lvs(f"{group.name}/pool")[0]
+    assert use["lv_attr"][:6] == "twi-ao"
+    assert use["lv_attr"][8] == "-"
     assert error["fields"]["what"] == "data"
     check_gone(group)
     check_repository(repository)
     # Now others have taken what a snapshot may need.
-    write(other, 0, noise(2, 48 * MIB))
+    write(other, 0, noise(2, 16 * MIB))
     error = failed(run_blockbak(*HOT, label, expect=None), "NoPoolRoom")
     assert error["fields"]["pool"] == f"{group.name}/pool"
     check_gone(group)
