@@ -147,10 +147,12 @@ def instead(folder: Path, program: str, text: str) -> dict[str, str]:
 KILL_BEFORE = "#!/bin/sh\nkill -KILL $PPID\n"
 KILL_AFTER = '#!/bin/sh\n/usr/sbin/{program} "$@"\nkill -KILL $PPID\n'
 KILL_SUSPENDED = """#!/usr/bin/python3 -IS
-# Kills lvcreate while it holds the origin suspended, and then whom the test wants killed too.
+# Kills lvcreate while it holds the origin suspended, and then whom the test wants killed too. strace has it
+# linger after each step it takes of device-mapper.
 import os, signal, sys, time
-child = os.spawnv(os.P_NOWAIT, "/usr/sbin/lvcreate", sys.argv)
-deadline = time.monotonic() + 60
+linger = ["strace", "-o", "/dev/null", "-P", "/dev/mapper/control", "-e", "inject=ioctl:delay_exit=200000"]
+child = os.spawnv(os.P_NOWAIT, "/usr/bin/strace", [*linger, "/usr/sbin/lvcreate", *sys.argv[1:]])
+deadline = time.monotonic() + 100
 with open({suspended!r}) as file:
     while True:
         file.seek(0)
@@ -158,7 +160,8 @@ with open({suspended!r}) as file:
             break
         if time.monotonic() > deadline or os.waitpid(child, os.WNOHANG)[0]:
             sys.exit("it was never seen suspended")
-os.kill(child, signal.SIGKILL)
+with open(f"/proc/{{child}}/task/{{child}}/children") as file:
+    os.kill(int(file.read()), signal.SIGKILL)
 os.waitpid(child, 0)
 {then}
 sys.exit(1)
