@@ -46,6 +46,8 @@ POLL_SECONDS = 0.25
 _METADATA_MOST = 4 << 20
 """Bytes of a group's metadata text that a point keeps."""
 _METADATA_PREFIX = ".metadata-"
+_GROUP_UUID_END = len("LVM-") + 32
+"""Where a volume's own UUID begins in that of device-mapper."""
 _REMOVE_TRIES = 10
 _EXTEND_TRIES = 3
 
@@ -173,7 +175,7 @@ def _known_runs(run_dir: str) -> set[str]:
 
 @contextmanager
 def _dead_runs(run_dir: str) -> Iterator[dict[str, _Note]]:
-    """The runs that are over and what they noted; their files go when this is over."""
+    """The runs that are over and what they noted; their files go when this ends without an error."""
     dead: dict[str, _Note] = {}
     with ExitStack() as stack:
         for run_id in sorted(_known_runs(run_dir)):
@@ -190,8 +192,10 @@ def _dead_runs(run_dir: str) -> Iterator[dict[str, _Note]]:
             dead[run_id] = _Note()
             with contextlib.suppress(OSError, ValueError):
                 dead[run_id] = msgspec.json.decode(os.pread(fd, 1 << 20, 0) or b"{}", type=_Note)
-            stack.callback(_unlink, path)
         yield dead
+        # What could not be let go of is to be known to the next run as well.
+        for run_id in dead:
+            _unlink(Path(_lock_path(run_dir, run_id)))
 
 
 def _clear(run_dir: str) -> None:
@@ -238,19 +242,37 @@ def sweep(run_dir: str, host: str, boot: str) -> list[str]:
 
 
 def _resume(name: str, uuid: str, run_id: str) -> list[str]:
-    """Let a volume go on that a killed LVM command left suspended, with what it suspends below and beside it."""
-    said = []
+    """Let a volume go on that a killed LVM command left suspended, with what it suspends below and beside it: of
+    a thin one the pool too. Raises MapperFailed for the first that does not, when all were tried.
+    """
+    parts, said = _parts(name, uuid), []
+    failed: MapperFailed | None = None
     with Mapper() as mapper:
         for one in mapper.devices():
-            if one.suspended and (_same_volume(one.uuid, uuid) or _is_of_run(one.name, name, run_id)):
-                mapper.resume(one.name)
-                said.append(f"Resumed {one.name}, which was left suspended while {name} was snapshotted.")
+            if one.suspended and (_volume_part(one.uuid) in parts or _is_of_run(one.name, name, run_id)):
+                try:
+                    mapper.resume(one.name)
+                except MapperFailed as error:
+                    failed = failed or error
+                else:
+                    said.append(f"Resumed {one.name}, which was left suspended while {name} was snapshotted.")
+    if failed is not None:
+        raise failed
     return said
 
 
-def _same_volume(uuid: str, other: str) -> bool:
-    """Whether two device-mapper UUIDs (``LVM-``, group and volume, and a suffix) are parts of one volume."""
-    return uuid.split("-", 2)[:2] == other.split("-", 2)[:2]
+def _parts(name: str, uuid: str) -> set[str]:
+    """The volumes of its group that a volume consists of, itself too, as device-mapper's UUIDs begin."""
+    system = System()
+    below = system.below(system.mapped[name]) if name in system.mapped else set[str]()
+    uuids = [uuid, *(system.attribute(one, "dm/uuid") for one in below)]
+    # Another group that it lies on is none of its affair.
+    return {_volume_part(one) for one in uuids if one.startswith(uuid[:_GROUP_UUID_END])}
+
+
+def _volume_part(uuid: str) -> str:
+    """``LVM-`` with the group and the volume, of a device-mapper UUID; what follows names a part of the volume."""
+    return "-".join(uuid.split("-", 2)[:2])
 
 
 def _is_of_run(name: str, origin: str, run_id: str) -> bool:
