@@ -249,8 +249,11 @@ class SnapshotLost(SnapshotError):
 
 
 class SnapshotSeen(SnapshotError):
-    message = "The snapshot of {volume} is not hidden from udev's scanners: {reason}."
-    advice = "A scanner could mistake it for its origin. Look for other rules about {device} in /etc/udev/rules.d."
+    message = "The snapshot of {volume} is not hidden from scanners: {reason}."
+    advice = (
+        "A scanner could mistake it for its origin. Look for other rules about {device} in /etc/udev/rules.d, or at "
+        "lvm.conf."
+    )
 
 
 class SetVoid(SnapshotError):

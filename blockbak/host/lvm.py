@@ -30,8 +30,10 @@ from blockbak.errors import (
     SnapshotLost,
     SnapshotOverflowed,
     SnapshotSeen,
+    SourceError,
 )
 from blockbak.host import scanners
+from blockbak.host.blockio import SourceReader, aligned
 from blockbak.host.device import Device, devices
 from blockbak.host.mapper import Mapper
 from blockbak.host.marks import reading
@@ -47,7 +49,11 @@ CHANGE_SECONDS = 600.0
 POLL_SECONDS = 0.25
 _METADATA_MOST = 4 << 20
 """Bytes of a group's metadata text that a point keeps."""
+_METADATA_PREFIX = ".metadata-"
+_GROUP_UUID_END = len("LVM-") + 32
+"""Where a volume's own UUID begins in that of device-mapper."""
 _REMOVE_TRIES = 10
+_EXTEND_TRIES = 3
 
 
 def _lvm(*arguments: str, deadline: float = CHANGE_SECONDS) -> Completed:
@@ -70,7 +76,8 @@ def _report(*arguments: str) -> list[LogicalVolume]:
 
 def volumes() -> list[LogicalVolume]:
     """Every logical volume that is not an inner part of another. Raises MissingProgram, CommandFailed."""
-    return _report()
+    # One that a killed command left suspended would be waited for, if LVM looks into logical volumes.
+    return _report("--config", "devices/ignore_suspended_devices=1")
 
 
 def by_uuid(uuid: str) -> LogicalVolume | None:
@@ -131,7 +138,7 @@ def pool_bytes(group: str, pool: str) -> int:
 
 def group_metadata(group: str, run_dir: str) -> str:
     """The group's metadata as ``vgcfgbackup`` writes it; empty where LVM does not tell."""
-    path = os.path.join(run_dir, f".metadata-{os.getpid()}-{threading.get_ident()}")
+    path = os.path.join(run_dir, f"{_METADATA_PREFIX}{os.getpid()}-{threading.get_ident()}")
     try:
         _private(run_dir)
         _lvm("vgcfgbackup", "-q", "-q", "-f", path, group)
@@ -188,11 +195,10 @@ def alive(run_id: str, host: str, boot: str, run_dir: str) -> Iterator[Run]:
     path = _lock_path(run_dir, run_id)
     try:
         _private(run_dir)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fd = _held(path)
     except OSError as error:
         raise MapperFailed(action="lock", device=path, reason=error.strerror, errno=error.errno) from error
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield Run(run_id, host, boot, run_dir, fd)
     finally:
         with contextlib.suppress(OSError):
@@ -200,12 +206,28 @@ def alive(run_id: str, host: str, boot: str, run_dir: str) -> Iterator[Run]:
         os.close(fd)
 
 
+def _held(path: str) -> int:
+    """A new lock file, held. Who sweeps may meet it before it is, and remove it: then it is made once more."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.fstat(fd).st_nlink:
+            return fd
+        os.close(fd)
+
+
+def _known_runs(run_dir: str) -> set[str]:
+    """The runs that have a lock file, alive or not."""
+    return {path.name.removeprefix("run-").removesuffix(".lock") for path in Path(run_dir).glob("run-*.lock")}
+
+
 @contextmanager
-def _dead_runs(run_dir: str) -> Iterator[tuple[set[str], list[_Note]]]:
-    """The runs that are alive, and the notes of those that are over, whose files go when this is over."""
-    living, notes = set[str](), list[_Note]()
+def _dead_runs(run_dir: str) -> Iterator[dict[str, _Note]]:
+    """The runs that are over and what they noted; their files go when this ends without an error."""
+    dead: dict[str, _Note] = {}
     with ExitStack() as stack:
-        for path in sorted(Path(run_dir).glob("run-*.lock")):
+        for run_id in sorted(_known_runs(run_dir)):
+            path = Path(_lock_path(run_dir, run_id))
             try:
                 fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
             except OSError:
@@ -214,12 +236,21 @@ def _dead_runs(run_dir: str) -> Iterator[tuple[set[str], list[_Note]]]:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                living.add(path.name.removeprefix("run-").removesuffix(".lock"))
                 continue
+            dead[run_id] = _Note()
             with contextlib.suppress(OSError, ValueError):
-                notes.append(msgspec.json.decode(os.pread(fd, 1 << 20, 0) or b"{}", type=_Note))
-            stack.callback(_unlink, path)
-        yield living, notes
+                dead[run_id] = msgspec.json.decode(os.pread(fd, 1 << 20, 0) or b"{}", type=_Note)
+        yield dead
+        # What could not be let go of is to be known to the next run as well.
+        for run_id in dead:
+            _unlink(Path(_lock_path(run_dir, run_id)))
+
+
+def _clear(run_dir: str) -> None:
+    """Remove the metadata texts of processes that are over."""
+    for path in Path(run_dir).glob(f"{_METADATA_PREFIX}*"):
+        if not Path("/proc", path.name.removeprefix(_METADATA_PREFIX).partition("-")[0]).exists():
+            _unlink(path)
 
 
 def _unlink(path: Path) -> None:
@@ -236,10 +267,16 @@ def sweep(run_dir: str, host: str, boot: str) -> list[str]:
     Raises MissingProgram, CommandFailed where LVM cannot be asked; what cannot be removed is only told.
     """
     said = []
-    with _dead_runs(run_dir) as (living, notes):
+    _clear(run_dir)
+    before = _known_runs(run_dir)
+    with _dead_runs(run_dir) as dead:
         # Asking waits for LVM's own lock: an lvcreate that outlived its blockbak has come to its end then.
         found = volumes()
-        said += _resume(notes)
+        for run_id, note in dead.items():
+            for name, uuid in note.origins:
+                said += _resume(name, uuid, run_id)
+        # Looked for after the volumes: a run that began meanwhile has its snapshot among them.
+        living = (before | _known_runs(run_dir)) - set(dead)
         for one in plan.leftovers(found, host, boot, living):
             what = "unfinished restore" if plan.RESTORE_TAG in one.tags else "snapshot"
             try:
@@ -252,30 +289,43 @@ def sweep(run_dir: str, host: str, boot: str) -> list[str]:
     return said
 
 
-def _resume(notes: Sequence[_Note]) -> list[str]:
-    """Let volumes go on that a killed LVM command left suspended."""
-    origins = [origin for note in notes for origin in note.origins]
-    if not origins:
-        return []
-    said = []
+def _resume(name: str, uuid: str, run_id: str) -> list[str]:
+    """Let a volume go on that a killed LVM command left suspended, with what it suspends below and beside it: of
+    a thin one the pool too. Raises MapperFailed for the first that does not, when all were tried.
+    """
+    parts, said = _parts(name, uuid), []
+    failed: MapperFailed | None = None
     with Mapper() as mapper:
-        for name, uuid in origins:
-            # The command suspends what lies below and beside the volume as well.
-            for one in mapper.devices():
-                if one.suspended and (_same_volume(one.uuid, uuid) or _is_ours(one.name, name)):
+        for one in mapper.devices():
+            if one.suspended and (_volume_part(one.uuid) in parts or _is_of_run(one.name, name, run_id)):
+                try:
                     mapper.resume(one.name)
+                except MapperFailed as error:
+                    failed = failed or error
+                else:
                     said.append(f"Resumed {one.name}, which was left suspended while {name} was snapshotted.")
+    if failed is not None:
+        raise failed
     return said
 
 
-def _same_volume(uuid: str, other: str) -> bool:
-    """Whether two device-mapper UUIDs (``LVM-``, group and volume, and a suffix) are parts of one volume."""
-    return uuid.split("-", 2)[:2] == other.split("-", 2)[:2]
+def _parts(name: str, uuid: str) -> set[str]:
+    """The volumes of its group that a volume consists of, itself too, as device-mapper's UUIDs begin."""
+    system = System()
+    below = system.below(system.mapped[name]) if name in system.mapped else set[str]()
+    uuids = [uuid, *(system.attribute(one, "dm/uuid") for one in below)]
+    # Another group that it lies on is none of its affair.
+    return {_volume_part(one) for one in uuids if one.startswith(uuid[:_GROUP_UUID_END])}
 
 
-def _is_ours(name: str, origin: str) -> bool:
-    """Whether it is a part of one of our snapshots in the group of a volume."""
-    return name.startswith(plan.dm_name(lvm_names(origin)[0], plan.PREFIX))
+def _volume_part(uuid: str) -> str:
+    """``LVM-`` with the group and the volume, of a device-mapper UUID; what follows names a part of the volume."""
+    return "-".join(uuid.split("-", 2)[:2])
+
+
+def _is_of_run(name: str, origin: str, run_id: str) -> bool:
+    """Whether it is a part of a run's own snapshot in the group of a volume."""
+    return name.startswith(plan.dm_name(lvm_names(origin)[0], plan.PREFIX + run_id))
 
 
 def remove(label: str) -> None:
@@ -312,6 +362,7 @@ class Snapshot:
         self.extended = 0
         self._limit, self._pool_bytes = limit, pool
         self._stuck = self._gone = False
+        self._failures = 0
         self._error: SnapshotError | None = None
         self._guard = threading.Lock()
         self._over = threading.Event()
@@ -369,9 +420,24 @@ class Snapshot:
             if use.percent >= plan.EXTEND_AT and not self._stuck:
                 self._extend(use)
             return None
+        if use == "overflowed" and self._disk_failed():
+            return SnapshotLost(volume=self.origin.label, reason="a disk below it or its origin failed")
         if use == "overflowed":
             return SnapshotOverflowed(volume=self.origin.label, size=self.size)
         return SnapshotLost(volume=self.origin.label, reason="another device has its place")
+
+    def _disk_failed(self) -> bool:
+        """Whether it was given up though it was not full: the kernel does so where it cannot copy a chunk."""
+        with contextlib.suppress(OSError, SourceError), SourceReader(f"{self.path}-cow", exclusive=False) as store:
+
+            def read(offset: int, length: int) -> bytes:
+                memory = aligned(length)
+                # What cannot be read of the table is zeros, and ends it.
+                store.read(offset, memory, length)
+                return memory.tobytes()
+
+            return plan.surely_not_full(read, store.size)
+        return False
 
     def _extend(self, use: plan.ThickUse) -> None:
         """Make it larger. Where that cannot be, it may last until the end all the same."""
@@ -380,11 +446,14 @@ class Snapshot:
             free = now.free if now else 0
             more = plan.extension(use, self.origin.size, self.origin.lvm_extent, free, self._limit)
             if not more:
-                self._stuck = use.total >= plan.full_size(self.origin.size, self.origin.lvm_extent) or free == 0
+                # It is full size, or at its limit, or the group is empty: asking again would only cost.
+                self._stuck = True
                 return
             _lvm("lvextend", "-q", "-q", "-y", "-L", f"+{more}b", self.label)
         except BlockbakError:
-            self._stuck = True
+            # Another snapshot may have taken what was free a moment ago: then less is asked for.
+            self._failures += 1
+            self._stuck = self._failures >= _EXTEND_TRIES
             return
         self.extended += more
         self.size += more
@@ -461,6 +530,10 @@ def take(origin: LogicalVolume, run_now: Run, name: str, size: int, *, limit: in
         _create(origin, run_now, name, size)
         _check_hidden(made)
     except BaseException as error:
+        # A command that something killed leaves what it suspended; removing needs none of it, its writers do.
+        with contextlib.suppress(MapperFailed):
+            for line in _resume(origin.dm_name, origin.dm_uuid, run_now.id):
+                error.add_note(line)
         left = made.release()
         if left:
             error.add_note(left)
@@ -485,7 +558,7 @@ def _check_hidden(made: Snapshot) -> None:
     name = system.mapped.get(made.dm_name, "")
     if not name:
         raise SnapshotLost(volume=made.origin.label, reason="its device did not appear")
-    reason = scanners.seen(name, system)
+    reason = scanners.seen(name, system) or scanners.seen_by_lvm(made.path)
     if reason:
         raise SnapshotSeen(volume=made.origin.label, reason=reason, device=made.label)
 

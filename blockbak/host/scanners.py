@@ -9,6 +9,7 @@ from pathlib import Path
 from blockbak.errors import BlockbakError
 from blockbak.host.runner import run
 from blockbak.host.system import System
+from blockbak.units import SECTOR
 
 RULE_NAMES = ("12-blockbak.rules", "57-blockbak.rules")
 """One rule, twice: LVM's own rules are numbered from 10 to 13, Debian's from 55 to 60."""
@@ -23,6 +24,8 @@ FOLDERS = (
 )
 """udev(7): where rules lie, the first of a name wins."""
 _VOLATILE = "/run/udev/rules.d"
+_LABEL, _LABEL_SECTORS = b"LABELONE", 4
+"""LVM's mark of a physical volume, in one of its first sectors (lib/label/label.h)."""
 _WANTED = {"DM_UDEV_DISABLE_OTHER_RULES_FLAG": "1", "SYSTEMD_READY": "0", "UDISKS_IGNORE": "1"}
 
 
@@ -73,3 +76,17 @@ def seen(name: str, system: System | None = None) -> str:
         return "udev knows nothing of it yet"
     wrong = [f"{key} is {known.get(key, 'not set')}" for key, value in _WANTED.items() if known.get(key) != value]
     return ", ".join(wrong)
+
+
+def seen_by_lvm(path: str) -> str:
+    """Why LVM may take a snapshot for the physical volume that its origin is; empty where that cannot be.
+
+    No rule of udev helps there: where lvm.conf has it look into logical volumes, it looks into all of them.
+    """
+    with contextlib.suppress(OSError), open(path, "rb") as device:
+        start = device.read(_LABEL_SECTORS * SECTOR)
+        if any(start.startswith(_LABEL, at) for at in range(0, len(start), SECTOR)):
+            done = run(["pvs", "-q", "-q", "--noheadings", "-o", "pv_name", path], accept=(0, 5))
+            if done.status == 0:
+                return 'LVM looks into it (scan_lvs) until lvm.conf has global_filter = [ "r|-blockbak--|" ]'
+    return ""

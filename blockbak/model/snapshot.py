@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -30,6 +31,14 @@ EXTEND_AT = 70
 """Percent full at which a thick snapshot is extended."""
 POOL_META_MOST, POOL_META_GIVE_UP = 90, 95
 """Percent of a thin pool's metadata in use: more than that and no snapshot is begun; a running one is given up."""
+
+STORE_CHUNK_LEAST = 4 * KIB
+"""The smallest chunk of an exception store; all others are multiples of it."""
+_STORE_MAGIC = 0x70416E53
+_EXCEPTION = struct.Struct("<QQ")
+"""``struct core_exception``: old chunk, new chunk."""
+_STORE_PENDING = 2048 + 1
+"""Chunks that are being copied at once at most, and are not in the table yet (drivers/md/dm-snap.c, cow_threshold)."""
 
 Health: TypeAlias = Literal["good", "overflowed", "lost"]
 
@@ -84,6 +93,11 @@ class LogicalVolume:
     def dm_name(self) -> str:
         """Its device-mapper name."""
         return dm_name(self.group, self.name)
+
+    @property
+    def dm_uuid(self) -> str:
+        """Its UUID in device-mapper."""
+        return "LVM-" + (self.group_uuid + self.uuid).replace("-", "")
 
     @property
     def run(self) -> str:
@@ -273,6 +287,26 @@ def parse_thick(kind: str, parameters: str) -> ThickUse | Health:
         # "Invalid", "Overflow", "Merge failed", "Unknown".
         return "overflowed"
     return ThickUse(int(found[1]) * SECTOR, int(found[2]) * SECTOR)
+
+
+def surely_not_full(read: Callable[[int, int], bytes], store_bytes: int) -> bool:
+    """Whether an exception store that the kernel gave up still had room, by its own table: then it did not
+    overflow, but a disk failed. ``read`` gives so many bytes at an offset.
+    """
+    magic, _, version, chunk_sectors = struct.unpack_from("<4I", read(0, STORE_CHUNK_LEAST))
+    chunk = chunk_sectors * SECTOR
+    if magic != _STORE_MAGIC or version != 1 or chunk < STORE_CHUNK_LEAST or chunk % STORE_CHUNK_LEAST:
+        return False
+    each = chunk // _EXCEPTION.size
+    used, area, chunks = 1, 0, store_bytes // chunk
+    while (at := 1 + area * (each + 1)) < chunks:
+        # One that names no new chunk ends the table (kernel, drivers/md/dm-snap-persistent.c).
+        held = next((n for n, (_, new) in enumerate(_EXCEPTION.iter_unpack(read(at * chunk, chunk))) if not new), each)
+        used += 1 + held
+        area += 1
+        if held < each:
+            break
+    return used + _STORE_PENDING < chunks
 
 
 def extension(use: ThickUse, origin_bytes: int, lvm_extent: int, free: int, limit: int | None) -> int:

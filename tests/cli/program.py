@@ -195,8 +195,10 @@ class Running(_Child):
         program: Sequence[str] = PROGRAM,
         cwd: Path | None = None,
         env: dict[str, str] | None = None,
+        limit: float = LIMIT_SECONDS,
     ) -> None:
         super().__init__(words)
+        self._limit = limit
         self._err = self._file()
         self._process = subprocess.Popen(
             [*program, *words], stdin=subprocess.DEVNULL, stdout=self._out, stderr=self._err, cwd=cwd,
@@ -216,7 +218,7 @@ class Running(_Child):
 
     def until(self, what: str, holds: Callable[[], bool]) -> Self:
         """Come back as soon as ``holds`` does; fails if the run is over before."""
-        deadline = time.monotonic() + LIMIT_SECONDS
+        deadline = time.monotonic() + self._limit
         while not holds():
             if (status := self._process.poll()) is not None:
                 pytest.fail(f"it was over before {what}: {self._so_far(status)}")
@@ -240,7 +242,7 @@ class Running(_Child):
     def end(self) -> Ended:
         """Wait for its end."""
         try:
-            status = self._process.wait(LIMIT_SECONDS)
+            status = self._process.wait(self._limit)
         except subprocess.TimeoutExpired:
             pytest.fail(f"it does not end: {self._so_far(-1)}")
         return must_hold(self._so_far(status))
