@@ -22,6 +22,7 @@ import pytest
 from tests.cli import program
 from tests.cli.program import Ended
 from tests.conftest import Loop
+from tests.host.stage import Forks
 
 MIB = 1 << 20
 LIMIT_SECONDS = 240
@@ -213,28 +214,48 @@ def group(request: pytest.FixtureRequest, make_group: Callable[..., Group]) -> G
 # --- the program ----------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="session")
+def forks(temporary_files: Path) -> Iterator[Forks]:
+    """A process that has imported the installed program: where each instruction is emulated, that takes seconds."""
+    folder = temporary_files / "forks"
+    folder.mkdir()
+    made = Forks(folder)
+    yield made
+    made.end()
+
+
 @dataclass
 class Blockbak:
-    """The installed command, with what a person would have exported."""
+    """The installed program, with what a person would have exported. ``expect=None`` takes every exit status."""
 
+    forks: Forks
     exported: dict[str, str]
 
     def __call__(self, *words: object, expect: int | None = 0) -> Ended:
-        """Run it to its end. ``expect=None`` takes every exit status."""
-        argv = [word if isinstance(word, bytes) else str(word) for word in words]
+        """Run it to its end, in a child of a process that has imported it."""
+        argv = [str(word) for word in words]
+        status, out, err = self.forks.run(argv, Path("/"), self.exported)
+        return self._expected(program.must_hold(Ended(tuple(argv), status, out.encode(), err.encode())), expect)
+
+    def json(self, *words: object, expect: int | None = 0) -> Any:
+        """The same with ``--json``; its document."""
+        return self(*words, "--json", expect=expect).document
+
+    def command(self, *words: object, expect: int | None = 0) -> Ended:
+        """Run the command itself, as a shell would; for what the start or the environment has a part in."""
+        argv = [str(word) for word in words]
         ended = program.run(*argv, program=("blockbak",), env=self.exported, limit=LIMIT_SECONDS)
+        return self._expected(ended, expect)
+
+    def _expected(self, ended: Ended, expect: int | None) -> Ended:
         assert expect is None or ended.status == expect, f"not {expect}: {ended}"
         return ended
 
-    def json(self, *words: object, expect: int | None = 0) -> Any:
-        """Run it with ``--json``; its document."""
-        return self(*words, "--json", expect=expect).document
-
 
 @pytest.fixture
-def run_blockbak(tmp_path: Path) -> Blockbak:
-    """``run_blockbak("devices")`` runs the installed command; ``.json("devices")`` gives its document."""
-    return Blockbak({"BLOCKBAK_STATE_DIR": str(tmp_path / "state")})
+def run_blockbak(forks: Forks, tmp_path: Path) -> Blockbak:
+    """``run_blockbak("devices")`` runs the installed program; ``.json("devices")`` gives its document."""
+    return Blockbak(forks, {"BLOCKBAK_STATE_DIR": str(tmp_path / "state")})
 
 
 @pytest.fixture
