@@ -183,16 +183,11 @@ def backup_all(
     With hooks, or together, the snapshots of all hot sources are made before the first is read.
     """
     hot = hot or HotOptions()
-    try:
-        grouped = hot.grouped()
-    except BlockbakError as error:
-        tell(error)
-        return
     waiting: list[Request] = []
     for request in requests:
         try:
             context.check()
-            if hot.together or (grouped and _is_hot(request)):
+            if hot.together or (len(requests) > 1 and _is_hot(request) and hot.has_hooks()):
                 waiting.append(request)
                 continue
             result: Result = backup(repository, request, context, hot=hot, dry_run=dry_run)
@@ -206,7 +201,8 @@ def backup_all(
 
 
 def _is_hot(request: Request) -> bool:
-    return resolve_mode(devices.look(request.source), request.mode) == "hot"
+    device = devices.look(request.source)
+    return device.is_lv and resolve_mode(device, request.mode) == "hot"
 
 
 def backup(

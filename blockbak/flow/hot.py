@@ -49,9 +49,9 @@ class HotOptions:
     together: bool = False
     together_seconds: float = TOGETHER_SECONDS
 
-    def grouped(self) -> bool:
-        """Whether all snapshots are made at one time, before the first is read."""
-        return self.together or bool(hooks.find(self.freeze_with, self.hooks_folder))
+    def has_hooks(self) -> bool:
+        """Whether applications are brought to rest. Raises NoSuchHook, UnsafeHook."""
+        return bool(hooks.find(self.freeze_with, self.hooks_folder))
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +197,7 @@ def snapshots(
                     context.say(left)
 
         stack.callback(give_back)
-        moment = context.now()
-        rest = _take(members, origins, rooms, options, run, made, context)
+        moment, rest = _take(members, origins, rooms, options, run, made, context)
         set_id = run_id if options.together else ""
         sources = []
         for member, snapshot in zip(members, made, strict=True):
@@ -220,18 +219,23 @@ def _take(
     run: Run,
     made: list[Snapshot],
     context: Context,
-) -> Rest | None:
-    """Fill ``made``, within a rest where there is one. Raises SetVoid where it ended too soon."""
+) -> tuple[datetime, Rest | None]:
+    """Fill ``made``, within a rest where there is one; a moment whose every write is in them, and the rest.
+
+    Raises SetVoid where the rest ended too soon.
+    """
     wanted = hooks.find(options.freeze_with, options.hooks_folder)
     if not wanted and not options.together:
+        moment = context.now()
         _make(origins, rooms, options, run, made, None, context)
-        return None
+        return moment, None
     devices = [(one.seen.device.dm_name, one.seen.device.dm_uuid) for one in members] if options.together else []
     deadline = options.together_seconds if options.together and not wanted else options.freeze_seconds
     with hooks.at_rest(
         wanted, _facts(members, options, run), deadline=deadline, run_dir=context.run_dir, boot=run.boot,
         devices=devices, say=context.say,
     ) as rest:  # fmt: skip
+        moment = context.now()
         if devices:
             rest.within(options.together_seconds)
             with Mapper() as mapper:
@@ -240,7 +244,7 @@ def _take(
         _make(origins, rooms, options, run, made, rest, context)
     if not rest.in_time:
         raise SetVoid(reason="; ".join(rest.reasons) or "the deadline passed")
-    return rest
+    return moment, rest
 
 
 def _make(

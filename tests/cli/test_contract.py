@@ -204,7 +204,7 @@ def test_a_surplus_argument_is_a_wrong_command_line(verb: Verb) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        [], ["-r"], ["-r", "x"], ["nosuchverb"], ["prune"], ["mount", "latest", "x"], ["backup", "--mode", "hot", "x"],
+        [], ["-r"], ["-r", "x"], ["nosuchverb"], ["prune"], ["mount", "latest", "x"], ["backup", "--mode", "warm", "x"],
         ["backup", "--kind", "partial", "x"], ["backup", "--block-size", "3000", "x"],
         ["backup", "--block-size", "2M", "x"], ["backup", "--compress", "zstd:99", "x"],
         ["backup", "--compress", "lz4", "x"], ["backup", "--name", "one", "x", "y"], ["backup", "--wait", "-1", "x"],
