@@ -18,7 +18,7 @@ from blockbak.errors import (
     NoUsableParent,
 )
 from blockbak.flow.context import Context, iso
-from blockbak.flow.hot import HotOptions, Member, foreseen, snapshots
+from blockbak.flow.hot import HotOptions, Member, consistency, foreseen, snapshots
 from blockbak.flow.points import damage_since, highest_sequence, open_chain
 from blockbak.flow.scan import scan
 from blockbak.flow.source import AtRest, Request, Seen, Settled, Source, look, look_at, resolve_mode
@@ -422,12 +422,12 @@ def _planned(repository: Repository, seen: Seen, request: Request, context: Cont
         with _parent_view(volume, catalog, choice, request) as (checked, _):
             choice = checked
     notes = [f"A full is made: {choice.reason}."] if choice.reason else []
-    consistency = {"cold": "cold", "hot": "filesystem" if device.mounts else "crash"}.get(seen.mode, "none")
+    found = {"cold": "cold", "hot": consistency(device, hooked=False)}.get(seen.mode, "none")
     return Report(
         point="", volume=name, kind=choice.kind, synthetic=False,
         parent=choice.parent.id if choice.parent else None,
         sequence=points[-1].sequence + 1 if points else 1,
-        mode=seen.mode, consistency=consistency, change_source="scan",
+        mode=seen.mode, consistency=found, change_source="scan",
         device_bytes=device.size, read_bytes=device.size, changed_bytes=0, stored_bytes=0, bad_bytes=0,
         seconds=0.0, source=device.label, file="", root="", notes=notes,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from blockbak.errors import NotTogether, SetVoid, SourceChangedSize
 from blockbak.flow.context import Context
 from blockbak.flow.leftovers import settle
 from blockbak.flow.source import Circumstances, Seen, Settled, group_metadata
-from blockbak.host import hooks, lvm, scanners, usage
+from blockbak.host import hooks, lvm, runner, scanners, usage
 from blockbak.host.blockio import SourceReader
 from blockbak.host.device import Device
 from blockbak.host.hooks import Rest
@@ -33,6 +33,8 @@ HOOKS_FOLDER = "/etc/blockbak/hooks.d"
 _LIVE_PLACES = ("/", "/usr", "/etc", "/var", "/tmp", "/etc/lvm", "/var/log", "/run")  # noqa: S108 - looked at, not used
 """Where the commands that make snapshots, and what they wait for, read and write."""
 _RUN_DIGITS = 8
+_NOT_FROZEN = frozenset({"bcachefs", "btrfs"})
+"""File systems that may have several devices: the kernel does not find them by one that it suspends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +143,15 @@ def _program_places() -> list[str]:
 
 
 def consistency(device: Device, *, hooked: bool) -> str:
-    """What a snapshot of it is worth: LVM freezes a file system that is mounted from the volume itself."""
+    """What a snapshot of it is worth: LVM freezes a file system that is mounted from the volume itself, if it can."""
     if hooked:
         return "application"
-    return "filesystem" if device.mounts else "crash"
+    return "filesystem" if device.mounts and not _not_frozen(device) else "crash"
+
+
+def _not_frozen(device: Device) -> list[str]:
+    """Where file systems are mounted from it that are not frozen while it is suspended."""
+    return [mount.target for mount in device.mounts if mount.fstype in _NOT_FROZEN]
 
 
 def foreseen(members: Sequence[Member], options: HotOptions, repository: str, state: str) -> list[str]:
@@ -227,6 +234,7 @@ def _take(
     wanted = hooks.find(options.freeze_with, options.hooks_folder)
     if not wanted and not options.together:
         moment = context.now()
+        _sync(members)
         _make(origins, rooms, options, run, made, None, context)
         return moment, None
     devices = [(one.seen.device.dm_name, one.seen.device.dm_uuid) for one in members] if options.together else []
@@ -236,6 +244,8 @@ def _take(
         devices=devices, say=context.say,
     ) as rest:  # fmt: skip
         moment = context.now()
+        # While it still can: a volume that is suspended takes nothing.
+        _sync(members)
         if devices:
             rest.within(options.together_seconds)
             with Mapper() as mapper:
@@ -245,6 +255,13 @@ def _take(
     if not rest.in_time:
         raise SetVoid(reason="; ".join(rest.reasons) or "the deadline passed")
     return moment, rest
+
+
+def _sync(members: Sequence[Member]) -> None:
+    """Have on the volumes what was written to file systems that are not frozen: else it may be half a minute old."""
+    for member in members:
+        for target in _not_frozen(member.seen.device)[:1]:
+            runner.run(["sync", "--file-system", target], deadline=lvm.CHANGE_SECONDS)
 
 
 def _make(

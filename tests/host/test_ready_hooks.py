@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 
 import pytest
 
@@ -17,6 +18,7 @@ from tests.host import servers
 
 pytestmark = pytest.mark.usefixtures("as_root")
 
+MIB = 1 << 20
 PACKAGE = os.path.dirname(hooks.__file__)
 
 
@@ -148,6 +150,38 @@ def test_what_postgresql_printed_brings_a_server_back(split, tmp_path):
     finally:
         split.control("-m", "immediate", "stop", data=copy)
         shutil.rmtree(copy)
+
+
+def test_a_set_that_lacks_some_of_the_server_is_not_of_one_instant(split, loop, tmp_path):
+    """Without the WAL's volume, what was written since the last checkpoint is in the archive alone."""
+    sources = f"{loop(MIB)} {loop(MIB)}"
+    with at_rest("postgresql", split.settings, tmp_path, together=True, sources=sources) as rest:
+        assert split.backups() == 1
+    assert "backup_label:" in dict(rest.outputs)["postgresql end"]
+
+
+def test_a_set_that_has_all_of_the_server_is_of_one_instant(loop, tmp_path):
+    disk = loop(16 * MIB)
+    servers.run("mkfs.ext4", "-q", "-F", disk.path)
+    with servers.postgresql(split=False) as server, ExitStack() as undo:
+        place = server.place / "disk"
+        place.mkdir()
+        servers.run("mount", disk.path, place)
+        undo.callback(servers.run, "umount", "--lazy", place)
+        shutil.chown(place, "postgres", "postgres")
+        server.ask(f"CREATE TABLESPACE disk LOCATION '{place}'")
+        root = servers.run("findmnt", "-n", "-v", "-o", "SOURCE", "-T", server.place).strip()
+        before = checkpoint(server)
+        sources = f"{root} {disk}"
+        with at_rest("postgresql", server.settings, tmp_path, together=True, sources=sources) as rest:
+            assert checkpoint(server) != before
+        assert rest.outputs == []
+        # One that is missing leaves it without a way back, as there is no archive.
+        stopped = pytest.raises(HookStopped)
+        sources = f"{root} {loop(MIB)}"
+        with stopped as caught, at_rest("postgresql", server.settings, tmp_path, together=True, sources=sources):
+            pytest.fail("it was not at rest")
+        assert "archive_mode" in caught.value.__notes__[0]
 
 
 def test_postgresql_leaves_backup_mode_when_blockbak_is_killed(split, tmp_path):
