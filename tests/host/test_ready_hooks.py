@@ -326,7 +326,8 @@ def test_writers_do_not_wait_long_for_a_lock_that_is_not_had(mariadb, tmp_path):
 @pytest.mark.usefixtures("rows")
 def test_a_lock_that_was_lost_meanwhile_is_an_error(mariadb, tmp_path):
     """The client must not connect anew by itself: that session would never have held it."""
-    with pytest.raises(HookFailed, match="phase end"), at_rest("mariadb", mariadb.settings, tmp_path):
+    lost = pytest.raises(HookFailed, match="phase end")
+    with lost, at_rest("mariadb", mariadb.settings, tmp_path):
         find = "SELECT id FROM information_schema.processlist WHERE command = 'Sleep'"
         mariadb.ask(f"KILL {mariadb.ask(find)}")
         assert Writer(mariadb, 5).done()
