@@ -235,7 +235,7 @@ def _take(
     if not wanted and not options.together:
         moment = context.now()
         _sync(members)
-        _make(origins, rooms, options, run, made, None, context)
+        _make(origins, rooms, options, run, made, None, (), context)
         return moment, None
     devices = [(one.seen.device.dm_name, one.seen.device.dm_uuid) for one in members] if options.together else []
     deadline = options.together_seconds if options.together and not wanted else options.freeze_seconds
@@ -251,7 +251,7 @@ def _take(
             with Mapper() as mapper:
                 for name, _ in devices:
                     mapper.suspend(name)
-        _make(origins, rooms, options, run, made, rest, context)
+        _make(origins, rooms, options, run, made, rest, [name for name, _ in devices], context)
     if not rest.in_time:
         raise SetVoid(reason="; ".join(rest.reasons) or "the deadline passed")
     return moment, rest
@@ -271,15 +271,28 @@ def _make(
     run: Run,
     made: list[Snapshot],
     rest: Rest | None,
+    held: Sequence[str],
     context: Context,
 ) -> None:
+    """``held`` are the device-mapper names of the origins, where they are suspended: lvcreate lets each go on."""
     for number, (origin, room) in enumerate(zip(origins, rooms, strict=True)):
         context.check()
         if rest is not None and rest.over():
             raise SetVoid(reason="the deadline passed")
+        _check_held(held[number:])
         name = f"{plan.PREFIX}{run.id}" + (f"-{number}" if number else "")
         limit = None if options.limit is None else plan.parse_size(options.limit, origin.size, parse_size)
         made.append(lvm.take(origin, run, name, room, limit=limit))
+
+
+def _check_held(names: Sequence[str]) -> None:
+    """That nobody else has let volumes go on: LVM does so by itself where another snapshot of one is extended."""
+    if names:
+        with Mapper() as mapper:
+            for name in names:
+                info = mapper.info(name)
+                if info is None or not info.suspended:
+                    raise SetVoid(reason=f"{name} went on by another's hand")
 
 
 def _facts(members: Sequence[Member], options: HotOptions, run: Run) -> Mapping[str, str]:
