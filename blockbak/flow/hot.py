@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from blockbak.errors import NotTogether, SetVoid, SourceChangedSize
+from blockbak.errors import NotTogether, SetVoid, SnapshotError, SourceChangedSize
 from blockbak.flow.context import Context
 from blockbak.flow.leftovers import settle
 from blockbak.flow.source import Circumstances, Seen, Settled, group_metadata
@@ -96,6 +98,33 @@ class HotSource:
         """Close and remove the snapshot; what to tell a person where that cannot be done. Once is enough."""
         self.reader.__exit__(None, None, None)
         return self._snapshot.release()
+
+
+class Waiting:
+    """Sources that are read one after the other, in their order. Safe from several threads."""
+
+    def __init__(self, sources: Iterable[HotSource], say: Callable[[str], None]) -> None:
+        self._sources, self._say = deque(sources), say
+        self._given_up: set[int] = set()
+        self._guard = threading.Lock()
+
+    def next(self) -> HotSource:
+        """The one whose turn it is. Its ``check`` raises where it was given up."""
+        with self._guard:
+            return self._sources.popleft()
+
+    def look(self) -> None:
+        """Remove the snapshots that are void already, now and not in their turn: a thin pool may be filling up."""
+        with self._guard:
+            for source in self._sources:
+                if id(source) in self._given_up:
+                    continue
+                try:
+                    source.check()
+                except SnapshotError:
+                    self._given_up.add(id(source))
+                    if left := source.release():
+                        self._say(left)
 
 
 # --- decisions ------------------------------------------------------------------------------------------------

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import contextlib
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
 
-from blockbak.errors import SetVoid
-from blockbak.flow import hot
+from blockbak.errors import PoolFull, SetVoid
+from blockbak.flow import backup, hot
 from blockbak.flow.hot import HotOptions
+from tests.doubles import context as context_of
 from tests.unit.test_snapshot import VOLUME
 
 FIRST, SECOND, THIRD = (replace(VOLUME, name=name) for name in ("a-data", "b-wal", "c-log"))
@@ -83,3 +85,59 @@ def test_a_set_is_void_where_somebody_else_let_a_volume_go_on(monkeypatch, devic
 def test_what_was_never_suspended_is_not_looked_at(monkeypatch, devices):
     devices.suspended.clear()
     assert len(make(monkeypatch, devices, held=())) == 3
+
+
+# --- those that wait ------------------------------------------------------------------------------------------
+
+
+class Source:
+    """A snapshot that is void once ``error`` is set."""
+
+    def __init__(self, name, log):
+        self.name, self.log, self.error = name, log, None
+
+    def check(self):
+        if self.error:
+            raise self.error
+
+    def release(self):
+        self.log.append(f"release {self.name}")
+        return ""
+
+
+@dataclass(frozen=True)
+class Made:
+    """As much of a report as it takes."""
+
+    volume: str
+    seconds: float = 0.0
+
+
+def full(name):
+    return PoolFull(pool="vg/pool", used=99.0, what="data", volume=name)
+
+
+def test_a_snapshot_that_waits_goes_as_soon_as_it_is_void(monkeypatch):
+    """Its pool may be another one than that of the volume that is read, and be full before its turn comes."""
+    log = []
+    sources = {name: Source(name, log) for name in "abc"}
+
+    @contextlib.contextmanager
+    def snapshots(*_):
+        yield [*sources.values()]
+
+    def locked(_, one, source, context):
+        log.append(f"read {source.name}")
+        sources["b"].error = full("b")
+        for _ in range(3):
+            context.check()
+        return Made(one.seen.name)
+
+    monkeypatch.setattr(backup, "snapshots", snapshots)
+    monkeypatch.setattr(backup, "_locked", locked)
+    monkeypatch.setattr(backup, "_newest", lambda _: "")
+    held = [SimpleNamespace(seen=SimpleNamespace(mode="hot", name=name), volume=None) for name in sources]
+    told = []
+    backup._read_held(SimpleNamespace(path="/repository"), held, HotOptions(), 0, context_of([]), told.append)
+    assert log == ["read a", "release b", "release a", "release b", "read c", "release c"]
+    assert [type(one) for one in told] == [Made, PoolFull, Made]
