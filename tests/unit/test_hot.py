@@ -11,6 +11,7 @@ import pytest
 from blockbak.errors import PoolFull, SetVoid
 from blockbak.flow import backup, hot
 from blockbak.flow.hot import HotOptions
+from blockbak.flow.restore import _doubts
 from tests.doubles import context as context_of
 from tests.unit.test_snapshot import VOLUME
 
@@ -141,3 +142,21 @@ def test_a_snapshot_that_waits_goes_as_soon_as_it_is_void(monkeypatch):
     backup._read_held(SimpleNamespace(path="/repository"), held, HotOptions(), 0, context_of([]), told.append)
     assert log == ["read a", "release b", "release a", "release b", "read c", "release c"]
     assert [type(one) for one in told] == [Made, PoolFull, Made]
+
+
+# --- what is to be known later --------------------------------------------------------------------------------
+
+
+def notes(**changed):
+    opening = SimpleNamespace(volume="web-vg-data", point="20260501T000000Z-0001", logical_sector=512)
+    closing = SimpleNamespace(**{"hooks": {}, "set_id": "", "consistency": "application"} | changed)
+    return _doubts(SimpleNamespace(view=SimpleNamespace(top=SimpleNamespace(opening=opening, closing=closing))), 512)
+
+
+def test_who_restores_is_told_of_what_hooks_said_and_of_the_set():
+    """A server's backup_label is kept with the point: started without it, the server is damaged without a word."""
+    assert notes() == []
+    (one,) = notes(hooks={"postgresql end": "backup_label: ..."})
+    assert "'blockbak show web-vg-data@20260501T000000Z-0001'" in one
+    (one,) = notes(set_id="0badc0de")
+    assert "set 0badc0de" in one
