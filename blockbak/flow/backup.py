@@ -338,6 +338,9 @@ def _read_held(
         context = replace(context, check=_both(context.check, waiting.look))
         for one in held:
             left = ""
+            if hot.freeze_with and one.seen.mode != "hot":
+                label = one.seen.device.label
+                context.say(f"{label} is taken {one.seen.mode}, not from a snapshot: no hook is run for it.")
             try:
                 if one.seen.mode == "hot":
                     source = waiting.next()
