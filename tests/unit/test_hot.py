@@ -12,6 +12,7 @@ from blockbak.errors import PoolFull, SetVoid
 from blockbak.flow import backup, hot
 from blockbak.flow.hot import HotOptions
 from blockbak.flow.restore import _doubts
+from blockbak.flow.source import Settled
 from tests.doubles import context as context_of
 from tests.unit.test_snapshot import VOLUME
 
@@ -160,3 +161,15 @@ def test_who_restores_is_told_of_what_hooks_said_and_of_the_set():
     assert "'blockbak show web-vg-data@20260501T000000Z-0001'" in one
     (one,) = notes(set_id="0badc0de")
     assert "set 0badc0de" in one
+
+
+def test_a_snapshot_is_gone_before_its_image_is_made_durable():
+    log = []
+    source = object.__new__(hot.HotSource)
+    source.reader = SimpleNamespace(__exit__=lambda *_: log.append("close"))
+    source._settled = Settled("filesystem")
+    source._snapshot = SimpleNamespace(
+        look=lambda: log.append("look"), release=lambda: log.append("remove") or "", extended=0
+    )
+    assert source.settle() == Settled("filesystem")
+    assert log == ["look", "close", "remove"]
