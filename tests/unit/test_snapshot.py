@@ -292,10 +292,28 @@ def test_what_a_run_left(changes, left):
     assert plan.leftovers([VOLUME, one], HOST, BOOT, {"feedbeef"}) == [one] * left
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, False),
+        ({"tags": plan.tags(RUN, "elsewhere", BOOT)}, True),
+        ({"tags": plan.tags(RUN, "elsewhere", "another-boot")}, True),
+        ({"tags": plan.tags(RUN, "elsewhere", BOOT)[1:]}, False),
+        ({"name": "data", "tags": plan.tags(RUN, "elsewhere", BOOT)}, False),
+        ({"tags": ("blockbak",)}, False),
+    ],
+)
+def test_what_another_host_left_is_told(changes, told):
+    """Or this one, when it had another name: it is never removed, so somebody must know of it."""
+    one = replace(OURS, **changes)
+    assert plan.strangers([VOLUME, one], HOST) == [one] * told
+
+
 def test_a_host_whose_name_no_tag_can_hold_knows_its_own():
     host = "höst:1"
     one = replace(OURS, tags=plan.tags(RUN, host, BOOT))
     assert plan.leftovers([one], host, BOOT, ()) == [one]
+    assert plan.strangers([one], host) == []
 
 
 # --- hidden from scanners ---------------------------------------------------------------------------------
