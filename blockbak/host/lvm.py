@@ -331,7 +331,7 @@ class Snapshot:
         self.extended = 0
         self._limit, self._pool_bytes = limit, pool
         self._stuck = self._gone = False
-        self._failures = 0
+        self._failures = self._total = 0
         self._error: SnapshotError | None = None
         self._guard = threading.Lock()
         self._over = threading.Event()
@@ -386,6 +386,7 @@ class Snapshot:
             targets = mapper.status(self.dm_name)
         use = plan.parse_thick(targets[0].kind, targets[0].parameters) if targets else "lost"
         if isinstance(use, plan.ThickUse):
+            self._total = use.total
             if use.percent >= plan.EXTEND_AT and not self._stuck:
                 self._extend(use)
             return None
@@ -405,7 +406,8 @@ class Snapshot:
                 store.read(offset, memory, length)
                 return memory.tobytes()
 
-            return plan.surely_not_full(read, store.size)
+            # It may have been extended since it was given up: that room it did not have then.
+            return plan.surely_not_full(read, min(store.size, self._total))
         return False
 
     def _extend(self, use: plan.ThickUse) -> None:
