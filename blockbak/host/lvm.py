@@ -257,7 +257,8 @@ def _resume(name: str, uuid: str, run_id: str) -> list[str]:
         # What lies below first: the command may have loaded a table for the volume that leads to a device which
         # has none yet, and answers with errors.
         for one in sorted(mapper.devices(), key=lambda one: len(system.below(system.mapped.get(one.name, "")))):
-            if one.suspended and (_volume_part(one.uuid) in parts or _is_of_run(one.name, name, run_id)):
+            mine = _volume_part(one.uuid) in parts or _is_of_run(one.name, name, run_id)
+            if mine and (one.suspended or one.unready):
                 try:
                     mapper.resume(one.name)
                 except MapperFailed as error:
