@@ -332,7 +332,7 @@ class Snapshot:
         self.extended = 0
         self._limit, self._pool_bytes = limit, pool
         self._stuck = self._gone = False
-        self._failures = self._total = 0
+        self._failures, self._total = 0, size
         self._error: SnapshotError | None = None
         self._guard = threading.Lock()
         self._over = threading.Event()
