@@ -2,7 +2,8 @@
 
 It makes a volume group on a loop device of its own, writes 4 KiB at random places of a logical volume, each write
 durable (O_DIRECT and O_DSYNC), and takes the time of each: with nothing else going on; with a snapshot that nobody
-reads; while a full backup runs from one; and the same with ``--limit`` and ``--idle``. Needs root and LVM.
+reads; while a full backup has one, from its making to its removal; and the same with ``--limit`` and ``--idle``. Needs
+root and LVM.
 """
 
 from __future__ import annotations
@@ -51,19 +52,31 @@ def _volume(folder: str, size: int) -> Iterator[str]:
         _run("losetup", "--detach", loop)
 
 
-def _write(path: str, size: int, until: Callable[[], bool]) -> list[float]:
-    """Seconds of each write, until told to stop."""
+def _always() -> bool:
+    return True
+
+
+def _snapshotted() -> bool:
+    """Whether blockbak's snapshot is there."""
+    return any(name.startswith(f"{_GROUP}-blockbak--") for name in os.listdir("/dev/mapper"))
+
+
+def _write(path: str, size: int, until: Callable[[], bool], counts: Callable[[], bool] = _always) -> list[float]:
+    """Seconds of each write, until told to stop; of those only that began or ended while ``counts`` held."""
     times = []
     dice = random.Random(_SEED)
     page = mmap.mmap(-1, _PAGE)
     fd = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_DSYNC)
     try:
+        counted = counts()
         while not until():
             page[:16] = dice.randbytes(16)
             offset = dice.randrange(size // _PAGE) * _PAGE
             start = time.monotonic()
             os.pwrite(fd, page, offset)
-            times.append(time.monotonic() - start)
+            took, before, counted = time.monotonic() - start, counted, counts()
+            if before or counted:
+                times.append(took)
     finally:
         os.close(fd)
     return times
@@ -79,7 +92,7 @@ def _backing_up(blockbak: str, folder: str, path: str, size: int, options: list[
     _run(blockbak, "init", repository)
     command = [blockbak, "-r", repository, "backup", "--mode", "hot", "--kind", "full", *options, f"{_GROUP}/data"]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    times = _write(path, size, lambda: child.poll() is not None)
+    times = _write(path, size, lambda: child.poll() is not None, _snapshotted)
     said = child.communicate()[1].decode()
     if child.returncode != 0:
         raise SystemExit(f"latency: {' '.join(command)} ended with {child.returncode}: {said}")

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 class Info:
-    def __init__(self, uuid: str, suspended: bool) -> None:
-        self.uuid, self.suspended = uuid, suspended
+    def __init__(self, uuid: str, suspended: bool, unready: bool) -> None:
+        self.uuid, self.suspended, self.unready = uuid, suspended, unready
 
 
 class FileMapper:
@@ -28,13 +28,13 @@ class FileMapper:
     def __init__(self, directory: Path | str) -> None:
         self.directory = str(directory)
 
-    def add(self, name: str, uuid: str, *, failing: int = 0) -> tuple[str, str]:
-        self._set(name, {"uuid": uuid, "suspended": False, "failing": failing})
+    def add(self, name: str, uuid: str, *, failing: int = 0, unready: bool = False) -> tuple[str, str]:
+        self._set(name, {"uuid": uuid, "suspended": False, "failing": failing, "unready": unready})
         return name, uuid
 
     def info(self, name: str) -> Info | None:
         state = self._get(name)
-        return state and Info(state["uuid"], state["suspended"])
+        return state and Info(state["uuid"], state["suspended"], state["unready"])
 
     def suspend(self, name: str) -> None:
         self._set(name, self._get(name) | {"suspended": True})
@@ -45,7 +45,7 @@ class FileMapper:
         if state["failing"]:
             self._set(name, state | {"failing": state["failing"] - 1})
             raise OSError(5, os.strerror(5))
-        self._set(name, state | {"suspended": False})
+        self._set(name, state | {"suspended": False, "unready": False})
         self.note(f"resume {name}")
 
     def note(self, what: str) -> None:

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
         def uuid(self) -> str: ...
         @property
         def suspended(self) -> bool: ...
+        @property
+        def unready(self) -> bool: ...
 
     class Resumer(Protocol):
         """What can say whether a device is suspended, and resume it. ``host.mapper.Mapper`` is one."""
@@ -66,12 +68,13 @@ _HEADER = struct.Struct("=3IIIIiIIIQ128s129s7s")
 _DM_VERSION = (4, 0, 0)
 _SUSPEND, _STATUS = 6, 7
 _FLAG_SUSPENDED = 1 << 1
+_FLAG_TABLE, _FLAG_LOADED = 1 << 5, 1 << 6
 _MCL_CURRENT, _MCL_FUTURE = 1, 2  # bits/mman-linux.h
 
 
 class _Info:
-    def __init__(self, uuid: str, *, suspended: bool) -> None:
-        self.uuid, self.suspended = uuid, suspended
+    def __init__(self, uuid: str, *, suspended: bool, unready: bool) -> None:
+        self.uuid, self.suspended, self.unready = uuid, suspended, unready
 
 
 class Control:
@@ -88,7 +91,12 @@ class Control:
             if error.errno == 6:  # ENXIO; `errno` is not worth an import
                 return None
             raise
-        return _Info(_text(answer[12]), suspended=bool(answer[7] & _FLAG_SUSPENDED))
+        flags = answer[7]
+        return _Info(
+            _text(answer[12]),
+            suspended=bool(flags & _FLAG_SUSPENDED),
+            unready=flags & (_FLAG_TABLE | _FLAG_LOADED) == _FLAG_LOADED,
+        )
 
     def resume(self, name: str) -> None:
         """Let it go on."""
@@ -140,12 +148,22 @@ def _resumed(mapper: Resumer, name: str, uuid: str, said: dict[str, str]) -> boo
             said[name] = f"Device {name} is another one now ({info.uuid}, not {uuid}); it was left alone."
         # Never one that runs: with a table loaded by somebody else, resuming would exchange the tables.
         elif info.suspended:
+            _resume_below(mapper, name, uuid)
             mapper.resume(name)
             said.pop(name, None)
     except Exception as error:  # noqa: BLE001 - the other devices must be resumed all the same
         said[name] = f"Device {name} could not be resumed: {getattr(error, 'strerror', None) or error}."
         return False
     return True
+
+
+def _resume_below(mapper: Resumer, name: str, uuid: str) -> None:
+    """What an lvcreate that came half-way has made below a volume goes on first: the volume may have a table loaded
+    that leads there, and a device without a table in force answers with errors.
+    """
+    part = mapper.info(f"{name}-real")
+    if part is not None and part.uuid == f"{uuid}-real" and (part.suspended or part.unready):
+        mapper.resume(f"{name}-real")
 
 
 def run_ending(end: Mapping[str, Any], meanwhile: Callable[[], object] | None = None) -> dict[str, Any]:

@@ -273,9 +273,12 @@ def sweep(run_dir: str, host: str, boot: str) -> list[str]:
     with _dead_runs(run_dir) as dead:
         # Asking waits for LVM's own lock: an lvcreate that outlived its blockbak has come to its end then.
         found = volumes()
+        half_way = []
         for run_id, note in dead.items():
             for name, uuid in note.origins:
-                said += _resume(name, uuid, run_id)
+                resumed = _resume(name, uuid, run_id)
+                said += resumed
+                half_way += [name] if resumed else []
         # Looked for after the volumes: a run that began meanwhile has its snapshot among them.
         living = (before | _known_runs(run_dir)) - set(dead)
         for one in plan.leftovers(found, host, boot, living):
@@ -287,6 +290,8 @@ def sweep(run_dir: str, host: str, boot: str) -> list[str]:
                 said.append(
                     f"{one.label}, the {what} of a run that did not end, cannot be removed: {error.fields['stderr']}"
                 )
+        for name in half_way:
+            said += _refresh(name)
         # It slows its volume for as long as it is there, and nobody else would ever say so.
         for one in plan.strangers(found, host):
             said.append(
@@ -300,11 +305,15 @@ def _resume(name: str, uuid: str, run_id: str) -> list[str]:
     """Let a volume go on that a killed LVM command left suspended, with what it suspends below and beside it: of
     a thin one the pool too. Raises MapperFailed for the first that does not, when all were tried.
     """
-    parts, said = _parts(name, uuid), []
+    system = System()
+    parts, said = _parts(name, uuid, system), []
     failed: MapperFailed | None = None
     with Mapper() as mapper:
-        for one in mapper.devices():
-            if one.suspended and (_volume_part(one.uuid) in parts or _is_of_run(one.name, name, run_id)):
+        # What lies below first: the command may have loaded a table for the volume that leads to a device which
+        # has none yet, and answers with errors.
+        for one in sorted(mapper.devices(), key=lambda one: len(system.below(system.mapped.get(one.name, "")))):
+            mine = _volume_part(one.uuid) in parts or _is_of_run(one.name, name, run_id)
+            if mine and (one.suspended or one.unready):
                 try:
                     mapper.resume(one.name)
                 except MapperFailed as error:
@@ -316,9 +325,18 @@ def _resume(name: str, uuid: str, run_id: str) -> list[str]:
     return said
 
 
-def _parts(name: str, uuid: str) -> set[str]:
+def _refresh(name: str) -> list[str]:
+    """Have LVM make a volume's mapping what its metadata says, after a command that came half-way."""
+    label = "/".join(lvm_names(name))
+    try:
+        _lvm("lvchange", "-q", "-q", "--refresh", label)
+    except CommandFailed as error:
+        return [f"{label} works, but LVM could not refresh it: {error.fields['stderr']}"]
+    return []
+
+
+def _parts(name: str, uuid: str, system: System) -> set[str]:
     """The volumes of its group that a volume consists of, itself too, as device-mapper's UUIDs begin."""
-    system = System()
     below = system.below(system.mapped[name]) if name in system.mapped else set[str]()
     uuids = [uuid, *(system.attribute(one, "dm/uuid") for one in below)]
     # Another group that it lies on is none of its affair.
@@ -369,7 +387,7 @@ class Snapshot:
         self.extended = 0
         self._limit, self._pool_bytes = limit, pool
         self._stuck = self._gone = False
-        self._failures = 0
+        self._failures, self._total = 0, size
         self._error: SnapshotError | None = None
         self._guard = threading.Lock()
         self._over = threading.Event()
@@ -424,6 +442,7 @@ class Snapshot:
             targets = mapper.status(self.dm_name)
         use = plan.parse_thick(targets[0].kind, targets[0].parameters) if targets else "lost"
         if isinstance(use, plan.ThickUse):
+            self._total = use.total
             if use.percent >= plan.EXTEND_AT and not self._stuck:
                 self._extend(use)
             return None
@@ -443,7 +462,8 @@ class Snapshot:
                 store.read(offset, memory, length)
                 return memory.tobytes()
 
-            return plan.surely_not_full(read, store.size)
+            # It may have been extended since it was given up: that room it did not have then.
+            return plan.surely_not_full(read, min(store.size, self._total))
         return False
 
     def _extend(self, use: plan.ThickUse) -> None:
@@ -538,12 +558,13 @@ def take(origin: LogicalVolume, run_now: Run, name: str, size: int, *, limit: in
         _check_hidden(made)
     except BaseException as error:
         # A command that something killed leaves what it suspended; removing needs none of it, its writers do.
+        resumed: list[str] = []
         with contextlib.suppress(MapperFailed):
-            for line in _resume(origin.dm_name, origin.dm_uuid, run_now.id):
-                error.add_note(line)
+            resumed = _resume(origin.dm_name, origin.dm_uuid, run_now.id)
         left = made.release()
-        if left:
-            error.add_note(left)
+        for line in (*resumed, left, *(_refresh(origin.dm_name) if resumed else ())):
+            if line:
+                error.add_note(line)
         raise
     made.watch()
     return made

@@ -27,13 +27,18 @@ _TARGET = struct.Struct("=QQiI16s")
 _VERSION = (4, 0, 0)
 _LIST, _SUSPEND, _STATUS, _TABLE_STATUS = 2, 6, 7, 12
 _FLAG_READ_ONLY, _FLAG_SUSPENDED, _FLAG_BUFFER_FULL, _FLAG_NO_FLUSH = 1 << 0, 1 << 1, 1 << 8, 1 << 11
+_FLAG_TABLE, _FLAG_LOADED = 1 << 5, 1 << 6
 _BUFFER_BYTES = 16 << 10
 _BUFFER_MOST = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Info:
-    """What device-mapper knows of one device. ``opens`` counts who has it open, devices above it included."""
+    """What device-mapper knows of one device. ``opens`` counts who has it open, devices above it included.
+
+    ``unready``: a table was loaded for it but is not in force, and no other is. It answers with errors until it
+    is resumed, though it is not suspended.
+    """
 
     name: str
     uuid: str
@@ -42,6 +47,7 @@ class Info:
     opens: int
     suspended: bool
     read_only: bool
+    unready: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,4 +178,5 @@ def _info(answer: bytearray) -> Info:
         opens=fields[6],
         suspended=bool(fields[7] & _FLAG_SUSPENDED),
         read_only=bool(fields[7] & _FLAG_READ_ONLY),
+        unready=fields[7] & (_FLAG_TABLE | _FLAG_LOADED) == _FLAG_LOADED,
     )

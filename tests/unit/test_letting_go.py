@@ -138,7 +138,9 @@ class Devices:
         self.failing, self.suspended, self.resumed = failing, dict.fromkeys(failing, True), []
 
     def info(self, name):
-        return type("Info", (), {"uuid": f"LVM-{name}", "suspended": self.suspended[name]})
+        if name not in self.suspended:
+            return None
+        return type("Info", (), {"uuid": f"LVM-{name}", "suspended": self.suspended[name], "unready": False})
 
     def resume(self, name):
         if self.failing[name]:
@@ -168,12 +170,30 @@ def test_a_device_that_runs_is_not_resumed():
     assert devices.resumed == []
 
 
+class HalfWay(Devices):
+    """Volume a, below which a killed lvcreate has put a device whose table is not in force yet."""
+
+    def info(self, name):
+        if name == "a-real":
+            return type("Info", (), {"uuid": "LVM-a-real", "suspended": False, "unready": self.suspended[name]})
+        return super().info(name)
+
+
+def test_what_lies_below_goes_on_first():
+    """The volume's own table may lead there by now, and would answer with errors."""
+    devices = HalfWay(**{"a": 0, "a-real": 0})
+    assert guard.resume_all(devices, [("a", "LVM-a")], lambda _: None) == ([], [])
+    assert devices.resumed == ["a-real", "a"]
+
+
 def test_both_ends_know_device_mapper_alike():
     assert guard._HEADER.format == mapper._HEADER.format
-    assert (guard._SUSPEND, guard._STATUS, guard._FLAG_SUSPENDED) == (
+    assert (guard._SUSPEND, guard._STATUS, guard._FLAG_SUSPENDED, guard._FLAG_TABLE, guard._FLAG_LOADED) == (
         mapper._SUSPEND,
         mapper._STATUS,
         mapper._FLAG_SUSPENDED,
+        mapper._FLAG_TABLE,
+        mapper._FLAG_LOADED,
     )
     assert (guard._DM_VERSION, guard._CONTROL) == (mapper._VERSION, mapper.CONTROL)
 

@@ -20,7 +20,7 @@ from tests.vm.conftest import LIMIT_SECONDS, MIB, Blockbak, run
 from tests.vm.writers import Client, Writer, find_least, take
 
 SIZE = 112 * MIB
-LIMIT = 8 * MIB
+LIMIT = 14 * MIB
 """Bytes a second to be read: so reading takes much longer than anything the server may be held up for."""
 LOCK_SECONDS = 20.0
 """What it may be held up for where each instruction is emulated, on a machine that has other work too: it is a

@@ -205,13 +205,13 @@ def test_a_volume_keeps_its_points_whatever_is_done_to_it(loop, make_group, ext4
         "cryptsetup", "luksFormat", "--batch-mode", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000",
         "--key-file", key, disk,
     )  # fmt: skip
-    run("cryptsetup", "open", "--key-file", key, disk, crypt)
+    run("cryptsetup", "open", "--allow-discards", "--key-file", key, disk, crypt)
     group = make_group(size=64 * MIB)
+    run("vgextend", "--quiet", "--yes", group.name, f"/dev/mapper/{crypt}")
+    # Of one disk's whole room, and some of the other's.
+    data = group.volume("da-ta.1", 128 * MIB)
+    mounted = ext4(as_disk(data))
     try:
-        run("vgextend", "--quiet", "--yes", group.name, f"/dev/mapper/{crypt}")
-        # More than either disk holds.
-        data = group.volume("da-ta.1", 96 * MIB)
-        mounted = ext4(as_disk(data))
         (mounted.where / "gone").write_bytes(noise(1, 4 * MIB))
         label = f"{group.name}/da-ta.1"
         first = run_blockbak.json("backup", label, "--snapshot-size", "16M")["points"][0]
@@ -232,8 +232,9 @@ def test_a_volume_keeps_its_points_whatever_is_done_to_it(loop, make_group, ext4
             assert "bytes, the last point" in point["notes"][0]
         check_point(run_blockbak, point["point"], tmp_path, held)
         check_gone(group)
-        run("vgremove", "--quiet", "--force", "--force", "--yes", group.name)
     finally:
+        mounted.unmount()
+        group.remove()
         run("cryptsetup", "close", crypt)
 
 
