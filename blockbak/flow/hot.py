@@ -174,6 +174,12 @@ def _program_places() -> list[str]:
     return [str(Path(__file__).resolve().parent.parent), sys.prefix, sys.base_prefix, sys.executable]
 
 
+def suspend_order(devices: Sequence[Device], system: System) -> list[Device]:
+    """Volumes that file systems are mounted from, before their logs: to be frozen they write to these."""
+    frozen = {(line.major, line.minor) for line in system.mounts}
+    return sorted(devices, key=lambda device: (device.major, device.minor) not in frozen)
+
+
 def consistency(device: Device, *, hooked: bool) -> str:
     """What a snapshot of it is worth: LVM freezes a file system that is mounted from the volume itself, if it can."""
     if hooked:
@@ -281,8 +287,8 @@ def _take(
         if devices:
             rest.within(options.together_seconds)
             with Mapper() as mapper:
-                for name, _ in devices:
-                    mapper.suspend(name)
+                for device in suspend_order([one.seen.device for one in members], System()):
+                    mapper.suspend(device.dm_name)
         _make(origins, rooms, options, run, made, rest, [name for name, _ in devices], context)
     if not rest.in_time:
         raise SetVoid(reason="; ".join(rest.reasons) or "the deadline passed")

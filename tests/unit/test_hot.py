@@ -13,6 +13,7 @@ from blockbak.flow import backup, hot
 from blockbak.flow.hot import HotOptions
 from blockbak.flow.restore import _doubts
 from blockbak.flow.source import Settled
+from blockbak.host.device import Device
 from tests.doubles import context as context_of
 from tests.unit.test_snapshot import VOLUME
 
@@ -82,6 +83,17 @@ def test_a_set_is_void_where_somebody_else_let_a_volume_go_on(monkeypatch, devic
         other("")
     with pytest.raises(SetVoid, match=NAMES[victim]):
         make(monkeypatch, devices, other)
+
+
+def test_a_file_system_is_held_back_before_its_log():
+    """It waits for the log while it is frozen: the other way round both hung until the deadline."""
+    log, data, plain = (
+        Device(f"/dev/dm-{number}", "", is_block=True, size=1, kind="dm", major=253, minor=number)
+        for number in (1, 2, 3)
+    )
+    system = SimpleNamespace(mounts=[SimpleNamespace(major=253, minor=2), SimpleNamespace(major=0, minor=40)])
+    assert hot.suspend_order([log, data, plain], system) == [data, log, plain]
+    assert hot.suspend_order([plain, log], system) == [plain, log]
 
 
 def test_what_was_never_suspended_is_not_looked_at(monkeypatch, devices):
