@@ -155,7 +155,7 @@ def check_together(members: Sequence[Member], origins: Sequence[LogicalVolume], 
     system = System()
     own = [
         (place, place)
-        for place in (*_LIVE_PLACES, *_program_places())
+        for place in (*_LIVE_PLACES, *lvm.places(), *_program_places())
         if os.path.lexists(place)
     ]  # fmt: skip
     kept = [(repository, "the repository"), (state, "blockbak's state directory")]
