@@ -87,11 +87,12 @@ class HotSource:
         self._snapshot.check()
 
     def settle(self) -> Settled:
-        """Whether the snapshot held until now; it is removed then. Raises as ``check``."""
+        """Whether the snapshot held until now; a thin one is removed then. Raises as ``check``."""
         self._snapshot.look()
-        # To make the image durable may take minutes, in which nobody would look whether its pool is filling up.
-        # Where it stays, whoever releases it once more tells why.
-        self.release()
+        if self._snapshot.origin.is_thin:
+            # To make the image durable may take minutes, in which nobody would look whether its pool is filling up.
+            # Where it stays, whoever releases it once more tells why.
+            self.release()
         notes = list(self._settled.notes)
         if self._snapshot.extended:
             notes.append(f"The snapshot was extended by {format_size(self._snapshot.extended)} while it was read.")

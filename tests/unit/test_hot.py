@@ -197,13 +197,16 @@ def test_who_restores_is_told_of_what_hooks_said_and_of_the_set():
     assert "set 0badc0de" in one
 
 
-def test_a_snapshot_is_gone_before_its_image_is_made_durable():
+def test_a_thin_snapshot_is_gone_before_its_image_is_made_durable():
     log = []
     source = object.__new__(hot.HotSource)
     source.reader = SimpleNamespace(__exit__=lambda *_: log.append("close"))
     source._settled = Settled("filesystem")
     source._snapshot = SimpleNamespace(
-        look=lambda: log.append("look"), release=lambda: log.append("remove") or "", extended=0
+        look=lambda: log.append("look"),
+        release=lambda: log.append("remove") or "",
+        extended=0,
+        origin=SimpleNamespace(is_thin=True),
     )
     assert source.settle() == Settled("filesystem")
     assert log == ["look", "close", "remove"]
