@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import random
+import re
 import subprocess
 from pathlib import Path
 
@@ -57,7 +58,8 @@ def snapshot_read(pid: int) -> str:
     for path in opened:
         if path.startswith("/dev/dm-"):
             name = Path("/sys/block", path[5:], "dm/name").read_text().strip()
-            if "-blockbak--" in name:
+            # Every device is opened for a moment when twins are looked for, others' volumes too.
+            if re.search(r"-blockbak--[0-9a-f]{8}(--\d+)?$", name):
                 return name
     return ""
 

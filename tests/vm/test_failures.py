@@ -245,7 +245,7 @@ def test_killed_at_each_step(make_group, repository, run_blockbak, tmp_path):
     (second,) = mapped(group) - others
     (tmp_path / "bin" / "lvcreate").unlink()
     with start(run_blockbak, *words) as running:
-        pause_reading(running)
+        pause_reading(running, after=dm_name(group, second))
         (third,) = mapped(group) - others - {second}
     said = run_blockbak.json("recover")["done"]
     removed = [line for line in said if line.startswith(f"Removed {group.name}/")]
