@@ -18,7 +18,7 @@ from blockbak.errors import (
     NoUsableParent,
 )
 from blockbak.flow.context import Context, iso
-from blockbak.flow.hot import HotOptions, Member, consistency, foreseen, snapshots
+from blockbak.flow.hot import HotOptions, Member, Waiting, consistency, foreseen, snapshots
 from blockbak.flow.points import damage_since, highest_sequence, open_chain
 from blockbak.flow.scan import scan
 from blockbak.flow.source import AtRest, Request, Seen, Settled, Source, look, look_at, resolve_mode
@@ -333,13 +333,19 @@ def _read_held(
     """The points of sources that are held: the hot ones from snapshots that are all made first."""
     members = [Member(one.seen, _newest(one.volume)) for one in held if one.seen.mode == "hot"]
     with ExitStack() as stack:
-        sources = iter(stack.enter_context(snapshots(members, hot, repository.path, context)) if members else ())
+        sources = stack.enter_context(snapshots(members, hot, repository.path, context)) if members else ()
+        waiting = Waiting(sources, context.say)
+        context = replace(context, check=_both(context.check, waiting.look))
         for one in held:
             left = ""
+            if hot.freeze_with and one.seen.mode != "hot":
+                label = one.seen.device.label
+                context.say(f"{label} is taken {one.seen.mode}, not from a snapshot: no hook is run for it.")
             try:
                 if one.seen.mode == "hot":
-                    source = next(sources)
+                    source = waiting.next()
                     try:
+                        source.check()
                         report = _locked(repository, one, source, context)
                     finally:
                         left = source.release()

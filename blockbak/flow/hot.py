@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from blockbak.errors import NotTogether, SetVoid, SourceChangedSize
+from blockbak.errors import NotTogether, SetVoid, SnapshotError, SourceChangedSize
 from blockbak.flow.context import Context
 from blockbak.flow.leftovers import settle
 from blockbak.flow.source import Circumstances, Seen, Settled, group_metadata
@@ -85,8 +87,11 @@ class HotSource:
         self._snapshot.check()
 
     def settle(self) -> Settled:
-        """Whether the snapshot held until now. Raises as ``check``."""
+        """Whether the snapshot held until now; it is removed then. Raises as ``check``."""
         self._snapshot.look()
+        # To make the image durable may take minutes, in which nobody would look whether its pool is filling up.
+        # Where it stays, whoever releases it once more tells why.
+        self.release()
         notes = list(self._settled.notes)
         if self._snapshot.extended:
             notes.append(f"The snapshot was extended by {format_size(self._snapshot.extended)} while it was read.")
@@ -96,6 +101,33 @@ class HotSource:
         """Close and remove the snapshot; what to tell a person where that cannot be done. Once is enough."""
         self.reader.__exit__(None, None, None)
         return self._snapshot.release()
+
+
+class Waiting:
+    """Sources that are read one after the other, in their order. Safe from several threads."""
+
+    def __init__(self, sources: Iterable[HotSource], say: Callable[[str], None]) -> None:
+        self._sources, self._say = deque(sources), say
+        self._given_up: set[int] = set()
+        self._guard = threading.Lock()
+
+    def next(self) -> HotSource:
+        """The one whose turn it is. Its ``check`` raises where it was given up."""
+        with self._guard:
+            return self._sources.popleft()
+
+    def look(self) -> None:
+        """Remove the snapshots that are void already, now and not in their turn: a thin pool may be filling up."""
+        with self._guard:
+            for source in self._sources:
+                if id(source) in self._given_up:
+                    continue
+                try:
+                    source.check()
+                except SnapshotError:
+                    self._given_up.add(id(source))
+                    if left := source.release():
+                        self._say(left)
 
 
 # --- decisions ------------------------------------------------------------------------------------------------
@@ -235,7 +267,7 @@ def _take(
     if not wanted and not options.together:
         moment = context.now()
         _sync(members)
-        _make(origins, rooms, options, run, made, None, context)
+        _make(origins, rooms, options, run, made, None, (), context)
         return moment, None
     devices = [(one.seen.device.dm_name, one.seen.device.dm_uuid) for one in members] if options.together else []
     deadline = options.together_seconds if options.together and not wanted else options.freeze_seconds
@@ -251,7 +283,7 @@ def _take(
             with Mapper() as mapper:
                 for name, _ in devices:
                     mapper.suspend(name)
-        _make(origins, rooms, options, run, made, rest, context)
+        _make(origins, rooms, options, run, made, rest, [name for name, _ in devices], context)
     if not rest.in_time:
         raise SetVoid(reason="; ".join(rest.reasons) or "the deadline passed")
     return moment, rest
@@ -271,15 +303,28 @@ def _make(
     run: Run,
     made: list[Snapshot],
     rest: Rest | None,
+    held: Sequence[str],
     context: Context,
 ) -> None:
+    """``held`` are the device-mapper names of the origins, where they are suspended: lvcreate lets each go on."""
     for number, (origin, room) in enumerate(zip(origins, rooms, strict=True)):
         context.check()
         if rest is not None and rest.over():
             raise SetVoid(reason="the deadline passed")
+        _check_held(held[number:])
         name = f"{plan.PREFIX}{run.id}" + (f"-{number}" if number else "")
         limit = None if options.limit is None else plan.parse_size(options.limit, origin.size, parse_size)
         made.append(lvm.take(origin, run, name, room, limit=limit))
+
+
+def _check_held(names: Sequence[str]) -> None:
+    """That nobody else has let volumes go on: LVM does so by itself where another snapshot of one is extended."""
+    if names:
+        with Mapper() as mapper:
+            for name in names:
+                info = mapper.info(name)
+                if info is None or not info.suspended:
+                    raise SetVoid(reason=f"{name} went on by another's hand")
 
 
 def _facts(members: Sequence[Member], options: HotOptions, run: Run) -> Mapping[str, str]:

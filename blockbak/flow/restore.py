@@ -156,9 +156,15 @@ def _plan(
 
 def _doubts(opened: Opened, sector: int) -> list[str]:
     """What whoever restores should know of the point, and was told to somebody else when it was made."""
-    opening, consistency = opened.view.top.opening, opened.view.top.closing.consistency
+    opening, closing = opened.view.top.opening, opened.view.top.closing
     notes = []
-    if consistency == "none":
+    if closing.hooks:
+        # PostgreSQL's backup_label may be there: a server that starts without it is damaged, and does not say so.
+        where = f"'blockbak show {opening.volume}@{opening.point}'"
+        notes.append(f"A hook left words with this point: read {where} before its application is started.")
+    if closing.set_id:
+        notes.append(f"It is of one instant with the other points of set {closing.set_id}: restore those too.")
+    if closing.consistency == "none":
         notes.append("The source was in use or written while it was read: the point may be torn.")
     if sector and sector != opening.logical_sector:
         notes.append(f"The point is of {opening.logical_sector}-byte sectors, the target has {sector}.")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import functools
 import json
 import os
 import select
@@ -165,8 +166,9 @@ def _resume_below(mapper: Resumer, name: str, uuid: str) -> None:
         mapper.resume(f"{name}-real")
 
 
-def run_ending(end: Mapping[str, Any]) -> dict[str, Any]:
-    """Run an end command (``argv``, ``env``, ``timeout``, ``label``) to its end or its timeout.
+def run_ending(end: Mapping[str, Any], meanwhile: Callable[[], object] | None = None) -> dict[str, Any]:
+    """Run an end command (``argv``, ``env``, ``timeout``, ``label``) to its end or its timeout; ``meanwhile`` is
+    called now and then while it runs.
 
     Gives ``label``; ``status`` (negative: a signal; None: it did not end by itself, and ``reason`` says why);
     ``output``, the beginning of its standard output; ``stderr``, the end of its messages.
@@ -191,7 +193,7 @@ def run_ending(end: Mapping[str, Any]) -> dict[str, Any]:
         except OSError as error:
             reason = f"it could not be started: {error.strerror}"
         else:
-            status = _wait(process, end["timeout"])
+            status = _wait(process, end["timeout"], meanwhile)
             if status is None:
                 reason = f"it was still running after {end['timeout']:g} s"
                 _end_group(process)
@@ -207,11 +209,18 @@ def run_ending(end: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return None
+def _wait(
+    process: subprocess.Popen[bytes], seconds: float, meanwhile: Callable[[], object] | None = None
+) -> int | None:
+    until = time.monotonic() + seconds
+    while True:
+        left = until - time.monotonic()
+        try:
+            return process.wait(left if meanwhile is None else min(left, WATCH_SECONDS))
+        except subprocess.TimeoutExpired:
+            if meanwhile is None or left <= WATCH_SECONDS:
+                return None
+            meanwhile()
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
@@ -375,10 +384,16 @@ def main(open_mapper: Callable[[], Resumer] = Control) -> int:
     if mapper is not None:
         said, left = resume_all(mapper, devices)
         reasons += said
+    again = None
+    if not in_time:
+        # blockbak is not to begin anything more. It may be in the middle of suspending a device, which it then is
+        # while the end commands run, and these may wait for it.
+        channel.say({"late": True})
+        again = None if mapper is None else functools.partial(resume_all, mapper, devices, sleep=lambda _: None)
     # Programs are loaded from disks: only now, when all that can run runs.
     _score(score)
     stop_running(orders["scratch"])
-    ended = [run_ending(end) for end in orders["ends"]]
+    ended = [run_ending(end, again) for end in orders["ends"]]
     clear(orders["scratch"])
     channel.say({"in_time": in_time, "reasons": reasons, "ended": ended})
     if not in_time and mapper is not None:

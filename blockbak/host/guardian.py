@@ -113,7 +113,7 @@ class Guardian:
         """Whether it let go by itself already, or died. Costs one system call."""
         if self._outcome is not None:
             return True
-        # It says nothing between "ready" and its report.
+        # It says nothing between "ready" and that it is late, or its report.
         return bool(self._received) or _readable(self._channel, 0)
 
     def within(self, seconds: float) -> None:
@@ -150,7 +150,10 @@ class Guardian:
     def _released(self) -> Outcome:
         self._say({"release": True})
         limit = LET_GO_SECONDS + sum(one.timeout + 2 * guard.GRACE_SECONDS for one in self._journal.endings)
-        report = self._next(time.monotonic() + limit)
+        until = time.monotonic() + limit
+        report = self._next(until)
+        if report is not None and "late" in report:
+            report = self._next(until)
         self._channel.close()
         if report is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -264,7 +264,8 @@ def _unlink(path: Path) -> None:
 def sweep(run_dir: str, host: str, boot: str) -> list[str]:
     """Remove the snapshots, and resume the volumes, of this host's runs that are over; sentences about it.
 
-    Raises MissingProgram, CommandFailed where LVM cannot be asked; what cannot be removed is only told.
+    Raises MissingProgram, CommandFailed where LVM cannot be asked; what cannot be removed is only told, and so is
+    what another host left.
     """
     said = []
     _clear(run_dir)
@@ -291,6 +292,12 @@ def sweep(run_dir: str, host: str, boot: str) -> list[str]:
                 )
         for name in half_way:
             said += _refresh(name)
+        # It slows its volume for as long as it is there, and nobody else would ever say so.
+        for one in plan.strangers(found, host):
+            said.append(
+                f"{one.label} is the snapshot of a run on host {one.host}; if that was this machine's name, or the host"
+                f" is no more, remove it with 'lvremove {one.label}'."
+            )
     return said
 
 

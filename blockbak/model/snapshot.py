@@ -432,3 +432,12 @@ def leftovers(volumes: Sequence[LogicalVolume], host: str, boot: str, alive: Col
         and one.host == tag_text(host)
         and (one.boot != boot or one.run not in alive)
     ]
+
+
+def strangers(volumes: Sequence[LogicalVolume], host: str) -> list[LogicalVolume]:
+    """What of ``volumes`` is a snapshot of another host's run; or of this machine's, when it had another name."""
+    return [
+        one
+        for one in volumes
+        if TAG in one.tags and one.name.startswith(PREFIX) and one.run and one.host not in ("", tag_text(host))
+    ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.cli.program import document, fails, run
@@ -29,3 +31,12 @@ def test_a_file_has_no_volume_group(stock: Stock) -> None:
     assert (shown["lvm_metadata"], shown["set_id"], shown["hooks"]) == ("", "", {})
     assert "volume group" not in run("-r", stock.path, "show", stock.newest).text
     assert {one["set_id"] for one in stock.points()} == {""}
+
+
+def test_who_asks_for_a_hook_where_none_is_run_is_told(repo: Stock, tmp_path: Path) -> None:
+    """Its application is not at rest, whatever the person thinks."""
+    image = tmp_path / "app.img"
+    image.write_bytes(bytes(65536))
+    ended = run("-r", repo.path, "backup", "--freeze-with", "postgresql", image)
+    assert ended.status == 0
+    assert f"{image} is taken cold, not from a snapshot: no hook is run for it." in ended.said

@@ -105,7 +105,7 @@ def test_the_deadline(place):
         place.suspend()
         until(guardian.acted)
         assert 0.9 < time.monotonic() - started < 5
-        assert place.log() == [*HELD, *LET_GO, "end a"]
+        until(lambda: place.log() == [*HELD, *LET_GO, "end a"])
         assert place.suspended() == []
     outcome = guardian.release()
     assert (outcome.in_time, outcome.reasons) == (False, ("The deadline passed.",))
@@ -128,6 +128,17 @@ def test_what_is_suspended_after_the_deadline_is_resumed_too(place):
         place.suspend()
         until(lambda: not place.suspended())
     assert place.log().count("end a") == 1
+
+
+def test_what_is_suspended_while_an_end_runs_is_resumed_at_once(place):
+    """It was being suspended when the deadline passed, which took its time; and the end may need it."""
+    with place.guarded(place.ending("a", "sleep 8"), deadline=0.3) as guardian:
+        until(lambda: "end a" in place.log())
+        assert guardian.acted()
+        place.suspend()
+        until(lambda: not place.suspended(), 4)
+        assert guardian.release().in_time is False
+    assert place.log() == ["end a", *HELD, *LET_GO]
 
 
 def test_a_device_that_cannot_be_resumed_does_not_keep_the_others(place):

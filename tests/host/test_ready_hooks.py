@@ -323,6 +323,16 @@ def test_writers_do_not_wait_long_for_a_lock_that_is_not_had(mariadb, tmp_path):
         busy.wait()
 
 
+@pytest.mark.usefixtures("rows")
+def test_a_lock_that_was_lost_meanwhile_is_an_error(mariadb, tmp_path):
+    """The client must not connect anew by itself: that session would never have held it."""
+    lost = pytest.raises(HookFailed, match="phase end")
+    with lost, at_rest("mariadb", mariadb.settings, tmp_path):
+        find = "SELECT id FROM information_schema.processlist WHERE command = 'Sleep'"
+        mariadb.ask(f"KILL {mariadb.ask(find)}")
+        assert Writer(mariadb, 5).done()
+
+
 def test_mariadb_that_does_not_run_is_an_error(tmp_path):
     options = tmp_path / "my.cnf"
     options.write_text(f"[client]\nsocket={tmp_path}/nothing\n")

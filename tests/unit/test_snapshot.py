@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 import struct
 from dataclasses import replace
+from fnmatch import fnmatchcase
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from blockbak.flow.hot import _RUN_DIGITS
+from blockbak.host.scanners import RULE_PATH
 from blockbak.host.system import lvm_names
 from blockbak.model import snapshot as plan
 from blockbak.model.snapshot import LogicalVolume, PoolUse, ThickUse
@@ -288,7 +292,53 @@ def test_what_a_run_left(changes, left):
     assert plan.leftovers([VOLUME, one], HOST, BOOT, {"feedbeef"}) == [one] * left
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, False),
+        ({"tags": plan.tags(RUN, "elsewhere", BOOT)}, True),
+        ({"tags": plan.tags(RUN, "elsewhere", "another-boot")}, True),
+        ({"tags": plan.tags(RUN, "elsewhere", BOOT)[1:]}, False),
+        ({"name": "data", "tags": plan.tags(RUN, "elsewhere", BOOT)}, False),
+        ({"tags": ("blockbak",)}, False),
+    ],
+)
+def test_what_another_host_left_is_told(changes, told):
+    """Or this one, when it had another name: it is never removed, so somebody must know of it."""
+    one = replace(OURS, **changes)
+    assert plan.strangers([VOLUME, one], HOST) == [one] * told
+
+
 def test_a_host_whose_name_no_tag_can_hold_knows_its_own():
     host = "höst:1"
     one = replace(OURS, tags=plan.tags(RUN, host, BOOT))
     assert plan.leftovers([one], host, BOOT, ()) == [one]
+    assert plan.strangers([one], host) == []
+
+
+# --- hidden from scanners ---------------------------------------------------------------------------------
+
+
+def hidden(group, name, part=""):
+    """Whether the rule of udev hides a device; its patterns are those of fnmatch(3)."""
+    patterns = re.findall(r'dm/name}=="([^"]+)"', RULE_PATH.read_text())
+    assert len(patterns) == 2
+    return any(fnmatchcase(plan.dm_name(group, name) + part, pattern) for pattern in patterns)
+
+
+@pytest.mark.parametrize("group", ["vg", "my-group", "g-"])
+@pytest.mark.parametrize("number", ["", "-1", "-12"])
+@pytest.mark.parametrize("part", ["", "-cow"])
+def test_our_snapshots_are_hidden(group, number, part):
+    assert hidden(group, f"{plan.PREFIX}{'0badc0de'[:_RUN_DIGITS]}{number}", part)
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [("vg", "blockbak"), ("vg", "blockbak-data"), ("vg", "old-blockbak-store"), ("vg", "blockbak-cafe"),
+     ("my-blockbak-group", "root"), ("blockbak-group", "root"), ("vg", "blockbak-0badc0de2")],
+)  # fmt: skip
+def test_what_a_person_named_after_us_is_not_hidden(group, name):
+    """systemd would never mount it."""
+    assert not hidden(group, name)
+    assert not hidden(group, name, "-real")

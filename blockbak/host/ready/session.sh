@@ -9,6 +9,8 @@ dir=$BLOCKBAK_HOOK_DIR
 session() {
     drop
     mkfifo "$dir/in"
+    # Who waits for its words may look before it has begun.
+    : >"$dir/out"
     # Both are open and locked before it starts: what is told it meanwhile is not lost, and it counts as alive.
     # Opened for reading and writing, the fifo never ends for it, and nobody waits to open it.
     exec 8<>"$dir/in" 9>"$dir/alive"

@@ -1,0 +1,175 @@
+"""What is looked at while snapshots are made and wait to be read, with devices and snapshots that are only played."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import pytest
+
+from blockbak.errors import PoolFull, SetVoid
+from blockbak.flow import backup, hot
+from blockbak.flow.hot import HotOptions
+from blockbak.flow.restore import _doubts
+from blockbak.flow.source import Settled
+from tests.doubles import context as context_of
+from tests.unit.test_snapshot import VOLUME
+
+FIRST, SECOND, THIRD = (replace(VOLUME, name=name) for name in ("a-data", "b-wal", "c-log"))
+TAKEN = [FIRST, SECOND, THIRD]
+NAMES = [one.dm_name for one in TAKEN]
+
+
+class Devices:
+    """Device-mapper, as far as it is asked whether something is suspended."""
+
+    def __init__(self):
+        self.suspended = set(NAMES)
+        self.gone = set()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def info(self, name):
+        return None if name in self.gone else SimpleNamespace(suspended=name in self.suspended)
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    devices = Devices()
+    monkeypatch.setattr(hot, "Mapper", lambda: devices)
+    return devices
+
+
+def make(monkeypatch, devices, between=lambda label: None, held=NAMES):
+    """Snapshots of three volumes; ``between`` is called with each label once its snapshot is made."""
+    made = []
+
+    def take(origin, *_, **__):
+        # As lvcreate does.
+        devices.suspended.discard(origin.dm_name)
+        between(origin.label)
+        return origin.label
+
+    monkeypatch.setattr(hot.lvm, "take", take)
+    context = SimpleNamespace(check=lambda: None)
+    rest = SimpleNamespace(over=lambda: False)
+    run = SimpleNamespace(id="0badc0de")
+    try:
+        hot._make(TAKEN, [1, 1, 1], HotOptions(together=bool(held)), run, made, rest, held, context)
+    finally:
+        assert made == [one.label for one in TAKEN][: len(made)]
+    return made
+
+
+def test_a_set_whose_volumes_all_held_still_is_made(monkeypatch, devices):
+    assert len(make(monkeypatch, devices)) == 3
+
+
+@pytest.mark.parametrize("vanish", [False, True])
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_a_set_is_void_where_somebody_else_let_a_volume_go_on(monkeypatch, devices, victim, vanish):
+    def other(label):
+        if victim == 0 or label == FIRST.label:
+            devices.suspended.discard(NAMES[victim])
+            devices.gone |= {NAMES[victim]} if vanish else set()
+
+    if victim == 0:
+        other("")
+    with pytest.raises(SetVoid, match=NAMES[victim]):
+        make(monkeypatch, devices, other)
+
+
+def test_what_was_never_suspended_is_not_looked_at(monkeypatch, devices):
+    devices.suspended.clear()
+    assert len(make(monkeypatch, devices, held=())) == 3
+
+
+# --- those that wait ------------------------------------------------------------------------------------------
+
+
+class Source:
+    """A snapshot that is void once ``error`` is set."""
+
+    def __init__(self, name, log):
+        self.name, self.log, self.error = name, log, None
+
+    def check(self):
+        if self.error:
+            raise self.error
+
+    def release(self):
+        self.log.append(f"release {self.name}")
+        return ""
+
+
+@dataclass(frozen=True)
+class Made:
+    """As much of a report as it takes."""
+
+    volume: str
+    seconds: float = 0.0
+
+
+def full(name):
+    return PoolFull(pool="vg/pool", used=99.0, what="data", volume=name)
+
+
+def test_a_snapshot_that_waits_goes_as_soon_as_it_is_void(monkeypatch):
+    """Its pool may be another one than that of the volume that is read, and be full before its turn comes."""
+    log = []
+    sources = {name: Source(name, log) for name in "abc"}
+
+    @contextlib.contextmanager
+    def snapshots(*_):
+        yield [*sources.values()]
+
+    def locked(_, one, source, context):
+        log.append(f"read {source.name}")
+        sources["b"].error = full("b")
+        for _ in range(3):
+            context.check()
+        return Made(one.seen.name)
+
+    monkeypatch.setattr(backup, "snapshots", snapshots)
+    monkeypatch.setattr(backup, "_locked", locked)
+    monkeypatch.setattr(backup, "_newest", lambda _: "")
+    held = [SimpleNamespace(seen=SimpleNamespace(mode="hot", name=name), volume=None) for name in sources]
+    told = []
+    backup._read_held(SimpleNamespace(path="/repository"), held, HotOptions(), 0, context_of([]), told.append)
+    assert log == ["read a", "release b", "release a", "release b", "read c", "release c"]
+    assert [type(one) for one in told] == [Made, PoolFull, Made]
+
+
+# --- what is to be known later --------------------------------------------------------------------------------
+
+
+def notes(**changed):
+    opening = SimpleNamespace(volume="web-vg-data", point="20260501T000000Z-0001", logical_sector=512)
+    closing = SimpleNamespace(**{"hooks": {}, "set_id": "", "consistency": "application"} | changed)
+    return _doubts(SimpleNamespace(view=SimpleNamespace(top=SimpleNamespace(opening=opening, closing=closing))), 512)
+
+
+def test_who_restores_is_told_of_what_hooks_said_and_of_the_set():
+    """A server's backup_label is kept with the point: started without it, the server is damaged without a word."""
+    assert notes() == []
+    (one,) = notes(hooks={"postgresql end": "backup_label: ..."})
+    assert "'blockbak show web-vg-data@20260501T000000Z-0001'" in one
+    (one,) = notes(set_id="0badc0de")
+    assert "set 0badc0de" in one
+
+
+def test_a_snapshot_is_gone_before_its_image_is_made_durable():
+    log = []
+    source = object.__new__(hot.HotSource)
+    source.reader = SimpleNamespace(__exit__=lambda *_: log.append("close"))
+    source._settled = Settled("filesystem")
+    source._snapshot = SimpleNamespace(
+        look=lambda: log.append("look"), release=lambda: log.append("remove") or "", extended=0
+    )
+    assert source.settle() == Settled("filesystem")
+    assert log == ["look", "close", "remove"]
