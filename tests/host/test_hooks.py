@@ -78,7 +78,9 @@ def test_without_hooks_and_devices_nothing_is_started(script):
     assert not (script.folder / "run").exists()
 
 
-def test_what_a_hook_is_told(script):
+def test_what_a_hook_is_told(script, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("BLOCKBAK_")]:
+        monkeypatch.delenv(name)
     tell = "env | grep ^BLOCKBAK_ | sort; stat -c %a $BLOCKBAK_HOOK_DIR; pwd; echo $MINE"
     one = script("a", tell + "; echo kept >$BLOCKBAK_HOOK_DIR/note", tell + "; cat $BLOCKBAK_HOOK_DIR/note")
     with script.at_rest(one, environ={"MINE": "mine", "PATH": os.environ["PATH"]}) as rest:
