@@ -59,8 +59,8 @@ module QemuDirect
       File.write(path("port"), port.to_s)
       File.write(path("qemu.command"), "#{command(port).shelljoin}\n")
       # A process group of its own: Ctrl-C is for Vagrant, which then ends it in its own way.
-      Process.detach(Process.spawn(*command(port), chdir: @machine.data_dir.to_s, pgroup: true, in: "/dev/null",
-                                   %i[out err] => [path("qemu.log"), "w"]))
+      @child = Process.detach(Process.spawn(*command(port), chdir: @machine.data_dir.to_s, pgroup: true,
+                                            in: "/dev/null", %i[out err] => [path("qemu.log"), "w"]))
     end
 
     # QEMU takes a connection before the guest listens, so only sshd's own greeting says that it is up.
@@ -68,7 +68,8 @@ module QemuDirect
       deadline = now + seconds
       until greeted?
         return if env[:interrupted]
-        raise Error, "QEMU ended while the machine started.\n#{told}" unless pid
+        # Not by its arguments: a program that is only being loaded shows none yet.
+        raise Error, "QEMU ended while the machine started.\n#{told}" unless @child.alive?
         raise Error, "The machine did not start within #{seconds} s.\n#{told}" if now > deadline
 
         sleep 0.2

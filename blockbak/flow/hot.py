@@ -155,7 +155,7 @@ def check_together(members: Sequence[Member], origins: Sequence[LogicalVolume], 
     system = System()
     own = [
         (place, place)
-        for place in (*_LIVE_PLACES, *_program_places())
+        for place in (*_LIVE_PLACES, *lvm.places(), *_program_places())
         if os.path.lexists(place)
     ]  # fmt: skip
     kept = [(repository, "the repository"), (state, "blockbak's state directory")]
@@ -172,6 +172,12 @@ def check_together(members: Sequence[Member], origins: Sequence[LogicalVolume], 
 def _program_places() -> list[str]:
     """Where blockbak itself and its Python are."""
     return [str(Path(__file__).resolve().parent.parent), sys.prefix, sys.base_prefix, sys.executable]
+
+
+def suspend_order(devices: Sequence[Device], system: System) -> list[Device]:
+    """Volumes that file systems are mounted from, before their logs: to be frozen they write to these."""
+    frozen = {(line.major, line.minor) for line in system.mounts}
+    return sorted(devices, key=lambda device: (device.major, device.minor) not in frozen)
 
 
 def consistency(device: Device, *, hooked: bool) -> str:
@@ -281,8 +287,8 @@ def _take(
         if devices:
             rest.within(options.together_seconds)
             with Mapper() as mapper:
-                for name, _ in devices:
-                    mapper.suspend(name)
+                for device in suspend_order([one.seen.device for one in members], System()):
+                    mapper.suspend(device.dm_name)
         _make(origins, rooms, options, run, made, rest, [name for name, _ in devices], context)
     if not rest.in_time:
         raise SetVoid(reason="; ".join(rest.reasons) or "the deadline passed")

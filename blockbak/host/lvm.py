@@ -136,6 +136,14 @@ def pool_bytes(group: str, pool: str) -> int:
     return found[0].size if found else 0
 
 
+def places() -> list[str]:
+    """Where LVM's own commands write: its archive, its log. Empty where it does not tell."""
+    try:
+        return plan.parse_places(_lvm("lvmconfig", "-q", "-q", "--type", "full", *plan.PLACES).stdout)
+    except BlockbakError:
+        return []
+
+
 def group_metadata(group: str, run_dir: str) -> str:
     """The group's metadata as ``vgcfgbackup`` writes it; empty where LVM does not tell."""
     path = os.path.join(run_dir, f"{_METADATA_PREFIX}{os.getpid()}-{threading.get_ident()}")
@@ -477,8 +485,9 @@ class Snapshot:
                 self._stuck = True
                 return
             _lvm("lvextend", "-q", "-q", "-y", "-L", f"+{more}b", self.label)
-        except BlockbakError:
-            # Another snapshot may have taken what was free a moment ago: then less is asked for.
+        except (BlockbakError, OSError):
+            # Another snapshot may have taken what was free a moment ago: then less is asked for. Nothing may end this
+            # thread, not even that no file can be opened.
             self._failures += 1
             self._stuck = self._failures >= _EXTEND_TRIES
             return

@@ -181,6 +181,15 @@ def _percent(text: str) -> float | None:
     return float(text) if text else None
 
 
+PLACES = ("backup/archive_dir", "backup/backup_dir", "log/file", "global/locking_dir")
+"""Settings of lvm.conf: where each of its commands writes."""
+
+
+def parse_places(report: str) -> list[str]:
+    """The paths of ``lvmconfig``'s lines ``name="value"``."""
+    return re.findall(r'^\s*\w+="(/[^"\n]*)"$', report, re.MULTILINE)
+
+
 # --- what can be snapshotted, and how large ---------------------------------------------------------------
 
 

@@ -8,11 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from blockbak.errors import PoolFull, SetVoid
+from blockbak.errors import NotTogether, PoolFull, SetVoid
 from blockbak.flow import backup, hot
 from blockbak.flow.hot import HotOptions
 from blockbak.flow.restore import _doubts
 from blockbak.flow.source import Settled
+from blockbak.host.device import Device
+from blockbak.host.lvm import Snapshot
+from blockbak.model.snapshot import ThickUse
 from tests.doubles import context as context_of
 from tests.unit.test_snapshot import VOLUME
 
@@ -82,6 +85,37 @@ def test_a_set_is_void_where_somebody_else_let_a_volume_go_on(monkeypatch, devic
         other("")
     with pytest.raises(SetVoid, match=NAMES[victim]):
         make(monkeypatch, devices, other)
+
+
+def test_a_file_system_is_held_back_before_its_log():
+    """It waits for the log while it is frozen: the other way round both hung until the deadline."""
+    log, data, plain = (
+        Device(f"/dev/dm-{number}", "", is_block=True, size=1, kind="dm", major=253, minor=number)
+        for number in (1, 2, 3)
+    )
+    system = SimpleNamespace(mounts=[SimpleNamespace(major=253, minor=2), SimpleNamespace(major=0, minor=40)])
+    assert hot.suspend_order([log, data, plain], system) == [data, log, plain]
+    assert hot.suspend_order([plain, log], system) == [plain, log]
+
+
+def test_a_volume_that_lvm_writes_its_archive_to_is_never_suspended(monkeypatch):
+    """Wherever lvm.conf has it: lvcreate would wait for the volume, and the volume for lvcreate."""
+    monkeypatch.setattr(hot.lvm, "places", lambda: ["/srv/archive-of-lvm"])
+    monkeypatch.setattr(hot.os.path, "lexists", lambda _: True)
+    monkeypatch.setattr(hot.usage, "carries", lambda device, path, _: path == "/srv/archive-of-lvm")
+    member = hot.Member(SimpleNamespace(device=None), "")
+    with pytest.raises(NotTogether, match="it carries /srv/archive-of-lvm"):
+        hot.check_together([member], [FIRST], "/repository", "/state")
+
+
+def test_a_snapshot_is_watched_though_no_file_can_be_opened(monkeypatch):
+    def no_more(_):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(hot.lvm, "by_uuid", no_more)
+    snapshot = Snapshot(FIRST, "blockbak-0badc0de", 1, None, 0)
+    snapshot._extend(ThickUse(9, 10))
+    assert snapshot.extended == 0
 
 
 def test_what_was_never_suspended_is_not_looked_at(monkeypatch, devices):

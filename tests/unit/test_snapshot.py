@@ -316,6 +316,12 @@ def test_a_host_whose_name_no_tag_can_hold_knows_its_own():
     assert plan.strangers([one], host) == []
 
 
+def test_where_lvm_writes_is_read_from_its_settings():
+    told = '\tarchive_dir="/srv/lvm archive"\nbackup_dir="/etc/lvm/backup"\nfile=""\nlocking_dir="/run/lock/lvm"\n'
+    assert plan.parse_places(told) == ["/srv/lvm archive", "/etc/lvm/backup", "/run/lock/lvm"]
+    assert plan.parse_places("") == []
+
+
 # --- hidden from scanners ---------------------------------------------------------------------------------
 
 
