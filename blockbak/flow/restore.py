@@ -18,6 +18,7 @@ from blockbak.flow.points import Opened, find, newer_orphans, open_point, open_r
 from blockbak.flow.target import check_target, existing, look_at_target, new_file
 from blockbak.flow.writing import Writing, mostly_equal, read_back, write_all
 from blockbak.host import device as devices
+from blockbak.host import lvm
 from blockbak.host.blockio import TargetWriter
 from blockbak.host.device import Device
 from blockbak.host.lvm import PoolWatch
@@ -280,6 +281,9 @@ def _carry_out(job: _Restoring, context: Context, clock: float) -> Report:
     with ExitStack() as stack:
         lost = stack.enter_context(_mapfile(job)) if request.keep_going else None
         target = stack.enter_context(_open(job, context, pools))
+        if job.target is not None and job.target.is_lv:
+            # Whoever names what an unfinished restore left wants to keep it.
+            lvm.adopt(job.target.lv_uuid)
         # What is new and yet not blank holds what others left there.
         blank = method == "create" and (job.new is None or job.new.blank)
         writing = "create" if blank else "differ" if method == "differ" else "write"

@@ -620,7 +620,7 @@ def new_volume(run_now: Run, group: str, name: str, size: int, pool: str = "") -
     try:
         _lvm("lvcreate", "-q", "-q", "-y", "--name", name, *added, *own, group)
         yield f"/dev/mapper/{plan.dm_name(group, name)}"
-        _lvm("lvchange", "-q", "-q", *(word for tag in tags for word in ("--deltag", tag)), label)
+        _untag(label, tags)
     except BaseException as error:
         try:
             made = named(group, name)
@@ -629,6 +629,20 @@ def new_volume(run_now: Run, group: str, name: str, size: int, pool: str = "") -
         except BlockbakError as failed:
             error.add_note(f"{label} could not be removed ({failed}); 'blockbak recover' tries again.")
         raise
+
+
+def _untag(label: str, tags: Sequence[str]) -> None:
+    _lvm("lvchange", "-q", "-q", *(word for tag in tags for word in ("--deltag", tag)), label)
+
+
+def adopt(uuid: str) -> None:
+    """Make an ordinary volume of one that an unfinished restore left: it would be removed at the next sweep.
+
+    Any other stays as it is. Raises MissingProgram, CommandFailed.
+    """
+    found = by_uuid(uuid)
+    if found is not None and plan.RESTORE_TAG in found.tags:
+        _untag(found.label, [tag for tag in found.tags if plan.is_of_ours(tag)])
 
 
 def thin_pool(device: Device, system: System | None = None) -> str:

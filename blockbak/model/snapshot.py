@@ -426,6 +426,11 @@ def tags(run: str, host: str, boot: str) -> tuple[str, ...]:
     return (TAG, f"{RUN_TAG}{run}", f"{HOST_TAG}{tag_text(host)}", f"{BOOT_TAG}{boot}")
 
 
+def is_of_ours(tag: str) -> bool:
+    """Whether a tag is one that runs and restores give."""
+    return tag in (TAG, RESTORE_TAG) or tag.startswith((RUN_TAG, HOST_TAG, BOOT_TAG))
+
+
 def leftovers(volumes: Sequence[LogicalVolume], host: str, boot: str, alive: Collection[str]) -> list[LogicalVolume]:
     """What of ``volumes`` a run of this host made that is over: it was killed, or the machine went down.
 

@@ -309,6 +309,11 @@ def test_what_another_host_left_is_told(changes, told):
     assert plan.strangers([VOLUME, one], HOST) == [one] * told
 
 
+def test_our_tags_are_told_from_a_persons():
+    assert all(map(plan.is_of_ours, (*plan.tags(RUN, HOST, BOOT), plan.RESTORE_TAG)))
+    assert not any(map(plan.is_of_ours, ("blockbak-repository", "blockbak_", "blockbak_runs", "daily")))
+
+
 def test_a_host_whose_name_no_tag_can_hold_knows_its_own():
     host = "höst:1"
     one = replace(OURS, tags=plan.tags(RUN, host, BOOT))

@@ -114,6 +114,20 @@ def test_a_restore_that_fails_leaves_no_volume(make_group, run_blockbak, reposit
     assert (made["lv_name"], made["lv_tags"]) == ("new", "")
 
 
+def test_what_an_unfinished_restore_left_may_be_restored_to_and_is_kept(make_group, run_blockbak, repository, tmp_path):
+    """Its tags said that the next run is to remove it."""
+    group = make_group(size=48 * MIB)
+    source = image(tmp_path / "source.img", 5, 8 * MIB)
+    run_blockbak("backup", source, "--name", "source")
+    tags = ("blockbak", "blockbak_run=0badc0de", f"blockbak_host={os.uname().nodename}", "blockbak_boot=old")
+    added = [word for tag in (*tags, "blockbak_restore", "blockbak-store") for word in ("--addtag", tag)]
+    left = group.volume("left", 8 * MIB, *added)
+    run_blockbak("restore", "source@latest", left, "--yes")
+    assert run_blockbak.json("recover")["done"] == []
+    assert group.lvs()["left"]["lv_tags"] == "blockbak-store"
+    assert digest(content(left)) == digest(source.read_bytes())
+
+
 def test_thin_pools_are_never_filled_by_a_restore(make_group, run_blockbak, repository, tmp_path):
     group = make_group(size=256 * MIB)
     pool = group.pool("pool", 64 * MIB)
