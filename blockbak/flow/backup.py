@@ -19,6 +19,7 @@ from blockbak.errors import (
 )
 from blockbak.flow.context import Context, iso
 from blockbak.flow.hot import HotOptions, Member, Waiting, consistency, foreseen, snapshots
+from blockbak.flow.leftovers import settle_known
 from blockbak.flow.points import damage_since, highest_sequence, open_chain
 from blockbak.flow.scan import scan
 from blockbak.flow.source import AtRest, Request, Seen, Settled, Source, look, look_at, resolve_mode
@@ -182,6 +183,13 @@ def backup_all(
     With hooks, or together, the snapshots of all hot sources are made before the first is read.
     """
     hot = hot or HotOptions()
+    if not dry_run:
+        try:
+            for line in settle_known(context):
+                context.say(line)
+        except BlockbakError as error:
+            # What somebody else left is no reason to do without a backup.
+            context.say(f"What an earlier run left on the machine could not be cleared away: {error}")
     waiting: list[Request] = []
     for request in requests:
         try:

@@ -319,7 +319,7 @@ def unpack_section(data: bytes) -> SectionRecord:
 
 def pack_closing(closing: Closing, header: bytes, sections: SectionList) -> bytes:
     """The closing record; ``header`` are the image's first HEADER_BYTES."""
-    text = msgspec.json.encode(closing)
+    text = msgspec.json.encode(closing.as_json())
     head = np.zeros((), CLOSING)
     size = CLOSING.itemsize + len(text) + sections.nbytes + SHA256_BYTES
     head["magic"], head["length"] = CLOSING_MAGIC, size - SKIPPABLE.itemsize

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal, TypeAlias
 
 from blockbak.model.hashmap import Geometry
@@ -91,3 +91,11 @@ class Closing:
     set_id: str = ""
     lvm_metadata: str = ""
     hooks: dict[str, str] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, object]:
+        """As it is stored: what was added to the first release's keys is left out where it is empty."""
+        stored = asdict(self)
+        return {key: value for key, value in stored.items() if value or key not in _LATER}
+
+
+_LATER = ("set_id", "lvm_metadata", "hooks")

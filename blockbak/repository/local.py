@@ -53,6 +53,8 @@ FILE = "repository.json"
 _SHIPPED = ("rescue.py", "RESTORE.txt")
 NAME_MAX = 200
 NAME_RULE = f"at most {NAME_MAX} letters, digits, '.', '_' and '-', not beginning with '.' or '-'"
+_LOOKS = 10
+"""How often a directory is read anew because something went from it meanwhile."""
 _VOLUME = re.compile(r"[A-Za-z0-9._-]+")
 _NAME = re.compile(
     r"(?P<point>\d{8}T\d{6}Z-[0-9a-f]{4})\.(?P<kind>full|incremental|differential)(?:\.(?P<number>[1-9]\d*))?"
@@ -157,8 +159,18 @@ class Volume:
         Safe without a lock: what a run makes or deletes meanwhile is there or not, but never damage. Raises
         NoPermission, or UnreadableStore where the directory itself cannot be read.
         """
-        found = Catalog()
-        for name in sorted(self.names()):
+        for _ in range(_LOOKS):
+            found = Catalog()
+            names = self.names()
+            self._read_catalog(found, names)
+            # What was deleted meanwhile had children, which were deleted before it: some of them may have been
+            # read as still there.
+            if names <= self.names():
+                break
+        return found
+
+    def _read_catalog(self, found: Catalog, names: set[str]) -> None:
+        for name in sorted(names):
             parts = _NAME.fullmatch(name)
             if not parts or not self._is_there(name):
                 continue
@@ -173,7 +185,6 @@ class Volume:
                 self._catalog_manifest(found, name, parts["point"], parts["kind"])
             elif self._is_orphan(name, stem):
                 found.orphans.append(name)
-        return found
 
     def _is_there(self, name: str) -> bool:
         """Whether anything has that name. What the disk cannot tell of is there: damage, and never absence."""

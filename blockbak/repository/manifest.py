@@ -42,7 +42,9 @@ def encode(image: Image) -> bytes:
     manifest = Manifest(
         VERSION, image.file, image.image_bytes, image.closing_sha256, image.sections, image.opening, image.closing
     )
-    blank = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+    members = {name: getattr(manifest, name) for name in Manifest.__struct_fields__}
+    members["closing"] = image.closing.as_json()
+    blank = msgspec.json.format(msgspec.json.encode(members), indent=2) + b"\n"
     digest = hashlib.sha256(blank).hexdigest().encode()
     return blank[: -len(_BLANK) - 4] + digest + blank[-4:]
 

@@ -6,6 +6,7 @@ import pytest
 
 from blockbak.errors import DamagedManifest
 from blockbak.flow import backup, recover, restore, verify
+from blockbak.repository import local
 from tests.scene import BLOCK, Scene
 
 
@@ -98,3 +99,21 @@ def test_recover_begins_again_where_a_killed_one_left_off(scene, name):
     assert shipped.read_bytes() == right
     assert done.adopted == [scene.names[-1]]
     assert not (scene.place / f"{name}.partial").exists()
+
+
+# --- a deletion while the catalogue is read --------------------------------------------------------------------
+
+
+def test_what_is_deleted_while_the_catalogue_is_read_is_there_or_gone_but_no_gap(scene, monkeypatch):
+    """Points of one second sort by chance, so a child may be read before its parent: then both are deleted."""
+    read = local.Volume._catalog_manifest
+
+    def interrupted(volume, found, name, *rest):
+        read(volume, found, name, *rest)
+        for each in scene.where.glob("*.*.*"):
+            each.unlink()
+
+    monkeypatch.setattr(local, "sorted", lambda names: sorted(names, reverse=True), raising=False)
+    monkeypatch.setattr(local.Volume, "_catalog_manifest", interrupted)
+    found = scene.catalog()
+    assert (found.images, found.damage) == ([], [])

@@ -50,13 +50,20 @@ def start(blockbak: Blockbak, *words: object, env: dict[str, str] | None = None)
 
 
 def snapshot_read(pid: int) -> str:
-    """The device-mapper name of the snapshot that a process has open, or an empty string."""
+    """The device-mapper name of the snapshot that a process reads past the page cache, or an empty string.
+
+    It also looks at the partition tables of all devices, snapshots that others left among them, but not so.
+    """
+    opened = []
     try:
-        opened = [os.readlink(f"/proc/{pid}/fd/{entry}") for entry in os.listdir(f"/proc/{pid}/fd")]
-    except OSError:
+        for entry in os.listdir(f"/proc/{pid}/fd"):
+            path = os.readlink(f"/proc/{pid}/fd/{entry}")
+            flags = Path(f"/proc/{pid}/fdinfo/{entry}").read_text().partition("flags:")[2].split()[0]
+            opened.append((path, int(flags, 8)))
+    except (OSError, IndexError):
         return ""
-    for path in opened:
-        if path.startswith("/dev/dm-"):
+    for path, how in opened:
+        if path.startswith("/dev/dm-") and how & os.O_DIRECT:
             name = Path("/sys/block", path[5:], "dm/name").read_text().strip()
             # Every device is opened for a moment when twins are looked for, others' volumes too.
             if re.search(r"-blockbak--[0-9a-f]{8}(--\d+)?$", name):
