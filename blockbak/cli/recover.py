@@ -14,7 +14,7 @@ from blockbak.errors import ATTENTION
 def command(context: click.Context, repository: str | None, as_json: bool, wait: float) -> None:
     """Finish or undo what a crash left behind.
 
-    On this machine: volumes that were held back go on, applications at rest are let go, snapshots of runs that
+    On this machine: volumes that were held back go on, applications at rest are let go, snapshots and unfinished restores of runs that
     are over are removed; only what blockbak itself made. In the repository: files that were never finished are
     swept, half-done deletions are finished, images without a manifest
     are checked and get it back. Nothing that is whole is ever removed. Exit status 3 if something is left
@@ -25,7 +25,7 @@ def command(context: click.Context, repository: str | None, as_json: bool, wait:
 
     with common.world(wait) as world:
         # What holds the machine up comes first, whatever becomes of the repository.
-        settled = settle(world)
+        settled = settle(world, restores=True)
         for sentence in settled if not as_json else ():
             render.line(sentence)
         report = recover(common.open_repository(repository), world)

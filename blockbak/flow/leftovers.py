@@ -11,8 +11,9 @@ from blockbak.host.runner import which
 from blockbak.host.system import System
 
 
-def settle(context: Context) -> list[str]:
-    """Let go of all that no living run holds, and remove its snapshots; sentences about it.
+def settle(context: Context, *, restores: bool = False) -> list[str]:
+    """Let go of all that no living run holds, and remove its snapshots, and with ``restores`` also the volumes of
+    unfinished restores; sentences about it.
 
     Only root can, and only root leaves such things. What is not ours is never touched. Raises NoGuardian,
     MapperFailed, CommandFailed.
@@ -22,7 +23,7 @@ def settle(context: Context) -> list[str]:
     boot = System().boot
     said = [line for journal in guardian.leftovers(context.run_dir, boot) for line in guardian.settle(journal)]
     if os.path.exists(CONTROL) and which("lvs") is not None:
-        said += lvm.sweep(context.run_dir, context.host, boot)
+        said += lvm.sweep(context.run_dir, context.host, boot, restores=restores)
     return said
 
 

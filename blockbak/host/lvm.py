@@ -269,11 +269,12 @@ def _unlink(path: Path) -> None:
 # --- what killed runs left --------------------------------------------------------------------------------
 
 
-def sweep(run_dir: str, host: str, boot: str) -> list[str]:
+def sweep(run_dir: str, host: str, boot: str, *, restores: bool) -> list[str]:
     """Remove the snapshots, and resume the volumes, of this host's runs that are over; sentences about it.
 
-    Raises MissingProgram, CommandFailed where LVM cannot be asked; what cannot be removed is only told, and so is
-    what another host left.
+    What an unfinished restore left is removed with ``restores`` only, and told else: a snapshot is a copy, but
+    somebody may have put such a volume to use. What cannot be removed is only told, and so is what another host left.
+    Raises MissingProgram, CommandFailed where LVM cannot be asked.
     """
     said = []
     _clear(run_dir)
@@ -291,6 +292,13 @@ def sweep(run_dir: str, host: str, boot: str) -> list[str]:
         living = (before | _known_runs(run_dir)) - set(dead)
         for one in plan.leftovers(found, host, boot, living):
             what = "unfinished restore" if plan.RESTORE_TAG in one.tags else "snapshot"
+            if plan.RESTORE_TAG in one.tags and not restores:
+                words = " ".join(f"--deltag {tag}" for tag in one.tags if plan.is_of_ours(tag))
+                said.append(
+                    f"{one.label} is the unfinished restore of a run that did not end: 'blockbak recover' removes it,"
+                    f" 'lvchange {words} {one.label}' makes it an ordinary volume."
+                )
+                continue
             try:
                 remove(one.label)
                 said.append(f"Removed {one.label}, the {what} of a run that did not end.")
