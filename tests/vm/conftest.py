@@ -8,10 +8,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,10 @@ def of_blockbak() -> list[str]:
 
 def clear(left: set[tuple[str, str]]) -> None:
     """Take away what is left, so that only one test fails for it."""
-    for process in orphans():
-        process.kill()
+    # Not every orphan: the process that forks the program serves all tests.
+    for pid in (int(name.split()[0]) for kind, name in left if kind == "process"):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     for name in suspended():
         subprocess.run(["dmsetup", "resume", name], check=False)
     for where in sorted((name for kind, name in left if kind == "mount"), reverse=True):
