@@ -289,8 +289,8 @@ class BadTarget(Failed):
 
 
 class TargetFailed(Failed):
-    message = "Writing {path} failed at byte {offset}: {reason}."
-    advice = "What was written before that offset is incomplete; do not use the target."
+    message = "{action} {path} failed: {reason}."
+    advice = "What the target holds is incomplete or unproven; do not use it."
 
 
 class TargetFull(Failed):

@@ -17,16 +17,22 @@ def _block_size(_: click.Context, __: click.Parameter, value: str | None) -> int
     if value is None:
         return None
     from blockbak.flow.backup import check_block_size
-    from blockbak.units import parse_size
 
+    size = _bytes(value, "4K to 1M")
     try:
-        size = parse_size(value)
         check_block_size(size)
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} is not a size; take 4K to 1M") from error
     except BadBlockSize as error:
         raise click.BadParameter("take a power of two from 4K to 1M") from error
     return size
+
+
+def _bytes(value: str, advice: str) -> int:
+    from blockbak.units import parse_size
+
+    try:
+        return parse_size(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not a size; take {advice}") from error
 
 
 def _store_size(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
@@ -45,14 +51,9 @@ def _store_size(_: click.Context, __: click.Parameter, value: str | None) -> str
 
 
 def _rate(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
-    from blockbak.units import parse_size
-
     if value is None:
         return None
-    try:
-        rate = parse_size(value)
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} is not a size; take 50M for 50 MiB a second") from error
+    rate = _bytes(value, "50M for 50 MiB a second")
     if rate < 64 << 10:
         raise click.BadParameter("take at least 64K")
     return rate
@@ -142,7 +143,7 @@ def summary(report: Report) -> str:
 @click.option("--together", is_flag=True, help="Snapshot all volumes at one instant; thick ones only.")
 @click.option(
     "--together-deadline",
-    type=click.FloatRange(min=1),
+    type=click.FloatRange(min=1, max=60),
     default=10,
     show_default=True,
     metavar="SECONDS",
@@ -168,7 +169,7 @@ def command(
 
     All sources are tried; the exit status is that of the first error.
     """
-    from dataclasses import asdict, replace
+    from dataclasses import replace
 
     from blockbak.flow.backup import backup_all
     from blockbak.flow.hot import HotOptions
@@ -178,29 +179,7 @@ def command(
     if name is not None and len(sources) > 1:
         raise click.UsageError("--name names one volume, so it takes one SOURCE.")
     opened = common.open_repository(repository)
-    reports: list[Report] = []
-    errors: list[BlockbakError] = []
-
-    said: set[str] = set()
-
-    def say(sentence: str) -> None:
-        said.add(sentence)
-        render.say(sentence)
-
-    def tell(result: Report | BlockbakError) -> None:
-        if isinstance(result, BlockbakError):
-            errors.append(result)
-            render.failure(result, as_json=False)
-            return
-        reports.append(result)
-        for note in result.notes:
-            if (result.attention or dry_run) and note not in said:
-                render.say(note)
-        if result.bad_bytes:
-            render.say(f"'blockbak show {result.volume}@{result.point}' names what could not be read.")
-        if not as_json:
-            render.line(_would(result) if dry_run else summary(result))
-
+    told = _Told(as_json, dry_run)
     requests = [Request(source, kind, mode, name, block_bytes, compress, limit, holds_repository) for source in sources]
     hot = HotOptions(
         size=snapshot_size, limit=snapshot_limit, freeze_with=freeze_with, freeze_seconds=freeze_deadline,
@@ -209,18 +188,52 @@ def command(
     if idle:
         read_idly()
     with common.world(wait) as world:
-        backup_all(opened, requests, replace(world, say=say), tell, hot=hot, dry_run=dry_run)
-    if as_json:
-        document: dict[str, object] = {
-            "points": [asdict(report) for report in reports],
-            "errors": [error.as_dict() for error in errors],
-        }
-        if errors:
-            document["error"] = errors[0].as_dict()
-        render.document(document)
-    if errors:
-        context.exit(errors[0].exit_code)
-    context.exit(ATTENTION if any(report.attention for report in reports) else 0)
+        backup_all(opened, requests, replace(world, say=told.say), told, hot=hot, dry_run=dry_run)
+    context.exit(told.end())
+
+
+class _Told:
+    """What is told of each source as soon as it is done, and of all of them at the end."""
+
+    def __init__(self, as_json: bool, dry_run: bool) -> None:
+        self._as_json, self._dry_run = as_json, dry_run
+        self._reports: list[Report] = []
+        self._errors: list[BlockbakError] = []
+        self._said: set[str] = set()
+
+    def say(self, sentence: str) -> None:
+        self._said.add(sentence)
+        render.say(sentence)
+
+    def __call__(self, result: Report | BlockbakError) -> None:
+        if isinstance(result, BlockbakError):
+            self._errors.append(result)
+            render.failure(result, as_json=False)
+            return
+        self._reports.append(result)
+        for note in result.notes:
+            if (result.attention or self._dry_run) and note not in self._said:
+                render.say(note)
+        if result.bad_bytes:
+            render.say(f"'blockbak show {result.volume}@{result.point}' names what could not be read.")
+        if not self._as_json:
+            render.line(_would(result) if self._dry_run else summary(result))
+
+    def end(self) -> int:
+        """The exit status, once the document is printed."""
+        from dataclasses import asdict
+
+        if self._as_json:
+            document: dict[str, object] = {
+                "points": [asdict(report) for report in self._reports],
+                "errors": [error.as_dict() for error in self._errors],
+            }
+            if self._errors:
+                document["error"] = self._errors[0].as_dict()
+            render.document(document)
+        if self._errors:
+            return self._errors[0].exit_code
+        return ATTENTION if any(report.attention for report in self._reports) else 0
 
 
 def _would(report: Report) -> str:

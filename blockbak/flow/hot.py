@@ -16,12 +16,13 @@ from blockbak.errors import NotTogether, SetVoid, SnapshotError, SourceChangedSi
 from blockbak.flow.context import Context
 from blockbak.flow.leftovers import settle
 from blockbak.flow.source import Circumstances, Seen, Settled, group_metadata
-from blockbak.host import hooks, lvm, runner, scanners, usage
+from blockbak.host import hooks, lvm, runner, runs, scanners, usage
 from blockbak.host.blockio import SourceReader
 from blockbak.host.device import Device
 from blockbak.host.hooks import Rest
-from blockbak.host.lvm import Run, Snapshot
 from blockbak.host.mapper import Mapper
+from blockbak.host.runs import Run
+from blockbak.host.snapshots import Snapshot, origin_of, planned_size, take
 from blockbak.host.system import System
 from blockbak.model import snapshot as plan
 from blockbak.model.snapshot import LogicalVolume
@@ -143,7 +144,7 @@ def sizes(origins: Sequence[LogicalVolume], options: HotOptions) -> list[int]:
     for origin in origins:
         place = (origin.group, origin.pool if origin.is_thin else "")
         asked = None if options.size is None else plan.parse_size(options.size, origin.size, parse_size)
-        size = lvm.planned_size(origin, asked, beside=taken.get(place, 0))
+        size = planned_size(origin, asked, beside=taken.get(place, 0))
         taken[place] = taken.get(place, 0) + size
         found.append(size)
     return found
@@ -195,7 +196,7 @@ def _not_frozen(device: Device) -> list[str]:
 
 def foreseen(members: Sequence[Member], options: HotOptions, repository: str, state: str) -> list[str]:
     """What would be made for each member, in a sentence. Raises what making them would, as far as it shows."""
-    origins = [lvm.origin_of(member.seen.device) for member in members]
+    origins = [origin_of(member.seen.device) for member in members]
     if options.together:
         check_together(members, origins, repository, state)
     found = []
@@ -223,7 +224,7 @@ def snapshots(
     for line in settle(context):
         context.say(line)
     scanners.ensure()
-    origins = [lvm.origin_of(member.seen.device) for member in members]
+    origins = [origin_of(member.seen.device) for member in members]
     if options.together:
         check_together(members, origins, repository, context.state_dir)
     rooms = sizes(origins, options)
@@ -232,7 +233,7 @@ def snapshots(
         group = member.seen.device.vg
         metadata[group] = metadata[group] or group_metadata(member.seen.device, context)
     run_id = context.hex_id(_RUN_DIGITS)
-    with lvm.alive(run_id, context.host, boot, context.run_dir) as run, ExitStack() as stack:
+    with runs.alive(run_id, context.host, boot, context.run_dir) as run, ExitStack() as stack:
         run.touches([(member.seen.device.dm_name, member.seen.device.dm_uuid) for member in members])
         made: list[Snapshot] = []
 
@@ -321,7 +322,7 @@ def _make(
         _check_held(held[number:])
         name = f"{plan.PREFIX}{run.id}" + (f"-{number}" if number else "")
         limit = None if options.limit is None else plan.parse_size(options.limit, origin.size, parse_size)
-        made.append(lvm.take(origin, run, name, room, limit=limit))
+        made.append(take(origin, run, name, room, limit=limit))
 
 
 def _check_held(names: Sequence[str]) -> None:

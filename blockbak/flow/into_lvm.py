@@ -21,11 +21,11 @@ from blockbak.flow.context import Context
 from blockbak.flow.leftovers import settle
 from blockbak.flow.points import partition_table, reader
 from blockbak.host import device as devices
-from blockbak.host import lvm
+from blockbak.host import lvm, runs, volumes
 from blockbak.host.blockio import PIECE_BYTES, TargetWriter
 from blockbak.host.device import Device
-from blockbak.host.lvm import PoolWatch
 from blockbak.host.system import System
+from blockbak.host.volumes import PoolWatch
 from blockbak.image.view import PointView
 from blockbak.model import snapshot as plan
 from blockbak.model import twins
@@ -147,8 +147,8 @@ def new_volume(
         context.say(line)
     boot = System().boot
     with (
-        lvm.alive(context.hex_id(_RUN_DIGITS), context.host, boot, context.run_dir) as run,
-        lvm.new_volume(run, wanted.group, wanted.name, wanted.size, wanted.pool) as path,
+        runs.alive(context.hex_id(_RUN_DIGITS), context.host, boot, context.run_dir) as run,
+        volumes.new_volume(run, wanted.group, wanted.name, wanted.size, wanted.pool) as path,
         TargetWriter(path, kernel=context.kernel) as target,
     ):
         _check_sectors(wanted.label, (path,), view)
@@ -166,7 +166,7 @@ def pool_of(target: Device, view: PointView, path: str, context: Context) -> Poo
     """What watches the pool of a thin target; None for any other. Raises TargetUnsafe where the point surely
     does not fit into the pool: all its other volumes would fail with it.
     """
-    if not lvm.thin_pool(target):
+    if not volumes.thin_pool(target):
         return None
     watch = PoolWatch(target, _on_the_way(context))
     short = watch.short(taken(view, watch.unit))

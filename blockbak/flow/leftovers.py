@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from blockbak.flow.context import Context
-from blockbak.host import guardian, lvm
+from blockbak.host import guardian, snapshots
 from blockbak.host.mapper import CONTROL
 from blockbak.host.runner import which
 from blockbak.host.system import System
@@ -23,7 +23,7 @@ def settle(context: Context, *, restores: bool = False) -> list[str]:
     boot = System().boot
     said = [line for journal in guardian.leftovers(context.run_dir, boot) for line in guardian.settle(journal)]
     if os.path.exists(CONTROL) and which("lvs") is not None:
-        said += lvm.sweep(context.run_dir, context.host, boot, restores=restores)
+        said += snapshots.sweep(context.run_dir, context.host, boot, restores=restores)
     return said
 
 

@@ -10,6 +10,7 @@ from blockbak.host import lvm, usage
 from blockbak.host.device import Device
 from blockbak.host.system import System
 from blockbak.host.usage import Use
+from blockbak.host.volumes import thin_pool_label
 from blockbak.model import snapshot as plan
 from blockbak.model.snapshot import LogicalVolume
 
@@ -44,7 +45,7 @@ def offers() -> list[Offer]:
         if _is_ours(device, known):
             continue
         pool = by_label.get(f"{known.group}/{known.pool}") if known else None
-        one = offer(device, usage.users(device, system), known, pool, lvm.thin_pool_label(device, system))
+        one = offer(device, usage.users(device, system), known, pool, thin_pool_label(device, system))
         if sum(other.same_as(name) for other in names) > 1 and (twin := devices.find_twin(device, system)) is not None:
             # Whatever the mode: which of the two is meant cannot be told.
             one = replace(one, mode="refused", reason=f"{twin.path} carries the same identity; detach one of them")

@@ -18,10 +18,10 @@ from blockbak.flow.points import Opened, find, newer_orphans, open_point, open_r
 from blockbak.flow.target import check_target, existing, look_at_target, new_file
 from blockbak.flow.writing import Writing, mostly_equal, read_back, write_all
 from blockbak.host import device as devices
-from blockbak.host import lvm
+from blockbak.host import volumes
 from blockbak.host.blockio import TargetWriter
 from blockbak.host.device import Device
-from blockbak.host.lvm import PoolWatch
+from blockbak.host.volumes import PoolWatch
 from blockbak.image.reader import ImageReader
 from blockbak.image.view import Flaw, PointView, Summary
 from blockbak.model import extent
@@ -283,7 +283,7 @@ def _carry_out(job: _Restoring, context: Context, clock: float) -> Report:
         target = stack.enter_context(_open(job, context, pools))
         if job.target is not None and job.target.is_lv:
             # Whoever names what an unfinished restore left wants to keep it.
-            lvm.adopt(job.target.lv_uuid)
+            volumes.adopt(job.target.lv_uuid)
         # What is new and yet not blank holds what others left there.
         blank = method == "create" and (job.new is None or job.new.blank)
         writing = "create" if blank else "differ" if method == "differ" else "write"

@@ -298,22 +298,22 @@ class TargetWriter(_Opened):
             self.close()
         except OSError as failed:
             if error is None:
-                raise TargetFailed(path=self.path, offset=0, reason=f"closing it: {failed.strerror}") from failed
+                raise TargetFailed(action="Closing", path=self.path, reason=failed.strerror) from failed
 
     @contextlib.contextmanager
-    def _failing_at(self, offset: int) -> Iterator[None]:
+    def _failing(self, action: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             if error.errno in _NO_SPACE:
                 raise TargetFull(path=self.path) from error
-            raise TargetFailed(path=self.path, offset=offset, reason=error.strerror) from error
+            raise TargetFailed(action=action, path=self.path, reason=error.strerror) from error
 
     def write(self, offset: int, data: Bytes) -> None:
         """Write all of ``data`` (page-aligned memory) at ``offset`` (a multiple of the sector)."""
         whole = align_down(len(data), max(self.physical if not self.is_block else 0, self.logical))
         done = 0
-        with self._failing_at(offset):
+        with self._failing(f"Writing byte {offset} of"):
             while done < len(data):
                 direct = self.direct and done < whole and not done % self.logical
                 fd, end = (self.fd, whole) if direct else (self._buffered(), len(data))
@@ -324,7 +324,7 @@ class TargetWriter(_Opened):
 
     def zero(self, offset: int, length: int) -> None:
         """Make a range read as zeros: by the device's or file system's own means, or by writing."""
-        with self._failing_at(offset):
+        with self._failing(f"Writing byte {offset} of"):
             whole = align_down(length, self.logical) if self.is_block else length
             try:
                 if self.is_block and whole:
@@ -348,7 +348,7 @@ class TargetWriter(_Opened):
         A short result (a target that shrank) is an error too. ``into`` is as for ``SourceReader.read``.
         """
         done = 0
-        with self._failing_at(offset):
+        with self._failing(f"Reading back byte {offset} of"):
             while done < length:
                 count = self.read_some(offset + done, into[done : align_up(length, PAGE)])
                 if count == 0:
@@ -357,13 +357,13 @@ class TargetWriter(_Opened):
 
     def resize(self, size: int) -> None:
         """Set a file target to exactly ``size`` bytes."""
-        with self._failing_at(0):
+        with self._failing("Setting the size of"):
             self.kernel.truncate(self.fd, size)
         self.size = size
 
     def flush(self) -> None:
         """Make everything written durable, then let the page cache forget the target."""
-        with self._failing_at(0):
+        with self._failing("Making durable what was written to"):
             if self._plain >= 0:
                 self.kernel.fsync(self._plain)
             self.kernel.fsync(self.fd)

@@ -13,8 +13,9 @@ from blockbak.flow import backup, hot
 from blockbak.flow.hot import HotOptions
 from blockbak.flow.restore import _doubts
 from blockbak.flow.source import Settled
+from blockbak.host import snapshots as snapshots_room
 from blockbak.host.device import Device
-from blockbak.host.lvm import Snapshot
+from blockbak.host.snapshots import Snapshot
 from blockbak.model.snapshot import ThickUse
 from tests.doubles import context as context_of
 from tests.unit.test_snapshot import VOLUME
@@ -58,7 +59,7 @@ def make(monkeypatch, devices, between=lambda label: None, held=NAMES):
         between(origin.label)
         return origin.label
 
-    monkeypatch.setattr(hot.lvm, "take", take)
+    monkeypatch.setattr(hot, "take", take)
     context = SimpleNamespace(check=lambda: None)
     rest = SimpleNamespace(over=lambda: False)
     run = SimpleNamespace(id="0badc0de")
@@ -112,7 +113,7 @@ def test_a_snapshot_is_watched_though_no_file_can_be_opened(monkeypatch):
     def no_more(_):
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(hot.lvm, "by_uuid", no_more)
+    monkeypatch.setattr(snapshots_room, "by_uuid", no_more)
     snapshot = Snapshot(FIRST, "blockbak-0badc0de", 1, None, 0)
     snapshot._extend(ThickUse(9, 10))
     assert snapshot.extended == 0

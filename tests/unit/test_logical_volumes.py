@@ -15,8 +15,8 @@ from blockbak.flow.offer import offer
 from blockbak.flow.source import activation_needed
 from blockbak.host import usage
 from blockbak.host.device import Device, block
-from blockbak.host.lvm import thin_pool_label
 from blockbak.host.usage import Use
+from blockbak.host.volumes import thin_pool_label
 from blockbak.model import snapshot, twins
 from blockbak.model.filesystem import PhysicalVolume, physical_volume
 from blockbak.model.hashmap import BLOCKS_PER_SECTION, Geometry
