@@ -5,7 +5,8 @@
 # from the outside; the only way in is SSH, forwarded from a free port of 127.0.0.1.
 #
 # A machine is what lies in its data directory: `box` (a link to what build-box made), `root.qcow2` (all that was
-# written since), `port`, `key`, and for a person `console.log`, `qemu.log` and `qemu.command`.
+# written since), `spare.raw` (a second disk), `port`, `key`, and for a person `console.log`, `qemu.log` and
+# `qemu.command`; `initrd.img` is there only where `scripts/vm` found one in the guest to start with.
 
 require "fileutils"
 require "io/wait"
@@ -30,6 +31,9 @@ module QemuDirect
   end
 
   class Driver
+    # The disk beside the root disk; it takes no room until it is written.
+    SPARE_BYTES = 8 << 30
+
     def initialize(machine)
       @machine = machine
     end
@@ -38,7 +42,7 @@ module QemuDirect
 
     def port = Integer(File.read(path("port")))
 
-    # Makes the disk, upon a box that is built if it must be. Returns the machine's id.
+    # Makes the disks, the first upon a box that is built if it must be. Returns the machine's id.
     def create
       box = IO.popen([File.join(__dir__, "build-box")], &:read).strip
       raise Error, "The box could not be built; see above." unless $?.success?
@@ -50,6 +54,8 @@ module QemuDirect
         "qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", File.join(box, "root.raw"), path("root.qcow2")
       )
       raise Error, "qemu-img: #{made.stderr}" unless made.exit_code.zero?
+
+      File.open(path("spare.raw"), "w") { |file| file.truncate(SPARE_BYTES) }
 
       "blockbak-#{SecureRandom.hex(8)}"
     end
@@ -100,7 +106,7 @@ module QemuDirect
 
     def delete
       stop
-      FileUtils.rm_f(%w[box key root.qcow2 port qemu.command qemu.log console.log].map { |name| path(name) })
+      FileUtils.rm_f(%w[box key root.qcow2 spare.raw initrd.img port qemu.command qemu.log console.log].map { |name| path(name) })
     end
 
     def state
@@ -113,19 +119,22 @@ module QemuDirect
 
     def command(port)
       config = @machine.provider_config
+      own = File.exist?(path("initrd.img"))
       # TCG is QEMU's emulation; a third quicker with a plain, old processor. A /dev/kvm in a place like this is
       # often one that never gets a guest going, so it is not even tried.
       ["qemu-system-x86_64", "-name", @machine.id, "-machine", "q35", "-accel", "tcg,thread=multi", "-cpu",
        "Nehalem-v1", "-smp", config.cpus.to_s, "-m", config.memory.to_s,
        "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "file:console.log",
-       "-kernel", "box/vmlinuz", "-initrd", "box/initrd.img",
+       # What a boot loader would do: where the guest has an initramfs of its own, it is the one to start with.
+       "-kernel", "box/vmlinuz", "-initrd", own ? "initrd.img" : "box/initrd.img",
        # A guest that panics ends, and so do its tests, instead of hanging.
-       "-append", "console=ttyS0 quiet panic=-1 mitigations=off net.ifnames=0",
+       "-append", "console=ttyS0 quiet panic=-1 mitigations=off net.ifnames=0#{" root=/dev/vda rw" if own}",
        "-device", "virtio-rng-pci",
        "-netdev", "user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:#{port}-:22",
        "-device", "virtio-net-pci,netdev=net,romfile=",
        # Nobody needs this disk after a power cut of the host, so the guest need not wait for it.
-       "-drive", "if=virtio,file=root.qcow2,format=qcow2,cache=unsafe,discard=unmap"]
+       "-drive", "if=virtio,file=root.qcow2,format=qcow2,cache=unsafe,discard=unmap,serial=blockbak-root",
+       "-drive", "if=virtio,file=spare.raw,format=raw,cache=unsafe,discard=unmap,serial=blockbak-spare"]
     end
 
     def greeted?

@@ -15,7 +15,9 @@ def unescape(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class MountLine:
-    """A line of /proc/self/mountinfo (proc(5)); ``options`` are the mount's and the file system's."""
+    """A line of /proc/self/mountinfo (proc(5)); ``options`` are the mount's and the file system's, ``root`` is the
+    directory of the file system that is seen at ``target``.
+    """
 
     id: int
     major: int
@@ -24,6 +26,7 @@ class MountLine:
     fstype: str
     source: str
     options: tuple[str, ...]
+    root: str = "/"
 
     def option(self, name: str) -> str:
         """The value of ``name=value``, or an empty string."""
@@ -59,6 +62,7 @@ def parse_mountinfo(text: str) -> tuple[MountLine, ...]:
                 fstype=right[0],
                 source=unescape(right[1]),
                 options=tuple(unescape(option) for option in options),
+                root=unescape(left[3]),
             )
         )
     return tuple(found)
