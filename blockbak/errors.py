@@ -205,6 +205,28 @@ class ComposeFailed(RepositoryError):
     advice = "Run 'blockbak verify': an image it was made from may be damaged."
 
 
+# --- images at the next boot ---------------------------------------------------------------
+
+
+class NextBootOrdered(Failed):
+    message = "An image at the next boot is ordered already: of {source}, into {repository}."
+    advice = "'blockbak cold --at-next-boot --cancel -r {repository}' takes it back."
+
+
+class NothingOrdered(Failed):
+    message = "No image at the next boot is ordered into {repository}."
+
+
+class NoSpoolRoom(Failed):
+    message = "{path} has {free} bytes free; what {source} holds may need {needed} there until it is a point."
+    advice = "Make room there, or name a repository on a larger disk."
+
+
+class InitramfsFailed(Failed):
+    message = "The initramfs could not be made with the image's stage in it: {reason}."
+    advice = "Nothing is ordered. Look at what 'update-initramfs -u' says."
+
+
 # --- snapshots and hooks -------------------------------------------------------------------
 
 
@@ -376,6 +398,11 @@ class Gap(Damage):
     )
 
 
+class SpoolDamaged(Damage):
+    message = "The spool {file} is damaged: {reason}."
+    advice = "It was never a point; earlier points are untouched. 'blockbak cold --at-next-boot --cancel' removes it."
+
+
 class UnreadableStore(Damage):
     message = "{file} cannot be read at byte {offset}: {reason}."
     advice = "The disk that holds the repository may be failing."
@@ -393,6 +420,16 @@ class Refused(BlockbakError):
 class SourceInUse(Refused):
     message = "{path} is in use ({holders})."
     advice = "Unmount or stop what uses it, or read it as it is with '--mode live' (consistency: none)."
+
+
+class RootInUse(Refused):
+    message = "{path} carries the running system ({what}): it cannot be unmounted while that runs."
+    advice = "{ways}"
+
+
+class NotAtNextBoot(Refused):
+    message = "{path} cannot be imaged at the next boot: {reason}."
+    advice = "{way}"
 
 
 class SourceHoldsRepository(Refused):

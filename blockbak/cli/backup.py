@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import click
 
-from blockbak.cli import common, render
+from blockbak.cli import common, nextboot, render
 from blockbak.errors import ATTENTION, BadBlockSize, BlockbakError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def _rate(_: click.Context, __: click.Parameter, value: str | None) -> int | Non
     return rate
 
 
-def _name(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+def volume_name(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
     from blockbak.repository.local import NAME_RULE, usable_name
 
     if value is not None and not usable_name(value):
@@ -104,7 +105,7 @@ def summary(report: Report) -> str:
     help="hot: a logical volume, from a snapshot. cold: only a device that nothing uses. live: as it is, "
     "consistency none. auto: hot for a logical volume in use, else cold.",
 )
-@click.option("--name", callback=_name, metavar="VOLUME", help="The volume's name in the repository.")
+@click.option("--name", callback=volume_name, metavar="VOLUME", help="The volume's name in the repository.")
 @click.option(
     "--block-size",
     "block_bytes",
@@ -188,6 +189,9 @@ def command(
     if idle:
         read_idly()
     with common.world(wait) as world:
+        if not dry_run:
+            for sentence in itertools.chain(*nextboot.finish(opened, world)):
+                render.say(sentence)
         backup_all(opened, requests, replace(world, say=told.say), told, hot=hot, dry_run=dry_run)
     context.exit(told.end())
 

@@ -21,6 +21,7 @@ VERBS = {
     "devices": "What can be backed up, and what uses it.",
     "init": "Make a repository.",
     "backup": "Make a restore point of each source.",
+    "cold": "Image a disk with nothing in its way; the root disk, at the next boot.",
     "list": "The restore points of a repository.",
     "show": "One restore point, with its extents and partitions.",
     "restore": "Bring a point back onto a device or into a file.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from blockbak.cli import common, render
+from blockbak.cli import common, nextboot, render
 from blockbak.errors import ATTENTION
 
 
@@ -17,7 +17,8 @@ def command(context: click.Context, repository: str | None, as_json: bool, wait:
     On this machine: volumes that were held back go on, applications at rest are let go, snapshots and unfinished
     restores of runs that are over are removed; only what blockbak itself made. In the repository: files that were
     never finished are swept, half-done deletions are finished, images without a manifest are checked and get it
-    back. Nothing that is whole is ever removed. Exit status 3 if something is left that a person must look at.
+    back, and what was imaged at the boot becomes a point. Nothing that is whole is ever removed. Exit status 3 if
+    something is left that a person must look at.
     """
     from blockbak.flow.leftovers import settle
     from blockbak.flow.recover import recover
@@ -27,8 +28,11 @@ def command(context: click.Context, repository: str | None, as_json: bool, wait:
         settled = settle(world, restores=True)
         for sentence in settled if not as_json else ():
             render.line(sentence)
-        report = recover(common.open_repository(repository), world)
-    report.done[:0] = settled
+        opened = common.open_repository(repository)
+        done, left = nextboot.finish(opened, world)
+        report = recover(opened, world)
+    report.done[:0] = settled + done
+    report.left[:0] = left
     if as_json:
         document = {"done": report.done, "left": report.left, "adopted": report.adopted}
         render.document({**document, "error": report.locked.as_dict()} if report.locked else document)

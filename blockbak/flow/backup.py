@@ -378,6 +378,13 @@ def _newest(volume: Volume) -> str:
     return points[-1].id if points else ""
 
 
+def backup_held(
+    repository: Repository, request: Request, seen: Seen, volume: Volume, lock: Lock, source: Source, context: Context
+) -> Report:
+    """Make one point, in a volume that the caller has locked, of a source that it has opened. Raises as ``backup``."""
+    return _locked(repository, _Held(request, seen, volume, lock), source, context)
+
+
 def _locked(repository: Repository, held: _Held, source: Source, context: Context) -> Report:
     """Make one point in a volume that is held, of a source that is open."""
     request, volume, seen = held.request, held.volume, held.seen

@@ -16,7 +16,7 @@ import numpy as np
 from blockbak.errors import SourceVanished
 from blockbak.flow import workers
 from blockbak.flow.context import Context
-from blockbak.host.blockio import PIECE_BYTES, SourceReader, aligned
+from blockbak.host.blockio import PIECE_BYTES, DiskReader, aligned
 from blockbak.image import codec
 from blockbak.image.view import PointView, SectionView
 from blockbak.image.writer import ImageWriter, Piece, encode_windows
@@ -63,7 +63,7 @@ class ParentMap:
             return found
 
 
-def _jobs(geometry: Geometry, source: SourceReader) -> Iterator[_Job]:
+def _jobs(geometry: Geometry, source: DiskReader) -> Iterator[_Job]:
     """Pieces in address order; a section that lies wholly in a hole of an image file is one piece."""
     number, data_at = 0, 0
     block, step = geometry.block_bytes, PIECE_BYTES // geometry.block_bytes
@@ -130,7 +130,7 @@ class Scanner:
 
     def __init__(
         self,
-        source: SourceReader,
+        source: DiskReader,
         writer: ImageWriter,
         parent: ParentMap | None,
         compress: str,
@@ -177,7 +177,7 @@ class Scanner:
 
 
 def scan(
-    source: SourceReader,
+    source: DiskReader,
     writer: ImageWriter,
     parent: PointView | None,
     compress: str,

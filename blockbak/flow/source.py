@@ -12,6 +12,7 @@ from blockbak.errors import (
     DuplicateIdentity,
     NoSuchSource,
     NotSnapshotable,
+    RootInUse,
     SourceChangedSize,
     SourceEmpty,
     SourceHoldsRepository,
@@ -24,11 +25,13 @@ from blockbak.flow.context import Context
 from blockbak.flow.points import hidden_images
 from blockbak.host import device as devices
 from blockbak.host import lvm, usage
-from blockbak.host.blockio import SourceReader
+from blockbak.host.blockio import DiskReader, SourceReader
 from blockbak.host.device import Device
+from blockbak.host.system import System
 from blockbak.model.chain import Image
 from blockbak.model.facts import Opening
 from blockbak.model.identity import Identity
+from blockbak.model.nextboot import ways
 from blockbak.model.snapshot import LogicalVolume
 from blockbak.repository.local import NAME_RULE, Repository, Volume, usable_name
 
@@ -76,7 +79,7 @@ class Source(Protocol):
     """What is read into an image."""
 
     @property
-    def reader(self) -> SourceReader:
+    def reader(self) -> DiskReader:
         """The bytes."""
 
     @property
@@ -115,9 +118,26 @@ def resolve_mode(device: Device, mode: str) -> str:
     return "cold"
 
 
+_SYSTEM = ("/", "/usr", "/var", "/etc")
+"""What no system can do without for a while."""
+
+
+def _check_running(device: Device) -> None:
+    """Raises RootInUse for what cannot be unmounted while the system runs, with the ways that there are."""
+    system = System()
+    what = next((place for place in _SYSTEM if usage.carries(device, place, system)), None)
+    if what is None or not device.is_block:
+        return
+    above = [devices.block(name, system) for name in system.above(device.kname)]
+    volumes = [one.label for one in above if one.is_lv and one.mounts]
+    below = sorted(system.node(name) for name in system.below(device.kname) if not system.bases[name])
+    disk = device.path if device.kind in ("disk", "partition") or not below else below[0]
+    raise RootInUse(path=device.label, what=what, ways=ways(disk, volumes))
+
+
 def check_source(device: Device, repository: Repository, request: Request, context: Context) -> None:
-    """Refuse a source that would contain its own image. Raises SourceEmpty, SourceHoldsRepository,
-    DuplicateIdentity.
+    """Refuse a source that would contain its own image, or that cannot be at rest while the system runs. Raises
+    SourceEmpty, SourceHoldsRepository, RootInUse, DuplicateIdentity.
 
     A snapshot does not change while the state directory is written, so the volume that holds it can be taken hot.
     """
@@ -126,6 +146,8 @@ def check_source(device: Device, repository: Repository, request: Request, conte
         raise SourceEmpty(path=device.path)
     if usage.carries(device, repository.path) and not (hot and request.own_repository):
         raise SourceHoldsRepository(path=device.path, what="the repository")
+    if not hot and request.mode != "live":
+        _check_running(device)
     if not hot and usage.carries(device, context.state_dir):
         raise SourceHoldsRepository(path=device.path, what="blockbak's state directory")
     twin = devices.find_twin(device)

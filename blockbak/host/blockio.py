@@ -10,7 +10,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -152,6 +152,21 @@ class _Opened:
         if not self.direct:
             os.posix_fadvise(self.fd, offset, len(into), os.POSIX_FADV_DONTNEED)
         return count
+
+
+class DiskReader(Protocol):
+    """What is read into an image: a device, a file, or a spool of one. Sizes are bytes."""
+
+    path: str
+    size: int
+    logical: int
+    physical: int
+
+    def read(self, offset: int, into: Bytes, length: int) -> Extents:
+        """Read ``length`` bytes at ``offset`` into the start of ``into``; what could not be read, BAD."""
+
+    def next_data(self, offset: int) -> int:
+        """The first byte from ``offset`` on that is not in a hole."""
 
 
 class SourceReader(_Opened):
