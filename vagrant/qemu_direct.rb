@@ -6,7 +6,8 @@
 #
 # A machine is what lies in its data directory: `box` (a link to what build-box made), `root.qcow2` (all that was
 # written since), `spare.raw` (a second disk), `port`, `key`, and for a person `console.log`, `qemu.log` and
-# `qemu.command`; `initrd.img` is there only where `scripts/vm` found one in the guest to start with.
+# `qemu.command`. Where `scripts/vm` put an `initrd.img` of the guest's own there, the machine starts with that, and
+# has a third disk to read: what its root disk was at that moment, `root-N.qcow2`.
 
 require "fileutils"
 require "io/wait"
@@ -50,17 +51,14 @@ module QemuDirect
       FileUtils.ln_sf(box, path("box"))
       # SSH takes a private key only from a file that nobody else may read.
       FileUtils.install(File.join(box, "key"), path("key"), mode: 0o600)
-      made = Vagrant::Util::Subprocess.execute(
-        "qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", File.join(box, "root.raw"), path("root.qcow2")
-      )
-      raise Error, "qemu-img: #{made.stderr}" unless made.exit_code.zero?
-
+      upon(File.join(box, "root.raw"), "raw")
       File.open(path("spare.raw"), "w") { |file| file.truncate(SPARE_BYTES) }
 
       "blockbak-#{SecureRandom.hex(8)}"
     end
 
     def start
+      keep if own?
       port = TCPServer.open("127.0.0.1", 0) { |server| server.addr[1] }
       File.write(path("port"), port.to_s)
       File.write(path("qemu.command"), "#{command(port).shelljoin}\n")
@@ -106,6 +104,7 @@ module QemuDirect
 
     def delete
       stop
+      FileUtils.rm_f(kept)
       FileUtils.rm_f(%w[box key root.qcow2 spare.raw initrd.img port qemu.command qemu.log console.log].map { |name| path(name) })
     end
 
@@ -117,24 +116,43 @@ module QemuDirect
 
     private
 
+    # A root disk that holds nothing but what is written from now on.
+    def upon(base, format)
+      made = Vagrant::Util::Subprocess.execute(
+        "qemu-img", "create", "-q", "-f", "qcow2", "-F", format, "-b", base, path("root.qcow2")
+      )
+      raise Error, "qemu-img: #{made.stderr}" unless made.exit_code.zero?
+    end
+
+    # The root disk as it is now stays as it is; the machine goes on with another, upon it.
+    def keep
+      name = path("root-#{kept.size}.qcow2")
+      File.rename(path("root.qcow2"), name)
+      upon(name, "qcow2")
+    end
+
+    def kept = Dir[path("root-*.qcow2")].sort_by { |name| Integer(name[/\d+(?=\.qcow2)/]) }
+
+    def own? = File.exist?(path("initrd.img"))
+
     def command(port)
       config = @machine.provider_config
-      own = File.exist?(path("initrd.img"))
       # TCG is QEMU's emulation; a third quicker with a plain, old processor. A /dev/kvm in a place like this is
       # often one that never gets a guest going, so it is not even tried.
       ["qemu-system-x86_64", "-name", @machine.id, "-machine", "q35", "-accel", "tcg,thread=multi", "-cpu",
        "Nehalem-v1", "-smp", config.cpus.to_s, "-m", config.memory.to_s,
        "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "file:console.log",
        # What a boot loader would do: where the guest has an initramfs of its own, it is the one to start with.
-       "-kernel", "box/vmlinuz", "-initrd", own ? "initrd.img" : "box/initrd.img",
+       "-kernel", "box/vmlinuz", "-initrd", own? ? "initrd.img" : "box/initrd.img",
        # A guest that panics ends, and so do its tests, instead of hanging.
-       "-append", "console=ttyS0 quiet panic=-1 mitigations=off net.ifnames=0#{" root=/dev/vda rw" if own}",
+       "-append", "console=ttyS0 quiet panic=-1 mitigations=off net.ifnames=0#{" root=/dev/vda rw" if own?}",
        "-device", "virtio-rng-pci",
        "-netdev", "user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:#{port}-:22",
        "-device", "virtio-net-pci,netdev=net,romfile=",
        # Nobody needs this disk after a power cut of the host, so the guest need not wait for it.
        "-drive", "if=virtio,file=root.qcow2,format=qcow2,cache=unsafe,discard=unmap,serial=blockbak-root",
-       "-drive", "if=virtio,file=spare.raw,format=raw,cache=unsafe,discard=unmap,serial=blockbak-spare"]
+       "-drive", "if=virtio,file=spare.raw,format=raw,cache=unsafe,discard=unmap,serial=blockbak-spare",
+       *(["-drive", "if=virtio,file=#{kept.last},format=qcow2,readonly=on,serial=blockbak-then"] if own?)]
     end
 
     def greeted?

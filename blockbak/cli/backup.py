@@ -61,6 +61,7 @@ def _rate(_: click.Context, __: click.Parameter, value: str | None) -> int | Non
 
 
 def volume_name(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """The option ``--name``: a usable name for a volume, or nothing."""
     from blockbak.repository.local import NAME_RULE, usable_name
 
     if value is not None and not usable_name(value):

@@ -37,10 +37,11 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """Where each frame lies in the file, and what could not be read of the disk."""
+    """How long each frame is in the file, what could not be read of the disk, and how much of it a frame holds."""
 
     stored: tuple[int, ...]
     bad: Extents
+    piece_bytes: int
 
     @property
     def total(self) -> int:
@@ -48,21 +49,21 @@ class Index:
         return sum(self.stored)
 
 
-def parse_index(name: str, index: str, bad: str, device_bytes: int) -> Index:
+def parse_index(name: str, index: str, bad: str, device_bytes: int, piece_bytes: int = PIECE_BYTES) -> Index:
     """The two small files of a spool. Raises SpoolDamaged where they do not fit a disk of that size."""
     try:
         rows = [(int(number), int(size)) for number, size in (line.split() for line in index.splitlines())]
         ranges = [(int(start), int(length)) for start, length in (line.split() for line in bad.splitlines())]
     except ValueError as error:
         raise SpoolDamaged(file=name, reason="its index cannot be understood") from error
-    pieces = -(-device_bytes // PIECE_BYTES)
+    pieces = -(-device_bytes // piece_bytes)
     if [number for number, _ in rows] != list(range(pieces)) or any(size <= 0 for _, size in rows):
         raise SpoolDamaged(file=name, reason=f"its index does not have {pieces} frames")
     if any(start < 0 or length <= 0 or start + length > device_bytes for start, length in ranges):
         raise SpoolDamaged(file=name, reason="what could not be read lies outside of the disk")
     ranges.sort()
     unread = extent.coalesce(extent.table([a for a, _ in ranges], [a + b for a, b in ranges], BAD))
-    return Index(tuple(size for _, size in rows), unread)
+    return Index(tuple(size for _, size in rows), unread, piece_bytes)
 
 
 class SpoolReader:
@@ -127,12 +128,12 @@ class SpoolReader:
     def _place(self, offset: int) -> None:
         """Go on from the frame that holds ``offset``."""
         self._kept.clear()
-        self._enter(offset // PIECE_BYTES)
+        self._enter(offset // self._index.piece_bytes)
         while self._at < offset:
             self._decode(min(_STEP_BYTES, offset - self._at))
 
     def _enter(self, piece: int) -> None:
-        self._at, self._piece = piece * PIECE_BYTES, piece
+        self._at, self._piece = piece * self._index.piece_bytes, piece
         self._decoder = zstd.ZstdDecompressor()
         self._fed = int(self._begins[piece])
 
@@ -140,7 +141,7 @@ class SpoolReader:
         """The next ``length`` bytes."""
         parts = []
         while length:
-            end = min((self._piece + 1) * PIECE_BYTES, self.size)
+            end = min((self._piece + 1) * self._index.piece_bytes, self.size)
             part = self._decode_frame(min(length, end - self._at))
             parts.append(part)
             length -= len(part)

@@ -32,6 +32,11 @@ SETTLE_SECONDS = 15
 """What a device or process that was told to go may take, for the same reason."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What has the machine started anew comes last."""
+    items.sort(key=lambda item: item.get_closest_marker("before_boot") is not None)
+
+
 def run(*words: object, expect: int = 0) -> str:
     """Run a program; what it wrote to standard output, stripped."""
     argv = [str(word) for word in words]

@@ -1,0 +1,131 @@
+"""The machine's own root disk, imaged before it is mounted.
+
+The first test has it ordered and the machine started anew (``scripts/vm``: off, and on with the initramfs that was made
+in here). The second comes after that boot, in which the root disk as it was when the machine was off is there to read,
+as a disk of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.vm.conftest import LIMIT_SECONDS, run
+
+WISH = Path("/var/tmp/blockbak-boot")
+STORE = Path("/srv/store")
+REPOSITORY = STORE / "repository"
+SPOOL = REPOSITORY / ".next-boot"
+FSTAB = Path("/etc/fstab")
+UNIT = "blockbak-next-boot.service"
+INSTALLED = (
+    "/etc/initramfs-tools/hooks/blockbak", "/etc/initramfs-tools/scripts/local-premount/blockbak",
+    "/etc/initramfs-tools/blockbak", f"/etc/systemd/system/{UNIT}",
+    f"/etc/systemd/system/multi-user.target.wants/{UNIT}",
+)  # fmt: skip
+# One byte after the other through the emulated processor.
+POINT_SECONDS = 600
+
+
+def disk(serial):
+    """The node of the disk that QEMU was given under that name."""
+    (found,) = (path for path in Path("/sys/block").glob("vd*") if (path / "serial").read_text().strip() == serial)
+    return f"/dev/{found.name}"
+
+
+def there(paths):
+    return [path for path in paths if os.path.lexists(path)]
+
+
+@pytest.fixture
+def store(run_blockbak):
+    """A repository on the second disk, mounted now, and at each boot."""
+    spare = disk("blockbak-spare")
+    run("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=1", spare)
+    STORE.mkdir(exist_ok=True)
+    uuid = run("blkid", "-c", "/dev/null", "-o", "value", "-s", "UUID", spare)
+    FSTAB.write_text(f"UUID={uuid} {STORE} ext4 defaults 0 2\n")
+    run("systemctl", "daemon-reload")
+    run("mount", STORE)
+    run_blockbak("init", REPOSITORY)
+    run_blockbak.exported["BLOCKBAK_REPO"] = str(REPOSITORY)
+    yield
+    run("umount", STORE)
+
+
+@pytest.fixture
+def initramfs():
+    """The machine has none of its own yet: as if Debian had just made one, which is only to be brought up to date."""
+    release = os.uname().release
+    image = Path(f"/boot/initrd.img-{release}")
+    image.write_bytes(b"none yet")
+    state = Path("/var/lib/initramfs-tools")
+    state.mkdir(exist_ok=True)
+    (state / release).write_text(f"{run('sha1sum', image).split()[0]}  {image}\n")
+    Path("/etc/initramfs-tools/update-initramfs.conf").write_text("update_initramfs=yes\nbackup_initramfs=no\n")
+    return image
+
+
+@pytest.mark.before_boot
+def test_the_root_disk_is_ordered(store, initramfs, run_blockbak):
+    root = run("findmnt", "-n", "-o", "SOURCE", "/")
+    assert root == disk("blockbak-root")
+    refused = run_blockbak("backup", root, expect=5)
+    assert "cannot be unmounted while that runs" in refused.err
+    assert f"blockbak cold --at-next-boot {root}" in refused.err
+
+    told = run_blockbak.json("cold", "--at-next-boot", root, "--dry-run")
+    assert (told["source"], told["identity"], told["dry_run"]) == (root, "serial blockbak-root", True)
+    assert not there(INSTALLED)
+    assert not SPOOL.exists()
+
+    # What tests have deleted is nothing that an image would have to hold.
+    run("fstrim", "/")
+    made = run_blockbak.json("cold", "--at-next-boot", root, "--name", "root", "--time-limit", "900")
+    assert made["images"] == [str(initramfs)]
+    assert there(INSTALLED) == list(INSTALLED)
+    again = run_blockbak("cold", "--at-next-boot", root, expect=1)
+    assert "ordered already" in again.err
+    WISH.touch()
+
+
+@pytest.mark.after_boot
+def test_the_root_disk_was_imaged_before_it_was_mounted(run_blockbak):
+    said = Path("/run/initramfs/blockbak/said").read_text()
+    assert "was imaged in" in said, said
+    deadline = time.monotonic() + POINT_SECONDS
+    while there([SPOOL, *INSTALLED]):
+        state = run("systemctl", "show", "-p", "ActiveState,Result", UNIT)
+        assert "failed" not in state, run("journalctl", "--no-pager", "-u", UNIT)
+        assert time.monotonic() < deadline, there([SPOOL, *INSTALLED])
+        time.sleep(1)
+
+    run_blockbak.exported["BLOCKBAK_REPO"] = str(REPOSITORY)
+    (point,) = run_blockbak.json("list")
+    shown = json.loads(next((REPOSITORY / "root").glob("*.json")).read_text())
+    assert point["volume"] == "root"
+    assert (shown["closing"]["mode"], shown["closing"]["consistency"]) == ("cold", "cold")
+
+    # By nothing of blockbak's: its image, unpacked, beside the disk as it was while the machine was off.
+    then = disk("blockbak-then")
+    (image,) = (REPOSITORY / "root").glob("*.full.zst")
+    packed = subprocess.Popen(["zstd", "-dcq", image], stdout=subprocess.PIPE)
+    compared = subprocess.run(["cmp", "-", then], stdin=packed.stdout, capture_output=True, text=True, check=False)
+    assert (compared.returncode, compared.stderr) == (0, "")
+    assert packed.wait(LIMIT_SECONDS) == 0
+    # And it is not the disk as it is now, on which the system has started since.
+    assert run("blkid", "-c", "/dev/null", "-p", "-o", "value", "-s", "UUID", then)
+    now = subprocess.run(["cmp", "-s", then, disk("blockbak-root")], check=False)
+    assert now.returncode == 1
+
+    # Gone from the initramfs, too.
+    release = os.uname().release
+    assert "usr/lib/blockbak/stage" not in run("lsinitramfs", f"/boot/initrd.img-{release}").split()
+    WISH.unlink()
+    FSTAB.write_text("")
+    run("umount", STORE)
