@@ -20,7 +20,7 @@ die() {
 # The Debian package that brings a program.
 package_of() {
     case $1 in
-        mkfs.ext4 | mke2fs) echo e2fsprogs ;;
+        mkfs.ext4 | mke2fs | debugfs) echo e2fsprogs ;;
         mkfs.xfs) echo xfsprogs ;;
         mkfs.btrfs) echo btrfs-progs ;;
         losetup | mount | umount) echo mount ;;
@@ -41,7 +41,7 @@ package_of() {
         restic) echo restic ;;
         qemu-system-x86_64) echo qemu-system-x86 ;;
         ssh | ssh-keygen) echo openssh-client ;;
-        vagrant | mmdebstrap | rsync | cpio) echo "$1" ;;
+        vagrant | mmdebstrap | rsync | cpio | busybox) echo "$1" ;;
         *) die "no package is known to bring '$1'" ;;
     esac
 }

@@ -149,10 +149,15 @@ module QemuDirect
        "-device", "virtio-rng-pci",
        "-netdev", "user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:#{port}-:22",
        "-device", "virtio-net-pci,netdev=net,romfile=",
-       # Nobody needs this disk after a power cut of the host, so the guest need not wait for it.
-       "-drive", "if=virtio,file=root.qcow2,format=qcow2,cache=unsafe,discard=unmap,serial=blockbak-root",
-       "-drive", "if=virtio,file=spare.raw,format=raw,cache=unsafe,discard=unmap,serial=blockbak-spare",
-       *(["-drive", "if=virtio,file=#{kept.last},format=qcow2,readonly=on,serial=blockbak-then"] if own?)]
+       # Nobody needs these disks after a power cut of the host, so the guest need not wait for them.
+       *disk("root", "file=root.qcow2,format=qcow2,cache=unsafe,discard=unmap"),
+       *disk("spare", "file=spare.raw,format=raw,cache=unsafe,discard=unmap"),
+       *(own? ? disk("then", "file=#{kept.last},format=qcow2,readonly=on") : [])]
+    end
+
+    # What the guest sees of a disk's name is its serial number.
+    def disk(name, about)
+      ["-drive", "if=none,id=#{name},#{about}", "-device", "virtio-blk-pci,drive=#{name},serial=blockbak-#{name}"]
     end
 
     def greeted?
