@@ -119,7 +119,7 @@ def order(
     )  # fmt: skip
     _write_order(repository, folder, wanted)
     try:
-        text = stage_order(wanted, marks, place, [device.path, place.node])
+        text = stage_order(wanted, marks, place, [device.path, place.node], repository.path)
         images = installation.install(text, unit(wanted, repository.path, nextboot.python()))
     except BaseException:
         _clear(repository, folder)
@@ -145,9 +145,19 @@ def _check_none(repository: Repository, installation: Installation) -> None:
     """Raises NextBootOrdered. There is one order a repository, and one a machine."""
     if (other := _read_order(repository)) is not None:
         raise NextBootOrdered(source=other.source, repository=repository.path)
-    if installation.ordered():
-        # Its repository is not here, or is gone: then a new order replaces what is left of it.
+    number, where = installation.ordered()
+    if number and _is_given(number, where):
+        raise NextBootOrdered(source="another disk, or this one", repository=where)
+    if number:
+        # It was taken back, or its repository is gone: then a new order replaces what is left of it.
         installation.remove()
+
+
+def _is_given(number: str, repository: str) -> bool:
+    """Whether a repository still has the order of that id."""
+    with contextlib.suppress(OSError), open(os.path.join(repository, FOLDER, _ID), encoding="ascii") as file:
+        return file.read().strip() == number
+    return False
 
 
 def _write_order(repository: Repository, folder: str, wanted: Order) -> None:
@@ -176,7 +186,7 @@ def cancel(repository: Repository, context: Context, *, installation: Installati
         raise NothingOrdered(repository=repository.path)
     # First what it all hangs on: without it, a stage that is still in the initramfs does nothing.
     _clear(repository, folder)
-    if found is None or installation.ordered() in ("", found.id):
+    if found is None or installation.ordered()[0] in ("", found.id):
         installation.remove()
     return f"The image of {found.source if found else 'a disk'} at the next boot is not wanted any more."
 
@@ -256,7 +266,7 @@ def _after_boot(
         # While it was waited for, another run may have done it all.
         if _read_order(repository) != found:
             return
-        if installation.ordered() == found.id:
+        if installation.ordered()[0] == found.id:
             try:
                 installation.remove()
             except InitramfsFailed as error:

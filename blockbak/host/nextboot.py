@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -182,12 +183,14 @@ class Installation:
                 path=path, reason=f"{missing[0]} is needed and not installed", way="Install it, and run again."
             )
 
-    def ordered(self) -> str:
-        """The id of the order that the installed stage follows; empty where none is installed."""
-        with contextlib.suppress(OSError):
-            found = re.search(r"^ORDER='?(\w+)", Path(self._at(_ORDER)).read_text(encoding="utf-8"), re.MULTILINE)
-            return found[1] if found else ""
-        return ""
+    def ordered(self) -> tuple[str, str]:
+        """The id of the order that the installed stage follows, and the repository; empty where none is installed."""
+        try:
+            words = shlex.split(Path(self._at(_ORDER)).read_text(encoding="utf-8", errors="surrogateescape"))
+        except (OSError, ValueError):
+            return "", ""
+        told = dict(word.split("=", 1) for word in words if "=" in word)
+        return told.get("ORDER", ""), told.get("REPOSITORY", "")
 
     def install(self, order: str, unit: str) -> list[str]:
         """Put the stage into every initramfs of this machine, and the unit in place; the files that were made anew.

@@ -96,12 +96,13 @@ def programs(place: Place) -> list[str]:
     return sorted([*PROGRAMS, *more, *(["lvm"] if place.volume else [])])
 
 
-def stage_order(order: Order, marks: Marks, place: Place, nodes: Sequence[str]) -> str:
+def stage_order(order: Order, marks: Marks, place: Place, nodes: Sequence[str], repository: str) -> str:
     """The order as the stage in the initramfs reads it: variables of a shell. ``nodes`` are the devices whose
-    drivers it needs.
+    drivers it needs, ``repository`` is where the repository is while the system runs.
     """
     values = {
         "ORDER": order.id,
+        "REPOSITORY": repository,
         "REPOSITORY_UUID": place.uuid,
         "REPOSITORY_TYPE": place.fstype,
         "REPOSITORY_LV": place.volume,

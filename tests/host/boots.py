@@ -85,7 +85,9 @@ class Boot:
     def run(self, *resume: str, unmount: bool = True) -> list[str]:
         """One boot: with the repository unmounted first, unless it is to be found as it is. What was said."""
         assert self.order is not None
-        text = stage_order(replace_order(self.order, limit=self.limit), self.marks, self.place(), [])
+        text = stage_order(
+            replace_order(self.order, limit=self.limit), self.marks, self.place(), [], self.repository.path
+        )
         if unmount:
             self.store.unmount()
         root = self.base / "initramfs"
@@ -107,9 +109,9 @@ class Boot:
         os.mkfifo(root / "dev/console")
         console = os.open(root / "dev/console", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         script = (
-            "mount --rbind --make-rprivate /usr {0}/usr && mount --bind /proc {0}/proc && mount --rbind /sys {0}/sys &&"
-            ' shell=$1 && shift && exec chroot {0} $shell /blockbak/stage "$@"'
-        ).format(root)
+            f"mount --rbind --make-rprivate /usr {root}/usr && mount --bind /proc {root}/proc && mount --rbind /sys {root}/sys &&"
+            f' shell=$1 && shift && exec chroot {root} $shell /blockbak/stage "$@"'
+        )
         with open(console, "rb", buffering=0) as screen:
             done = self._unshared(script, resume)
             self.console = (screen.read(1 << 16) or b"").decode()

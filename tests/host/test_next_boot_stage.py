@@ -38,7 +38,9 @@ def disk(loop, tmp_path, seed):
         made.truncate(SIZE)
     with file.open("r+b") as made:
         # One partition, of which nothing is known but that it is all zeros at its start.
-        entry = struct.pack("<B3sB3sII", 0, b"\0\xff\xff", 0x83, b"\xff\xff\xff", 128 * MIB // SECTOR, 4 * MIB // SECTOR)
+        entry = struct.pack(
+            "<B3sB3sII", 0, b"\0\xff\xff", 0x83, b"\xff\xff\xff", 128 * MIB // SECTOR, 4 * MIB // SECTOR
+        )
         made.seek(440)
         made.write(bytes.fromhex("d15cd15c0000") + entry)
         made.seek(510)
@@ -149,7 +151,9 @@ def test_the_attempt_is_used_up_before_the_first_read(make_boot):
     # It ends where the first byte of the image would be read.
     dead = '#!/bin/sh\ncase $* in *count=134217728*) kill -9 $PPID ;; esac\nexec /usr/bin/dd "$@"\n'
     boot = make_boot(programs={"dd": dead})
-    boot.programs["timeout"] = '#!/bin/sh\nsync_seen=$(ls -l /run/initramfs/blockbak/repository/repository/.next-boot)\necho "$sync_seen" >/run/initramfs/seen\nexit 9\n'
+    boot.programs["timeout"] = (
+        '#!/bin/sh\nsync_seen=$(ls -l /run/initramfs/blockbak/repository/repository/.next-boot)\necho "$sync_seen" >/run/initramfs/seen\nexit 9\n'
+    )
     boot.run()
     assert "attempted" in (boot.base / "initramfs/run/initramfs/seen").read_text()
     boot.programs.clear()
@@ -281,10 +285,12 @@ def test_no_room(make_boot, loop, ext4, disk):
     boot = make_boot(ext4(loop(230 * MIB)))
     with open(disk, "r+b", buffering=0) as device:
         device.seek(4 * MIB)
-        for _ in range(60):
-            device.write(os.urandom(MIB))
+        device.writelines(os.urandom(MIB) for _ in range(60))
     said = boot.run()
-    assert said[-1] == f"no image was made: no room is left on the repository's file system at byte {PIECE_BYTES} of {SIZE}"
+    assert (
+        said[-1]
+        == f"no image was made: no room is left on the repository's file system at byte {PIECE_BYTES} of {SIZE}"
+    )
     assert boot.left_clean
     assert "no room is left" in boot.finish().left[0]
     assert not boot.spool.exists()

@@ -11,7 +11,7 @@ ORDER = Order(
     id="0d" * 16, boot="b", created=1, host="web", volume="web-sda", source="/dev/sda", path="/dev/sda",
     identity_kind="serial", identity_value="S1", diskseq=0, length=8 << 30, logical=512, physical=4096, limit=1200,
 )  # fmt: skip
-FACTS = (Fact("text", "device/serial", "it's $HOME \"x\""), Fact("content", "440", "d15cd15c"))
+FACTS = (Fact("text", "device/serial", 'it\'s $HOME "x"'), Fact("content", "440", "d15cd15c"))
 MARKS = Marks(disk_bytes=8 << 30, sector=512, partition=0, start=0, length=8 << 30, facts=FACTS)
 PLACE = Place("ext4", "1-2-3", "", "/back ups/it's here/.next-boot", "/dev/sdb1")
 
@@ -23,7 +23,7 @@ def as_shell_reads(text, *names):
 
 
 def test_the_stage_reads_the_order_as_it_was_meant():
-    text = stage_order(ORDER, MARKS, PLACE, ["/dev/sda", "/dev/sdb1"])
+    text = stage_order(ORDER, MARKS, PLACE, ["/dev/sda", "/dev/sdb1"], "/srv/back ups")
     names = ("ORDER", "REPOSITORY_PATH", "DISK_SECTORS", "SECTORS", "PARTITION", "FACTS", "LIMIT", "NODES")
     assert as_shell_reads(text, *names) == [
         ORDER.id, PLACE.path, str((8 << 30) // SECTOR), str((8 << 30) // SECTOR), "",
@@ -33,14 +33,16 @@ def test_the_stage_reads_the_order_as_it_was_meant():
 
 def test_a_partition_is_found_on_its_disk():
     marks = Marks(disk_bytes=8 << 30, sector=512, partition=3, start=1 << 20, length=1 << 30, facts=FACTS)
-    text = stage_order(ORDER, marks, PLACE, [])
+    text = stage_order(ORDER, marks, PLACE, [], "/srv")
     assert as_shell_reads(text, "PARTITION", "START", "SECTORS") == ["3", "2048", str((1 << 30) // SECTOR)]
 
 
 def test_every_variable_of_the_stage_is_in_the_order():
     stage = (Path(nextboot.__file__).with_name("initramfs") / "stage").read_text()
-    wanted = {word.strip('"${}:?') for line in stage.splitlines() if line.startswith(': "${') for word in line.split()[1:]}
-    text = stage_order(ORDER, MARKS, PLACE, [])
+    wanted = {
+        word.strip('"${}:?') for line in stage.splitlines() if line.startswith(': "${') for word in line.split()[1:]
+    }
+    text = stage_order(ORDER, MARKS, PLACE, [], "/srv")
     assert wanted
     assert wanted <= {line.partition("=")[0] for line in text.splitlines()}
 

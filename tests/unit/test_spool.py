@@ -23,16 +23,16 @@ DISK = stamp(0, (3 * PIECE + 5 * SECTOR) // SECTOR, 1, seed=11)
 
 def packed(disk=DISK, piece=PIECE):
     """The spool of a disk: its file, and its index."""
-    frames = []
-    for start in range(0, len(disk), piece):
-        frames.append(b"".join(codec.encoder("zstd").encode(memoryview(disk[start : start + piece]))))
+    pieces = [memoryview(disk)[start : start + piece] for start in range(0, len(disk), piece)]
+    frames = [b"".join(codec.encoder("zstd").encode(one)) for one in pieces]
     return b"".join(frames), "".join(f"{number} {len(frame)}\n" for number, frame in enumerate(frames))
 
 
 FILE, INDEX = packed()
 
 
-def reader(file=FILE, index=INDEX, bad="", size=len(DISK)):
+def reader(file=FILE, index=INDEX, bad="", size=0):
+    size = size or len(DISK)
     found = parse_index("spool", index, bad, size, PIECE)
     return SpoolReader(MemorySource(file), found, size=size, logical=SECTOR, physical=SECTOR, path="/dev/sda")
 
