@@ -60,11 +60,11 @@ def test_looks_beyond_the_disk():
 
 def test_threads_that_take_turns_read_it_all():
     piece = 4 * MIB
-    disk = stamp(0, 9 * MIB // SECTOR, 1, seed=12)
+    disk = stamp(0, 41 * MIB // SECTOR, 1, seed=12)
     file, index = packed(disk, piece)
     found = parse_index("spool", index, "", len(disk), piece)
     spool = SpoolReader(MemorySource(file), found, size=len(disk), logical=SECTOR, physical=SECTOR, path="/dev/sda")
-    starts, result, guard = iter(range(0, len(disk), 64 * KIB)), bytearray(len(disk)), threading.Lock()
+    starts, result, guard = iter(range(0, len(disk), 2 * MIB)), bytearray(len(disk)), threading.Lock()
 
     def work():
         while True:
@@ -72,7 +72,8 @@ def test_threads_that_take_turns_read_it_all():
                 start = next(starts, None)
             if start is None:
                 return
-            result[start : start + 64 * KIB] = read(spool, start, 64 * KIB)[0]
+            length = min(2 * MIB, len(disk) - start)
+            result[start : start + length] = read(spool, start, length)[0]
 
     threads = [threading.Thread(target=work) for _ in range(6)]
     for thread in threads:
