@@ -76,8 +76,8 @@ def test_the_root_disk_is_ordered(store, initramfs, run_blockbak):
     root = run("findmnt", "-n", "-o", "SOURCE", "/")
     assert root == disk("blockbak-root")
     refused = run_blockbak("backup", root, expect=5)
-    assert "cannot be unmounted while that runs" in refused.err
-    assert f"blockbak cold --at-next-boot {root}" in refused.err
+    assert "cannot be unmounted while that runs" in refused.err.decode()
+    assert f"blockbak cold --at-next-boot {root}" in refused.err.decode()
 
     told = run_blockbak.json("cold", "--at-next-boot", root, "--dry-run")
     assert (told["source"], told["identity"], told["dry_run"]) == (root, "serial blockbak-root", True)
@@ -90,7 +90,7 @@ def test_the_root_disk_is_ordered(store, initramfs, run_blockbak):
     assert made["images"] == [str(initramfs)]
     assert there(INSTALLED) == list(INSTALLED)
     again = run_blockbak("cold", "--at-next-boot", root, expect=1)
-    assert "ordered already" in again.err
+    assert "ordered already" in again.err.decode()
     WISH.touch()
 
 
