@@ -12,6 +12,7 @@ from blockbak.errors import (
     BadBlockSize,
     BlockbakError,
     Damage,
+    DamagedRawImage,
     Interrupted,
     NewerFormat,
     NotTogether,
@@ -230,7 +231,7 @@ def backup(
 
 
 @dataclass(slots=True)
-class _Held:
+class Held:
     """A volume that is locked, and the source whose point it gets."""
 
     request: Request
@@ -256,7 +257,7 @@ def _backup_group(
         return
     clock = context.timer()
     with ExitStack() as stack:
-        held: list[_Held] = []
+        held: list[Held] = []
         for request in requests:
             try:
                 held.append(_hold(repository, request, context, stack))
@@ -310,7 +311,7 @@ def _check_member(seen: Seen) -> None:
         raise NotTogether(volume=seen.device.label, reason=reason if seen.device.is_lv else "it is no logical volume")
 
 
-def _hold(repository: Repository, request: Request, context: Context, stack: ExitStack) -> _Held:
+def _hold(repository: Repository, request: Request, context: Context, stack: ExitStack) -> Held:
     """Look at a source, and lock its volume until ``stack`` is closed."""
     if request.block_bytes is not None:
         check_block_size(request.block_bytes)
@@ -326,13 +327,13 @@ def _hold(repository: Repository, request: Request, context: Context, stack: Exi
             again = look(repository, request, context)
             if again.name == seen.name:
                 stack.push(holding.pop_all())
-                return _Held(request, again, volume, lock)
+                return Held(request, again, volume, lock)
         seen = again
 
 
 def _read_held(
     repository: Repository,
-    held: Sequence[_Held],
+    held: Sequence[Held],
     hot: HotOptions,
     clock: float,
     context: Context,
@@ -343,7 +344,7 @@ def _read_held(
     with ExitStack() as stack:
         sources = stack.enter_context(snapshots(members, hot, repository.path, context)) if members else ()
         waiting = Waiting(sources, context.say)
-        context = replace(context, check=_both(context.check, waiting.look))
+        context = replace(context, check=both(context.check, waiting.look))
         for one in held:
             left = ""
             if hot.freeze_with and one.seen.mode != "hot":
@@ -354,12 +355,12 @@ def _read_held(
                     source = waiting.next()
                     try:
                         source.check()
-                        report = _locked(repository, one, source, context)
+                        report = make_point(repository, one, source, context)
                     finally:
                         left = source.release()
                 else:
                     with closing(AtRest(one.seen, one.request, context)) as resting:
-                        report = _locked(repository, one, resting, context)
+                        report = make_point(repository, one, resting, context)
             except BlockbakError as error:
                 if left:
                     error.add_note(left)
@@ -378,8 +379,10 @@ def _newest(volume: Volume) -> str:
     return points[-1].id if points else ""
 
 
-def _locked(repository: Repository, held: _Held, source: Source, context: Context) -> Report:
-    """Make one point in a volume that is held, of a source that is open."""
+def make_point(repository: Repository, held: Held, source: Source, context: Context, root: str = "") -> Report:
+    """Make one point in a volume that is held, of a source that is open. Its hash map must have the ``root`` that is
+    given, if one is: else DamagedRawImage is raised, and there is no point.
+    """
     request, volume, seen = held.request, held.volume, held.seen
     held.lock.claim(str(seen.identity))
     catalog = volume.catalog()
@@ -394,7 +397,7 @@ def _locked(repository: Repository, held: _Held, source: Source, context: Contex
         # Durable before the image that carries it: it must not be used again, whatever becomes of the image.
         held.lock.remember(sequence)
         block = _block_bytes(request, view, points)
-        return _make(_Making(repository, held, source, chosen, view, sequence, block), context)
+        return _make(_Making(repository, held, source, chosen, view, sequence, block, root), context)
 
 
 def _choose(
@@ -450,16 +453,17 @@ def _planned(repository: Repository, seen: Seen, request: Request, context: Cont
 @dataclass(frozen=True, slots=True)
 class _Making:
     """A point that is about to be made in a volume that is held: of what, which kind, on which parent (None for
-    a full).
+    a full). Its map must have the ``root``, where that is not empty.
     """
 
     repository: Repository
-    held: _Held
+    held: Held
     source: Source
     choice: Choice
     parent: PointView | None
     sequence: int
     block_bytes: int
+    root: str
 
 
 def _opening(job: _Making, moment: datetime, context: Context) -> Opening:
@@ -496,12 +500,14 @@ def _make(job: _Making, context: Context) -> Report:
     for line in notes:
         context.say(line)
     started, clock = context.now(), context.timer()
-    context = replace(context, check=_both(context.check, job.source.check))
+    context = replace(context, check=both(context.check, job.source.check))
     opening = _opening(job, job.source.moment or started, context)
     file = volume.free_name(opening.point, opening.kind)
     with volume.begin(file) as partial:
         writer = ImageWriter(partial, opening, job.parent.claimed_digests() if job.parent else None)
         read_bytes, settled = _read(job, writer, context)
+        if job.root and writer.root != job.root:
+            raise DamagedRawImage(file=job.source.reader.path, reason="it does not have its sidecar's root")
         counts = writer.counts
         notes += settled.notes
         if counts.by_kind[BAD]:
@@ -526,7 +532,9 @@ def _make(job: _Making, context: Context) -> Report:
     )
 
 
-def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
+def both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
+    """One check of two."""
+
     def check() -> None:
         first()
         second()

@@ -97,6 +97,9 @@ class Content(Protocol):
     def hand(self) -> Hand:
         """For one more worker."""
 
+    def stop(self) -> None:
+        """Give no more pieces, and wait for none: another worker failed."""
+
 
 class PointContent:
     """A point, cut into pieces; a section whose index is damaged becomes a flaw with ``keep_going``."""
@@ -118,6 +121,9 @@ class PointContent:
     def hand(self) -> Hand:
         """What reads its frames."""
         return _PointHand(self._view)
+
+    def stop(self) -> None:
+        """Nothing is waited for."""
 
     def pieces(self, wanted: npt.NDArray[np.bool_] | None = None) -> Iterator[Job]:
         """All pieces in address order, or those of which ``wanted`` (bool per piece) is set."""
@@ -191,18 +197,20 @@ class _PointHand:
 
 
 class Writing:
-    """What the workers of one restore share. ``permit`` is asked before each piece is written, and may raise."""
+    """What the workers of one restore share. ``permit`` is asked before each piece is written, and may raise.
+    Of a content that is ``endless`` nobody knows how long it will be.
+    """
 
     def __init__(
         self, content: Content, target: TargetWriter, method: str, context: Context, *,
-        permit: Callable[[], None] = never,
+        permit: Callable[[], None] = never, endless: bool = False,
     ) -> None:  # fmt: skip
         self.content, self.target, self.method, self.context = content, target, method, context
         self.permit = permit
         self.size = content.geometry.device_bytes
         self.flaws: list[Flaw] = []
         self.written_bytes = 0
-        self.done = np.zeros(-(-self.size // PIECE_BYTES), bool)
+        self.done = np.zeros(1 if endless else -(-self.size // PIECE_BYTES), bool)
         self.touched = np.zeros(len(self.done), bool)
         self._guard = threading.Lock()
 
@@ -210,6 +218,10 @@ class Writing:
         """A piece is on the target."""
         index = job.start // PIECE_BYTES
         with self._guard:
+            if index >= len(self.done):
+                more = np.zeros(index + 1, bool)
+                self.done = np.concatenate((self.done, more))
+                self.touched = np.concatenate((self.touched, more))
             self.done[index] = True
             # What was not written into a new file, or thin volume, is a hole; what did not differ was just read.
             self.touched[index] |= written > 0 or self.method == "write"
@@ -314,7 +326,13 @@ def write_all(shared: Writing, context: Context) -> None:
     content = shared.content
     context.progress.begin("restoring", shared.size)
     try:
-        workers.run(content.pieces(), lambda: _Writer(shared), workers=context.workers, check=context.check)
+        workers.run(
+            content.pieces(),
+            lambda: _Writer(shared),
+            workers=context.workers,
+            check=context.check,
+            stop=content.stop,
+        )
     finally:
         context.progress.end()
     for start, length in content.lost:

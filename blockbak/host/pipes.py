@@ -28,7 +28,7 @@ class PipeWriter:
     def write(self, data: Bytes) -> None:
         """Write all of it. Raises PipeFailed, and what ``check`` raises."""
         view = memoryview(data)
-        while len(view):
+        while view:
             self._check()
             if not self._poll.poll(_LOOK_SECONDS * 1000):
                 continue
