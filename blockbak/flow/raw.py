@@ -351,40 +351,42 @@ def _to_file(job: _Job) -> Report:
     context, kernel = job.context, job.context.kernel
     path, beside, map_path = places(job.request)
     known = job.new_map()
+    done: list[tuple[Sidecar, Settled]] = []
+    small: list[PartialFile] = []
+    cleared = False
     with ExitStack() as stack:
-        done: list[tuple[Sidecar, Settled]] = []
-        small: list[PartialFile] = []
 
         def ready() -> None:
-            """The image is whole and flushed: make the others so, then clear the names."""
+            """The image is whole and flushed: make what lies beside it so, then clear the names."""
+            nonlocal cleared
             (said, _) = done[0]
             if said.bad:
                 text = mapfile.text(said.unread, said.device_bytes).encode()
                 small.append(stack.enter_context(_hardened(map_path, text, context)))
             small.append(stack.enter_context(_hardened(beside, sidecar.encode(said), context)))
             context.check()
-            held = [one.path for one in small]
+            kept = [one.path for one in small]
             # A sidecar must never lie beside another image than its own, so it is the first to go and the last to come.
             for old in (beside, map_path, f"{map_path}.partial", path):
-                if old in held:
-                    continue
-                if os.path.lexists(old):
+                if os.path.lexists(old) and old not in kept:
                     kernel.unlink(old)
                     sync_directory(os.path.dirname(path), kernel)
+            cleared = True
 
-        with new_file(path, job.reader.size, context, overwrite=job.request.overwrite, ready=ready) as target:
-            read_bytes = _scan(job, _FileSink(target, known))
-            target.flush()
-            done.append(job.new_sidecar(known, read_bytes))
-        # The image must be durable under its name before the sidecar says that it is whole.
         try:
+            with new_file(path, job.reader.size, context, overwrite=job.request.overwrite, ready=ready) as target:
+                read_bytes = _scan(job, _FileSink(target, known))
+                target.flush()
+                done.append(job.new_sidecar(known, read_bytes))
+            # The image must be durable under its name before the sidecar says that it is whole.
             for one in small:
                 with _as_target(one.final):
                     one.seal()
-        except BlockbakError:
-            # Without its sidecar it is worth nothing that could be told.
-            with contextlib.suppress(OSError):
-                kernel.unlink(path)
+        except BaseException:
+            # What could not be made durable is void, under whatever name.
+            for named in (path, *(one.final for one in small if not one.path)) if cleared else ():
+                with contextlib.suppress(OSError):
+                    kernel.unlink(named)
             raise
     said, settled = done[0]
     stored = os.stat(path).st_blocks * SECTOR
