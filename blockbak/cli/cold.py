@@ -26,7 +26,7 @@ def summary(report: Report) -> str:
     stored = f"{render.size(report.stored_bytes)} {'written' if streams else 'stored'}"
     beside = f" Its sidecar is {report.sidecar}." if report.sidecar else ""
     return (
-        f"Raw image of {report.source} made in {where} in {render.seconds(report.seconds)}: {read}, {stored}, "
+        f"Raw image of {report.source} written to {where} in {render.seconds(report.seconds)}: {read}, {stored}, "
         f"consistency {report.consistency}.{beside}"
     )
 
@@ -91,7 +91,7 @@ def _show_plan(plan: Plan, *, as_json: bool) -> None:
         return
     where = "standard output" if plan.path == _STREAM else plan.path
     tell = render.say if plan.path == _STREAM else render.line
-    tell(f"{plan.source}: would make a raw image in {where}, {render.size(plan.device_bytes)} to read.")
+    tell(f"{plan.source}: would make a raw image of it in {where}, {render.size(plan.device_bytes)} to read.")
     for path in plan.replaces:
         tell(f"{path} exists; --yes would replace it.")
 

@@ -13,7 +13,6 @@ import numpy as np
 
 from blockbak.errors import (
     BadTarget,
-    BlockbakError,
     ImageInRepository,
     NoSpace,
     SourceHoldsImage,

@@ -109,12 +109,17 @@ NUMBERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("old", [False, True], ids=["new", "replacing"])
-@pytest.mark.parametrize("call", [call for call in NUMBERS if call not in ("punch", "lock")])
+@pytest.mark.parametrize(
+    ("call", "old"),
+    [
+        (call, old)
+        for call in NUMBERS
+        for old in (False, True)
+        if call not in ("punch", "lock") and (old or call != "unlink")
+    ],
+)
 def test_a_failing_call_costs_no_more_than_the_image(call: str, old: bool, memory: Path) -> None:
     """Whatever is left is a whole image with its sidecar, an image that is told as unfinished, or nothing."""
-    if call == "unlink" and not old:
-        pytest.skip("a new image removes nothing")
     wrong = []
     for number in NUMBERS[call]:
         for at in range(1, MOST):
@@ -216,9 +221,8 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, tmpfs) -> None:
             os.posix_fallocate(file.fileno(), 0, size)
         try:
             raw.make(raw.Request(str(source), str(image)), context(tmp_path / "state"))
-        except (TargetFull, TargetFailed) as error:
+        except TargetFull:
             failures += 1
-            assert isinstance(error, TargetFull), error
             assert os.listdir(where) == ["filler"]
         else:
             break
@@ -408,8 +412,6 @@ def test_a_failing_call_costs_no_more_than_the_adoption(call: str, memory: Path)
             found = attempt(run, kernel)
             repository.kernel = QuickKernel()
             points = repository.volume("v").catalog().points if repository.volume_names() else []
-            if kernel.fired and points and call not in ("rename", "fsync", "open", "close"):
-                found.append("there is a point though it failed")
             for point in points:
                 if point.images[0].closing.root != made.root:
                     found.append("a point of other bytes")
