@@ -217,7 +217,7 @@ def test_a_surplus_argument_is_a_wrong_command_line(verb: Verb) -> None:
         ["verify", "--sample", "0%"], ["verify", "--sample", "101%"], ["verify", "--sample", "few"],
         ["verify", "--sample", "nan%"], ["show", "--extents", "-1", "p"], ["synthesize", "--kind", "incremental", "v"],
         ["demo", "--size", "1M"], ["demo", "--size", "much"], ["demo", "--dir", "/no/such/place"],
-        ["list", "--wait", "1"], ["cold", "x", "-", "--json"], ["cold", "x", "y", "--sidecar", "z"],
+        ["list", "--wait", "1"], ["cold", "x", "y", "--sidecar", "z"],
         ["cold", "x", "y", "--limit", "1K"], ["adopt", "x", "--name", "../y"], ["restore", "-", "--create-lv", "v/l"],
         ["restore", "./x", "y", "--keep-going"], ["restore", "./x", "y", "--sidecar", "z"],
     ],

@@ -581,6 +581,12 @@ def test_an_empty_stream_is_a_failure(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_standard_output_holds_an_image_or_a_document_but_not_both(source):
+    device, _ = source()
+    done = run("cold", device, "-", "--json", expect=2)
+    assert json.loads(done.stdout)["error"]["name"] == "WrongUsage"
+
+
 def test_a_terminal_takes_no_image(source):
     device, _ = source()
     with Terminal("cold", device.path, "-", answers=True) as screen:
