@@ -14,10 +14,11 @@ from blockbak.errors import ATTENTION
 def command(context: click.Context, repository: str | None, as_json: bool, wait: float) -> None:
     """Finish or undo what a crash left behind.
 
-    On this machine: volumes that were held back go on, applications at rest are let go, snapshots and unfinished
-    restores of runs that are over are removed; only what blockbak itself made. In the repository: files that were
-    never finished are swept, half-done deletions are finished, images without a manifest are checked and get it
-    back. Nothing that is whole is ever removed. Exit status 3 if something is left that a person must look at.
+    On this machine: volumes that were held back go on, applications at rest are let go, snapshots, and volumes that
+    an unfinished restore made, of runs that are over are removed; only what blockbak itself made. In the repository:
+    files that were never finished are swept, half-done deletions are finished, images without a manifest are checked
+    and get it back. Nothing that is whole is ever removed. Exit status 3 if something is left that a person must look
+    at.
     """
     from blockbak.flow.leftovers import settle
     from blockbak.flow.recover import recover

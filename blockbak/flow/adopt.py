@@ -109,16 +109,16 @@ def adopt(repository: Repository, wish: Wish, context: Context) -> Report:
 def _hold(repository: Repository, request: Request, seen: Seen, context: Context, stack: ExitStack) -> Held:
     """The volume that the image belongs to, or a new one, locked until ``stack`` is closed."""
     while True:
-        name = volume_name(seen.device, seen.identity, repository, context.host, request.name)
+        name, before = volume_name(seen.device, seen.identity, repository, context.host, request.name)
         volume = repository.make_volume(name)
         with ExitStack() as holding:
             lock = holding.enter_context(
                 volume.locked(exclusive=True, wait=context.wait, check=context.check, say=context.say)
             )
             # While it was waited for, another identity may have taken a name that was free.
-            if volume_name(seen.device, seen.identity, repository, context.host, request.name) == name:
+            if volume_name(seen.device, seen.identity, repository, context.host, request.name)[0] == name:
                 stack.push(holding.pop_all())
-                return Held(request, replace(seen, name=name), volume, lock)
+                return Held(request, replace(seen, name=name, before=before), volume, lock)
 
 
 def _device(said: Sidecar) -> Device:

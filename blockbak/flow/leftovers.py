@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from blockbak.flow.context import Context
 from blockbak.host import guardian, snapshots
 from blockbak.host.mapper import CONTROL
 from blockbak.host.runner import which
 from blockbak.host.system import System
+from blockbak.model import snapshot as plan
 
 
 def settle(context: Context, *, restores: bool = False) -> list[str]:
@@ -27,12 +29,17 @@ def settle(context: Context, *, restores: bool = False) -> list[str]:
     return said
 
 
-def settle_known(context: Context) -> list[str]:
-    """The same, for a run that has no business with LVM itself: asked only where something was noted since the
-    machine started, so that it costs nothing elsewhere. Raises as ``settle``.
+def settle_known(context: Context, sources: Sequence[str] = ()) -> list[str]:
+    """The same, for a run that need not have to do with LVM: it is asked only where something was noted since the
+    machine started, where a snapshot of ours is active, or where one of the ``sources`` is a logical volume (a thin
+    snapshot of it may lie there inactive). So it costs nothing elsewhere. Raises as ``settle``.
     """
-    try:
-        noted = os.listdir(context.run_dir)
-    except OSError:
-        return []
-    return settle(context) if noted else []
+    system = System()
+    noted = os.path.isdir(context.run_dir) and bool(os.listdir(context.run_dir))
+    active = any(plan.is_our_mapping(name) for name in system.mapped)
+    return settle(context) if noted or active or any(_is_volume(one, system) for one in sources) else []
+
+
+def _is_volume(path: str, system: System) -> bool:
+    group, _, name = path.partition("/")
+    return system.attribute(system.name_at(path) or system.volume(group, name), "dm/uuid").startswith("LVM-")

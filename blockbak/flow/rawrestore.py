@@ -112,7 +112,6 @@ class _RawContent:
         self.geometry = raw.said.geometry
         self.known = MapSum(self.geometry)
         self.flaws: list[Flaw] = []
-        self.lost: list[tuple[int, int]] = []
 
     def pieces(self) -> Iterator[Job]:
         """Whether a piece lies in a hole of the file is its ``part``."""
@@ -188,7 +187,6 @@ class _StreamContent:
         self.known = MapSum(self.geometry, self._complete)
         self.unread: Extents = said.unread if said else extent.empty()
         self.flaws: list[Flaw] = []
-        self.lost: list[tuple[int, int]] = []
         self.taken = 0
         self._over = threading.Event()
         # One for each hand, one that is being filled, and one more.

@@ -179,7 +179,7 @@ def test_a_crash_at_any_call_leaves_a_whole_image_or_an_unfinished_one(
             unfinished += 1
             with pytest.raises(NoSidecar, match="never finished"):
                 place.verdict()
-        if names:
+        if names - {"disk.img.partial"}:  # one that says itself whose it is may go unasked
             with pytest.raises(TargetExists):
                 place.make(overwrite=False)
         place.make(overwrite=True)
