@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 
 import numpy as np
 
@@ -144,6 +145,11 @@ def places(request: Request) -> list[str]:
     return [path, path + sidecar.ENDING, path + _MAPFILE]
 
 
+def _shown(request: Request) -> str:
+    """The image's name as it was given; where that is a link, the file that it leads to, beside which all else lies."""
+    return os.path.realpath(request.file) if os.path.islink(request.file) else request.file
+
+
 def check_file(request: Request, context: Context) -> list[str]:
     """What is there already, of what the image would take the names of. Raises TargetExists unless it may be
     replaced; BadTarget, TargetInUse and ImageInRepository in any case.
@@ -260,8 +266,8 @@ def plan(request: Request, repository: Repository | None, context: Context) -> P
     """What would be done, without a byte written. Raises what ``make`` raises before the first one."""
     replaces = check_file(replace(request, overwrite=True), context)
     seen = look(request, repository, context)
-    beside = (request.sidecar or "") if request.streams else request.file + sidecar.ENDING
-    return Plan(seen.device.label, request.file, beside, seen.device.size, seen.mode, replaces)
+    beside = (request.sidecar or "") if request.streams else _shown(request) + sidecar.ENDING
+    return Plan(seen.device.label, _shown(request), beside, seen.device.size, seen.mode, replaces)
 
 
 def make(
@@ -281,18 +287,20 @@ def make(
     check_file(request, context)
     with rest() if rest is not None else at_rest(request, repository, context) as rested:
         check_place(rested.seen.device, request)
-        job = _Job(request, rested, replace(context, check=both(context.check, rested.source.check)), clock)
+        watched = replace(context, check=both(context.check, rested.source.check))
+        job = _Job(request, rested, watched, clock, rested.source.moment or context.now())
         return _to_pipe(job) if request.streams else _to_file(job)
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A raw image that is being made, since ``clock``."""
+    """A raw image that is being made, since ``clock``; its content is that of ``moment``."""
 
     request: Request
     rested: Rested
     context: Context
     clock: float
+    moment: datetime
 
     @property
     def reader(self) -> SourceReader:
@@ -317,7 +325,7 @@ class _Job:
             blockbak_sidecar=sidecar.VERSION, program=context.program, host=plain(context.host),
             source=plain(seen.device.label), identity=seen.identity, device_bytes=reader.size,
             logical_sector=reader.logical, physical_sector=reader.physical,
-            created=iso(source.moment or context.now()), seconds=round(context.timer() - self.clock, 3),
+            created=iso(self.moment), seconds=round(context.timer() - self.clock, 3),
             mode=seen.mode, consistency=settled.consistency, read_bytes=read_bytes,
             stopped=[plain(one) for one in self.rested.stopped], notes=[plain(one) for one in notes],
             partition_table=table, filesystems=found, lvm_metadata=kept.lvm_metadata, hooks=kept.hooks,
@@ -330,7 +338,7 @@ class _Job:
         """What is told of it."""
         bad_bytes = sum(one.length for one in said.bad)
         return Report(
-            source=said.source, path=self.request.file, sidecar=beside, mapfile=lost, device_bytes=said.device_bytes,
+            source=said.source, path=_shown(self.request), sidecar=beside, mapfile=lost, device_bytes=said.device_bytes,
             read_bytes=said.read_bytes, stored_bytes=stored, bad_bytes=bad_bytes, unreadable=said.bad,
             mode=said.mode, consistency=said.consistency, root=said.root, stopped=said.stopped,
             seconds=round(self.context.timer() - self.clock, 3), notes=said.notes,
@@ -391,8 +399,8 @@ def _to_file(job: _Job) -> Report:
             raise
     said, settled = done[0]
     stored = os.stat(path).st_blocks * SECTOR
-    lost = job.request.file + _MAPFILE if said.bad else ""
-    return job.report(said, settled, stored, job.request.file + sidecar.ENDING, lost)
+    shown = _shown(job.request)
+    return job.report(said, settled, stored, shown + sidecar.ENDING, shown + _MAPFILE if said.bad else "")
 
 
 def _to_pipe(job: _Job) -> Report:

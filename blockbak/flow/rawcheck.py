@@ -38,7 +38,15 @@ _LARGEST = 1 << 30
 
 def is_raw(word: str) -> bool:
     """Whether a word on the command line is a raw image's name and no point's."""
-    return "/" in word or (os.path.isfile(word) and os.path.isfile(word + sidecar.ENDING))
+    return "/" in word or (os.path.isfile(word) and os.path.isfile(beside(word)))
+
+
+def beside(path: str) -> str:
+    """Where the sidecar of an image lies: beside the name that was given, or beside the file that it leads to."""
+    named = path + sidecar.ENDING
+    return (
+        named if os.path.lexists(named) else os.path.realpath(path) + sidecar.ENDING if os.path.islink(path) else named
+    )
 
 
 def read_sidecar(path: str, context: Context, *, image: str = "") -> Sidecar:
@@ -102,7 +110,7 @@ def opened(path: str, context: Context) -> Iterator[RawImage]:
     if not os.path.isfile(path):
         what = "it is a directory" if os.path.isdir(path) else "it is not a file"
         raise NoSuchImage(path=path, reason=what)
-    said = read_sidecar(path + sidecar.ENDING, context, image=path)
+    said = read_sidecar(beside(path), context, image=path)
     with SourceReader(path, exclusive=False, kernel=context.kernel) as source:
         if not source.is_of(path, (info.st_dev, info.st_ino)):
             raise NoSuchImage(path=path, reason="another one has its name now")

@@ -22,7 +22,7 @@ from blockbak.errors import (
 )
 from blockbak.flow.context import Context, never
 from blockbak.flow.into_lvm import pool_of, twin_notes
-from blockbak.flow.rawcheck import RawImage, check_whole, damage, opened, read_sidecar
+from blockbak.flow.rawcheck import RawImage, beside, check_whole, damage, opened, read_sidecar
 from blockbak.flow.rawmap import MapSum, all_jobs, survey, told
 from blockbak.flow.target import Incoming, check_target, existing, look_at_target, new_file
 from blockbak.flow.writing import Hand, Job, Writing, write_all
@@ -284,7 +284,7 @@ def restore(
         found = check_whole(raw, context)
         pool = pool_of(target, lambda _: found.data_bytes, request.target, context) if target is not None else None
         planned = Plan(
-            image=request.image, sidecar=request.image + sidecar.ENDING, target=request.target,
+            image=request.image, sidecar=beside(request.image), target=request.target,
             target_bytes=target.size if target else 0, device_bytes=said.device_bytes,
             data_bytes=min(found.data_bytes, said.device_bytes), bad_bytes=extent.total(said.unread),
             method=_method(raw, target, pool, context), notes=_notes(said, target, incoming, context),
@@ -315,7 +315,7 @@ def restore(
 
 def _check_not_itself(request: Request, target: Device | None) -> None:
     """Raises TargetHolds where the image, or its sidecar, lies on the target."""
-    for place in (request.image, request.image + sidecar.ENDING):
+    for place in (request.image, beside(request.image)):
         if target is not None and usage.carries(target, place):
             raise TargetHolds(path=request.target, what="the image that is restored, or its sidecar")
 
@@ -442,7 +442,10 @@ def _restore_stream(
 ) -> Plan | Report:
     clock = context.timer()
     said = read_sidecar(request.sidecar, context) if request.sidecar else None
-    incoming = Incoming(said.opening if said else _unknown(), lambda _, __: b"")
+    if said is not None:
+        incoming = Incoming(said.opening, _nothing, said.partition_table)
+    else:
+        incoming = Incoming(_unknown(), _nothing)
     target = look_at_target(request.target)
     check_target(request.target, target, incoming, repository, context, overwrite=request.overwrite or dry_run)
     pool = pool_of(target, lambda _: 0, request.target, context) if target is not None else None
@@ -486,6 +489,11 @@ def _anew(job: _Restoring) -> AbstractContextManager[TargetWriter]:
             kernel.unlink(job.path)
 
     return new_file(job.path, 0, job.context, overwrite=job.request.overwrite, ready=ready)
+
+
+def _nothing(_: int, __: int) -> bytes:
+    """What can be read of a stream before it comes."""
+    return b""
 
 
 def _unknown() -> Opening:

@@ -37,10 +37,13 @@ from blockbak.units import align_down
 
 @dataclass(frozen=True, slots=True)
 class Incoming:
-    """What is to lie on a target: what its header says of it, and ``read(offset, length)`` of its content."""
+    """What is to lie on a target: what its header says of it, and ``read(offset, length)`` of its content; or, where
+    that cannot be read beforehand, the partition table that it is said to have.
+    """
 
     opening: Opening
     read: Read
+    said_table: PartitionTable | None = None
 
     @classmethod
     def of(cls, view: PointView) -> Incoming:
@@ -54,7 +57,7 @@ class Incoming:
 
     def table(self) -> PartitionTable | None:
         """The partition table in it, if there is one."""
-        return partition.parse(self.read, self.opening.logical_sector, self.size)
+        return self.said_table or partition.parse(self.read, self.opening.logical_sector, self.size)
 
 
 def look_at_target(path: str) -> Device | None:

@@ -379,6 +379,18 @@ def test_an_image_that_moves_with_its_sidecar_stays_whole(long_image, program, t
     assert program("verify", "other.img", where=tmp_path / "moved").document["ok"]
 
 
+def test_a_link_leads_to_the_image_and_what_lies_beside_it(long_image, program, tmp_path):
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "link.img"
+    link.symlink_to(long_image)
+    assert program("verify", link).document["ok"]
+    made = program("cold", tmp_path / "vm.img", link, "--yes").document
+    assert (made["path"], made["sidecar"]) == (str(long_image), f"{long_image}.json")
+    assert link.is_symlink()
+    assert os.listdir(tmp_path / "links") == ["link.img"]
+    assert program("verify", link).document["ok"]
+
+
 def test_points_and_raw_images_are_verified_in_one_go(long_image, program, source):
     device, _ = source()
     point = program.backup(device)
@@ -573,6 +585,18 @@ def test_a_target_that_is_too_small_for_a_stream_says_how_much_was_written(loop)
     assert b"written: 0 to 4194304" in done.stderr
     done = run("restore", "-", target, "--yes", data=b"x" * (4 * MIB))
     assert Path(target.path).read_bytes() == b"x" * (4 * MIB)
+
+
+def test_a_stream_is_refused_for_what_its_sidecar_says(loop, tmp_path):
+    disk, said = loop(64 * MIB), tmp_path / "disk.json"
+    with partitioned(disk, "start=2048, size=32768"):
+        pass
+    data = run("cold", disk, "-", "--sidecar", said).stdout
+    for target, reason in ((loop(64 * MIB, sector_size=4096), b"4096-byte sectors"), (loop(MIB), b"1048576 bytes")):
+        before = sha(target.path)
+        done = run("restore", "-", target, "--yes", "--sidecar", said, data=data, expect=5)
+        assert reason in done.stderr
+        assert sha(target.path) == before
 
 
 def test_an_empty_stream_is_a_failure(tmp_path):
