@@ -38,7 +38,6 @@ class MountPoint:
     number: str
     identity: str = ""
     propagation: str = ""
-    automount: bool = False
 
     @property
     def is_own(self) -> bool:
@@ -384,7 +383,7 @@ def plan(scene: Scene, options: RestOptions, hooks: Sequence[RunHook] = ()) -> P
     gone = {volume for one in groups for volume in one.volumes}
     steps: list[Step] = [*hooks, *units, *ended, *exports, *swaps, *off, *still, *groups]
     held = frozenset(one.name for one in layers if one.kind != "partition" and one.label not in gone)
-    return Plan(tuple(steps), tuple(dict.fromkeys(blocked)), staying, held, tuple(_notes(scene, left)))
+    return Plan(tuple(steps), tuple(dict.fromkeys(blocked)), staying, held, tuple(_notes(left)))
 
 
 def _units(scene: Scene, options: RestOptions, blocked: list[Blocked]) -> tuple[set[str], list[StopUnits]]:
@@ -393,8 +392,6 @@ def _units(scene: Scene, options: RestOptions, blocked: list[Blocked]) -> tuple[
     if options.stop_users:
         users = [one.unit for one in scene.occupants if one.unit] + [one.unit for one in scene.elsewhere if one.unit]
         wanted += [unit for unit in dict.fromkeys(users) if unit not in wanted and not _protected(unit, scene)]
-    # What mounts a file system again at its first use goes before it.
-    wanted += [one for one in scene.units if one.endswith(".automount") and one not in wanted]
     names: list[str] = []
     asked = []
     for name in wanted:
@@ -437,16 +434,14 @@ def _staying(scene: Scene, left: Iterable[Occupant], blocked: list[Blocked]) -> 
             blocked.append(Blocked(f"{one.target}", f"it holds {scene.kept[one.id]}", _kept_advice(one, scene)))
     known = {one.id: one for one in scene.mounts}
     loops = {one.name: one.mount for one in scene.loops}
-    pending = list(stays)
+    pending = [known[number] for number in stays if number in known]
     while pending:
-        one = known.get(pending.pop())
-        if one is None:
-            continue
+        one = pending.pop()
         # What it is mounted on, and, where it lies on a loop device, the mount of that device's file.
         for lower in (one.parent, *(loops[name] for name in _loops_below(one.device, scene) if name in loops)):
             if lower in known and lower not in stays:
                 stays.add(lower)
-                pending.append(lower)
+                pending.append(known[lower])
     return stays
 
 
@@ -603,5 +598,29 @@ def _groups(
     return [Deactivate(group, tuple(volumes)) for group, volumes in found.items()]
 
 
-def _notes(scene: Scene, left: Iterable[Occupant]) -> list[str]:
+def _notes(left: Iterable[Occupant]) -> list[str]:
     return [f"{one} only reads {', '.join(sorted(one.nodes))}." for one in left if one.nodes and not one.raw_writes]
+
+
+# --- whether it is so ---------------------------------------------------------------------------------------
+
+
+def remaining(scene: Scene, made: Plan) -> list[Blocked]:
+    """What uses the device though it should be at rest by ``made``; empty where it is."""
+    found = []
+    for one in scene.mounts:
+        if not one.is_own:
+            continue
+        how = made.staying.get(one.target)
+        if how is None:
+            found.append(Blocked(one.target, "it is mounted"))
+        elif how == "read-only" and one.writable:
+            found.append(Blocked(one.target, "it takes writes"))
+    found += [Blocked(one.target, f"mounted in the mount namespace of process {one.pid} ({one.name})")
+              for one in scene.elsewhere]  # fmt: skip
+    found += [Blocked(one.path, "it is swapped to") for one in scene.swaps]
+    found += [Blocked(one.label, "it stands on the device") for one in scene.layers
+              if one.kind != "partition" and one.name not in made.layers]  # fmt: skip
+    found += [Blocked(", ".join(sorted(one.raw_writes)), f"open for writing by {one}") for one in scene.occupants
+              if one.raw_writes]  # fmt: skip
+    return found
