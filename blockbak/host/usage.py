@@ -334,7 +334,7 @@ def _foundations(path: str, system: System) -> tuple[set[str], set[tuple[int, in
             line = system.mount_of(place)
             if line is not None:
                 starts = set(system.devices_of(line))
-                pending += _layers(line.fstype, line.source, line.options)
+                pending += layers(line.fstype, line.source, line.options)
             else:
                 starts = _by_number(place, system)
         for start in starts:
@@ -358,7 +358,7 @@ def _by_number(place: str, system: System) -> set[str]:
     return {system.name_of(os.major(number), os.minor(number))} - {""}
 
 
-def _layers(fstype: str, source: str, options: tuple[str, ...]) -> list[str]:
+def layers(fstype: str, source: str, options: tuple[str, ...]) -> list[str]:
     """The paths that a file system without a device of its own is made of: overlay's, and FUSE's source."""
     if fstype.startswith("fuse"):
         return [source] if source.startswith("/") else []

@@ -46,17 +46,6 @@ class MountPoint:
 
 
 @dataclass(frozen=True, slots=True)
-class Elsewhere:
-    """A mount of the device's in another mount namespace, which an unmount here does not reach."""
-
-    device: str
-    target: str
-    pid: int
-    name: str
-    unit: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class SwapArea:
     """Swap on the device, or in a file of one of its mounts. ``used`` is bytes. ``mount`` is that file's, 0 for a
     device. A negative ``priority`` was given by the kernel, and ``below`` are the areas whose own come after it.
@@ -100,7 +89,8 @@ class Export:
 class Occupant:
     """A process that keeps mounts or nodes busy. ``started`` (clock ticks since boot) tells it from a later one of
     its number. ``mounts`` are ids of mounts, ``writes`` those it has files open for writing on, ``nodes`` are
-    devices it has open, ``raw_writes`` those of them for writing. ``reasons`` are for people.
+    devices it has open, ``raw_writes`` those of them for writing. ``elsewhere`` is where its own mount namespace, and
+    not ours, has file systems of the device mounted. ``reasons`` are for people.
     """
 
     pid: int
@@ -111,6 +101,7 @@ class Occupant:
     writes: frozenset[int] = frozenset()
     nodes: frozenset[str] = frozenset()
     raw_writes: frozenset[str] = frozenset()
+    elsewhere: frozenset[str] = frozenset()
     reasons: tuple[str, ...] = ()
     protected: str = ""
 
@@ -154,7 +145,6 @@ class Scene:
     name: str
     layers: tuple[Layer, ...] = ()
     mounts: tuple[MountPoint, ...] = ()
-    elsewhere: tuple[Elsewhere, ...] = ()
     swaps: tuple[SwapArea, ...] = ()
     loops: tuple[Loop, ...] = ()
     exports: tuple[Export, ...] = ()
@@ -373,7 +363,6 @@ def plan(scene: Scene, options: RestOptions, hooks: Sequence[RunHook] = ()) -> P
     for one in _filesystems(scene, stays):
         _still(one, scene, left, options, still, staying, blocked)
     _nodes(left, blocked)
-    _elsewhere(scene, stopped, ended, blocked)
     swaps = _swaps(scene, blocked)
     exports = [Unexport(one.client, one.path, one.options) for one in scene.exports]
     off = _taken_off(scene, stays)
@@ -390,7 +379,7 @@ def _units(scene: Scene, options: RestOptions, blocked: list[Blocked]) -> tuple[
     """The units that will not run, and the step that sees to it."""
     wanted = list(dict.fromkeys(options.stop))
     if options.stop_users:
-        users = [one.unit for one in scene.occupants if one.unit] + [one.unit for one in scene.elsewhere if one.unit]
+        users = [one.unit for one in scene.occupants if one.unit]
         wanted += [unit for unit in dict.fromkeys(users) if unit not in wanted and not _protected(unit, scene)]
     names: list[str] = []
     asked = []
@@ -509,15 +498,9 @@ def _nodes(left: Iterable[Occupant], blocked: list[Blocked]) -> None:
         if one.raw_writes:
             nodes = ", ".join(sorted(one.raw_writes))
             blocked.append(Blocked(nodes, f"open for writing by {one}", "--stop-users, --stop or --kill"))
-
-
-def _elsewhere(scene: Scene, stopped: set[str], ended: Iterable[EndProcess], blocked: list[Blocked]) -> None:
-    pids = {one.pid for one in ended}
-    for one in scene.elsewhere:
-        if one.unit not in stopped and one.pid not in pids:
-            where = f" of {one.unit}" if one.unit else ""
-            why = f"mounted in the mount namespace of process {one.pid} ({one.name}){where}"
-            blocked.append(Blocked(one.target, why, "--stop-users, --stop or --kill"))
+        for target in sorted(one.elsewhere):
+            why = f"mounted in the mount namespace of {one}"
+            blocked.append(Blocked(target, why, "--stop-users, --stop or --kill"))
 
 
 def _swaps(scene: Scene, blocked: list[Blocked]) -> list[SwapOff]:
@@ -616,8 +599,11 @@ def remaining(scene: Scene, made: Plan) -> list[Blocked]:
             found.append(Blocked(one.target, "it is mounted"))
         elif how == "read-only" and one.writable:
             found.append(Blocked(one.target, "it takes writes"))
-    found += [Blocked(one.target, f"mounted in the mount namespace of process {one.pid} ({one.name})")
-              for one in scene.elsewhere]  # fmt: skip
+    found += [
+        Blocked(target, f"mounted in the mount namespace of {one}")
+        for one in scene.occupants
+        for target in sorted(one.elsewhere)
+    ]
     found += [Blocked(one.path, "it is swapped to") for one in scene.swaps]
     found += [Blocked(one.label, "it stands on the device") for one in scene.layers
               if one.kind != "partition" and one.name not in made.layers]  # fmt: skip
