@@ -392,7 +392,10 @@ class Refused(BlockbakError):
 
 class SourceInUse(Refused):
     message = "{path} is in use ({holders})."
-    advice = "Unmount or stop what uses it, or read it as it is with '--mode live' (consistency: none)."
+    advice = (
+        "Bring it to rest with '--mode cold' ('--dry-run' tells how), or read it as it is with '--mode live' "
+        "(consistency: none)."
+    )
 
 
 class SourceHoldsRepository(Refused):

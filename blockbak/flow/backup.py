@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TypeAlias
@@ -17,6 +17,8 @@ from blockbak.errors import (
     NotTogether,
     NoUsableParent,
 )
+from blockbak.flow.cold import planned as planned_rest
+from blockbak.flow.cold import resting
 from blockbak.flow.context import Context, iso
 from blockbak.flow.hot import HotOptions, Member, Waiting, consistency, foreseen, snapshots
 from blockbak.flow.leftovers import settle_known
@@ -358,8 +360,8 @@ def _read_held(
                     finally:
                         left = source.release()
                 else:
-                    with closing(AtRest(one.seen, one.request, context)) as resting:
-                        report = _locked(repository, one, resting, context)
+                    with _at_rest(one, repository, context) as source_at_rest:
+                        report = _locked(repository, one, source_at_rest, context)
             except BlockbakError as error:
                 if left:
                     error.add_note(left)
@@ -371,6 +373,14 @@ def _read_held(
                 report = replace(report, notes=[*report.notes, left], attention=True)
             tell(replace(report, seconds=round(context.timer() - clock, 3)))
             clock = context.timer()
+
+
+def _at_rest(held: _Held, repository: Repository, context: Context) -> AbstractContextManager[AtRest]:
+    """The source as it is; a cold device brought to rest first, where that was asked for."""
+    seen, request = held.seen, held.request
+    if seen.mode == "cold" and request.rest is not None and seen.device.is_block:
+        return resting(seen, request, {repository.path: "the repository"}, context, request.rest)
+    return closing(AtRest(seen, request, context))
 
 
 def _newest(volume: Volume) -> str:
@@ -436,6 +446,8 @@ def _planned(repository: Repository, seen: Seen, request: Request, context: Cont
         with _parent_view(volume, catalog, choice, request) as (checked, _):
             choice = checked
     notes = [f"A full is made: {choice.reason}."] if choice.reason else []
+    if seen.mode == "cold" and request.rest is not None and device.is_block:
+        notes += planned_rest(device, request.rest, [(repository.path, "the repository")], context)
     found = {"cold": "cold", "hot": consistency(device, hooked=False)}.get(seen.mode, "none")
     return Report(
         point="", volume=name, kind=choice.kind, synthetic=False,

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
-from pathlib import Path
 
 from blockbak.errors import NotTogether, SetVoid, SnapshotError, SourceChangedSize
 from blockbak.flow.context import Context
@@ -157,7 +155,7 @@ def check_together(members: Sequence[Member], origins: Sequence[LogicalVolume], 
     system = System()
     own = [
         (place, place)
-        for place in (*_LIVE_PLACES, *lvm.places(), *_program_places())
+        for place in (*_LIVE_PLACES, *lvm.places(), *usage.program_places())
         if os.path.lexists(place)
     ]  # fmt: skip
     kept = [(repository, "the repository"), (state, "blockbak's state directory")]
@@ -169,11 +167,6 @@ def check_together(members: Sequence[Member], origins: Sequence[LogicalVolume], 
                 raise NotTogether(volume=origin.label, reason=f"it carries {what}")
         if any(usage.carries(member.seen.device, swap, system) for swap in system.swaps):
             raise NotTogether(volume=origin.label, reason="it carries swap")
-
-
-def _program_places() -> list[str]:
-    """Where blockbak itself and its Python are."""
-    return [str(Path(__file__).resolve().parent.parent), sys.prefix, sys.base_prefix, sys.executable]
 
 
 def suspend_order(devices: Sequence[Device], system: System) -> list[Device]:

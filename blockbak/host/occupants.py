@@ -260,7 +260,8 @@ def _occupant(pid: int, held: _Holding, family: set[int]) -> Occupant:
         protected = "people log in by it"
     return Occupant(
         pid=pid, started=started(pid), name=name, unit=unit_of(pid), mounts=frozenset(held.mounts),
-        writes=frozenset(held.writes), nodes=frozenset(held.nodes), raw_writes=frozenset(held.raw_writes), elsewhere=frozenset(held.elsewhere),
+        writes=frozenset(held.writes), nodes=frozenset(held.nodes), raw_writes=frozenset(held.raw_writes),
+        elsewhere=frozenset(held.elsewhere),
         reasons=tuple(held.reasons), protected=protected,
     )  # fmt: skip
 

@@ -12,6 +12,7 @@ import fcntl
 import os
 import stat
 import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -356,6 +357,11 @@ def _by_number(place: str, system: System) -> set[str]:
     except (OSError, ValueError):
         return set()
     return {system.name_of(os.major(number), os.minor(number))} - {""}
+
+
+def program_places() -> list[str]:
+    """Where blockbak itself and its Python are."""
+    return [str(Path(__file__).resolve().parent.parent), sys.prefix, sys.base_prefix, sys.executable]
 
 
 def layers(fstype: str, source: str, options: tuple[str, ...]) -> list[str]:

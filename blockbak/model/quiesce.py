@@ -171,6 +171,15 @@ class RestOptions:
     hooks: tuple[str, ...] = ()
     deadline: float = 600.0
 
+    @property
+    def given(self) -> list[str]:
+        """The options that ask for something, as they are called on the command line."""
+        asked = {
+            "--stop": self.stop, "--stop-users": self.stop_users, "--kill": self.kill, "--freeze": self.freeze,
+            "--deactivate": self.deactivate, "--cold-hook": self.hooks,
+        }  # fmt: skip
+        return [name for name, value in asked.items() if value]
+
 
 # --- what is done -------------------------------------------------------------------------------------------
 
