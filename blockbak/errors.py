@@ -281,6 +281,48 @@ class HookStopped(SnapshotError):
     advice = "No point was made."
 
 
+# --- devices brought to rest --------------------------------------------------------------
+
+
+class RestError(Failed):
+    """A device could not be brought to rest, or not kept there. What had been done was put back."""
+
+
+class NoSuchUnit(RestError):
+    message = "systemd knows no unit {unit}."
+    advice = "'systemctl list-units' shows what runs."
+
+
+class NoSystemd(RestError):
+    message = "{unit} cannot be stopped: systemd does not run this machine."
+    advice = "Stop it by hand, or end its processes with --kill."
+
+
+class UnitNotStopped(RestError):
+    message = "{unit} could not be stopped: {reason}."
+    advice = "'systemctl status {unit}' says more. No point was made."
+
+
+class UnitRestarted(RestError):
+    message = "{unit} was stopped, and runs again: {reason}."
+    advice = "Name what starts it with --stop as well, or mask it for as long as the backup takes."
+
+
+class ProcessStays(RestError):
+    message = "Process {pid} ({name}) does not end, not even when it is killed."
+    advice = "It hangs in the kernel, as a rule on a disk or a server that does not answer. No point was made."
+
+
+class StateUnusable(RestError):
+    message = "{path} cannot hold the journal of what is stopped: {reason}."
+    advice = "Make room there, or name another directory in BLOCKBAK_STATE_DIR. What had been stopped was put back."
+
+
+class RestVoid(RestError):
+    message = "{path} was let go before it was read to its end: {reason}."
+    advice = "No point was made. Give it more time with a longer deadline, or stop its users instead of freezing it."
+
+
 # --- the rest of exit 1 ---------------------------------------------------------------------
 
 
@@ -457,6 +499,26 @@ class NotTogether(Refused):
 class UnsafeHook(Refused):
     message = "Hook {path} is not run: {reason}."
     advice = "A hook runs as root, so root must own it and its directories, and nobody else may write them."
+
+
+class CannotRest(Refused):
+    message = "{path} cannot be brought to rest: {who}."
+    advice = "{ways}"
+
+
+class StillInUse(Refused):
+    message = "{path} is still in use ({holders})."
+    advice = "Everything was put back. Stop what uses it (--stop, --stop-users, --kill), then run again."
+
+
+class NotAtRest(Refused):
+    message = "{path} is not at rest: {what}."
+    advice = "Everything was put back. Stop what uses it, then run again."
+
+
+class FrozenAlready(Refused):
+    message = "{path} is frozen already, by somebody else."
+    advice = "Let whoever froze it end, or thaw it with 'fsfreeze --unfreeze {path}'."
 
 
 class Interrupted(BlockbakError):
