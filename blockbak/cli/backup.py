@@ -165,7 +165,8 @@ def command(
     context: click.Context, sources: tuple[str, ...], kind: str, mode: str, name: str | None,
     block_bytes: int | None, compress: str, snapshot_size: str | None, snapshot_limit: str | None,
     freeze_with: tuple[str, ...], freeze_deadline: float, together: bool, together_deadline: float, limit: int | None,
-    idle: bool, holds_repository: bool, dry_run: bool, rest: RestOptions, repository: str | None, as_json: bool, wait: float,
+    idle: bool, holds_repository: bool, dry_run: bool, rest: RestOptions, repository: str | None, as_json: bool,
+    wait: float,
 ) -> None:  # fmt: skip
     """Make a restore point of each SOURCE: a disk, partition, logical volume or image file.
 

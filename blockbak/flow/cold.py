@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from blockbak.errors import BlockbakError, CannotRest, NotAtRest, RestVoid
 from blockbak.flow.context import Context
 from blockbak.flow.source import AtRest, Request, Seen, Settled
-from blockbak.host import hooks, occupants, quiesce, units, usage
+from blockbak.host import hooks, occupants, quiesce, usage
 from blockbak.host.blockio import SourceReader
 from blockbak.host.device import Device
-from blockbak.host.quiesce import Rest
+from blockbak.host.quiesce import Machine, Rest
 from blockbak.host.system import System
+from blockbak.host.units import Units
 from blockbak.model import quiesce as plans
 from blockbak.model.quiesce import Blocked, Plan, RestOptions, RunHook
 
@@ -30,7 +31,7 @@ _FOREIGN = frozenset({"locked", "backing"})
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A device, how it is brought to rest, and by which means. ``kept`` says of paths what they hold that must go on."""
+    """A device, and how it is brought to rest. ``kept`` says of paths what they hold that must go on."""
 
     device: Device
     options: RestOptions
@@ -76,12 +77,9 @@ def _is_planned(one: Blocked, made: Plan) -> bool:
 
 
 def _scene(device: Device, options: RestOptions, keep: dict[str, str]) -> plans.Scene:
-    named = units.full_names(options.stop)
-    scene = occupants.look(device, keep, units=units.known, named=named)
-    for name in named:
-        if name not in scene.units:
-            raise units.unknown(name)
-    return scene
+    manager = Units()
+    named = manager.look(options.stop, strict=True) if options.stop else {}
+    return occupants.look(device, keep, units=manager.look, named=list(named))
 
 
 def _hook(hook: hooks.Hook, device: Device, context: Context) -> RunHook:
@@ -93,10 +91,16 @@ def check(prepared: Prepared) -> None:
     """Raises CannotRest, with the whole plan noted on it, where something cannot be brought to rest."""
     if not prepared.plan.blocked:
         return
-    error = CannotRest(device=prepared.device.label, reasons=str(prepared.plan.blocked[0]))
+    first = prepared.plan.blocked[0]
+    ways = first.advice or "Stop by hand what uses it, then run again."
+    error = CannotRest(path=prepared.device.label, who=f"{first.what}: {first.why}", ways=_sentence(ways))
     for line in told(prepared.plan):
         error.add_note(line)
     raise error
+
+
+def _sentence(words: str) -> str:
+    return words[:1].upper() + words[1:].removesuffix(".") + "."
 
 
 def told(made: Plan) -> list[str]:
@@ -153,7 +157,7 @@ class RestedSource(AtRest):
     def check(self) -> None:
         """Raise RestVoid once what was frozen has been let go."""
         if self._rest is not None and self._rest.over():
-            raise RestVoid(device=self._prepared.device.label)
+            raise RestVoid(path=self._prepared.device.label, reason="it was thawed at its deadline")
 
     def settle(self) -> Settled:
         """Whether it was at rest to the end; then it is given back. Raises as ``AtRest.settle``, and RestVoid,
@@ -166,12 +170,14 @@ class RestedSource(AtRest):
             self._rest.verify()
         notes = list(settled.notes)
         attention = settled.attention
-        try:
-            self._stack.close()
-        except BlockbakError as error:
+        self._stack.close()
+        if self._rest is not None:
+            if not self._rest.in_time:
+                raise RestVoid(path=self._prepared.device.label, reason="it was thawed at its deadline")
             # The image is good; what could not be put back must be heard of all the same.
-            notes += [str(error), *getattr(error, "__notes__", ())]
-            attention = True
+            left = [*self._rest.left, *([str(self._rest.hook_error)] if self._rest.hook_error else [])]
+            notes += [*self._rest.notes, *left]
+            attention = attention or bool(left)
         return Settled(settled.consistency, notes, attention)
 
     def close(self) -> None:
@@ -210,21 +216,23 @@ def resting(
 def _brought(prepared: Prepared, context: Context) -> Iterator[Rest]:
     with quiesce.brought_to_rest(
         prepared.plan,
+        machine(context),
         device=prepared.device.label,
-        state_dir=context.state_dir,
-        run_dir=context.run_dir,
         run_id=context.hex_id(_RUN_DIGITS),
-        host=context.host,
-        boot=System().boot,
         deadline=prepared.options.deadline,
         say=context.say,
         check=context.check,
-        busy=lambda target: _busy(prepared, target),
+        who=lambda target: _who(prepared, target),
     ) as rest:
         yield rest
 
 
-def _busy(prepared: Prepared, target: str) -> str:
+def machine(context: Context) -> Machine:
+    """Where rests are noted, and how their devices are found again."""
+    return Machine(context.state_dir, context.run_dir, System().boot, context.host, occupants.find)
+
+
+def _who(prepared: Prepared, target: str) -> str:
     """Who keeps a mount busy, in words."""
     scene = occupants.look(prepared.device, {})
     ids = {one.id for one in scene.mounts if one.target == target}
@@ -236,7 +244,7 @@ def _check(prepared: Prepared) -> None:
     scene = occupants.look(prepared.device, {})
     left = plans.remaining(scene, prepared.plan)
     if left:
-        error = NotAtRest(device=prepared.device.label, reason=str(left[0]))
+        error = NotAtRest(path=prepared.device.label, what=str(left[0]))
         for one in left[1:]:
             error.add_note(str(one))
         raise error
@@ -251,7 +259,7 @@ def _flush(node: str) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise NotAtRest(device=node, reason=f"it cannot be flushed: {error.strerror}") from error
+        raise NotAtRest(path=node, what=f"it cannot be flushed ({error.strerror})") from error
 
 
 def planned(device: Device, options: RestOptions, keep: Sequence[tuple[str, str]], context: Context) -> list[str]:

@@ -6,7 +6,7 @@ Before each step stands a record in a journal: who is killed is undone by ``put_
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
