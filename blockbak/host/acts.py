@@ -138,8 +138,13 @@ class Acts:
                 return mounts.look(step)
             case DetachLoop():
                 name = os.path.basename(step.node)
+                # It may have gone with the mount that was on it.
+                gone = any(
+                    isinstance(one.step, Unmount) and one.step.source == step.node and one.seen["autoclear"]
+                    for one in self.begun
+                )
                 return {
-                    "attached": _loop_of(step) == step.node,
+                    "attached": gone or _loop_of(step) == step.node,
                     "autoclear": System().attribute(name, "loop/autoclear") == "1",
                 }
             case ReadOnly():

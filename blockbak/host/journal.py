@@ -70,11 +70,14 @@ class Journal:
 
 
 class Writer:
-    """A journal that is written, and its lock with it. ``begun`` are the steps that may have been done so far."""
+    """A journal that is written, and its lock with it. ``begun`` are the steps that may have been done so far,
+    ``to_undo`` those that were not put back since.
+    """
 
     def __init__(self, fd: int, path: str, kernel: Kernel, at: int = 0, begun: Sequence[Begun] = ()) -> None:
         self._fd, self.path, self._kernel, self._at = fd, path, kernel, at
         self.begun = list(begun)
+        self._back: set[int] = set()
 
     def head(self, facts: Mapping[str, str]) -> None:
         """Who writes it. Raises StateUnusable."""
@@ -91,7 +94,13 @@ class Writer:
 
     def back(self, number: int) -> None:
         """Note that a step was put back, or not done after all. Raises StateUnusable."""
+        self._back.add(number)
         self._write({"back": number})
+
+    @property
+    def to_undo(self) -> list[Begun]:
+        """In the order in which they were done."""
+        return [one for one in self.begun if one.number not in self._back]
 
     def _write(self, record: Mapping[str, Any]) -> None:
         text = json.dumps(record).encode("ascii")

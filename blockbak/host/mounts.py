@@ -127,12 +127,16 @@ def mount_again(step: Unmount, seen: dict[str, Any], source: str, run: Run, run_
     """Mount it as it was, where it is not; sentences on what was done and on what differs. Raises NotPutBack,
     CommandFailed.
     """
-    if present(step, source, System()) >= seen.get("count", 1):
+    there = present(step, source, System())
+    if there >= seen.get("count", 1):
         return _told_differences(step)
     if seen.get("folder") and not os.path.isdir(step.target):
         os.makedirs(step.target)
     said = []
-    if mounting.shows_all(step.fstype, step.root, step.options):
+    if there:
+        # Twice in one place, the second time over itself.
+        run(_bind(step.target, step.target), deadline=MOUNT_SECONDS)
+    elif mounting.shows_all(step.fstype, step.root, step.options):
         said += _mount_filesystem(step, seen, source, step.target, run)
     elif step.origin:
         run(_bind(step.origin, step.target), deadline=MOUNT_SECONDS)

@@ -129,16 +129,13 @@ def _begun_journal(
         try:
             writer.head({"boot": machine.boot, "host": machine.host, "device": device})
             if not machine.units.running:
-                rest.notes.append("After a power cut 'blockbak recover' must be run by hand: there is no systemd here.")
+                rest.notes.append(_BY_HAND.format(why="systemd does not run this machine"))
                 return writer
             try:
                 bootunit.write(machine.unit_dir, machine.state_dir, machine.run_dir, machine.kernel)
             except OSError as error:
-                note = (
-                    f"After a power cut 'blockbak recover' must be run by hand: {error.strerror}, {machine.unit_dir}."
-                )
-                rest.notes.append(note)
-                say(note)
+                rest.notes.append(_BY_HAND.format(why=f"{machine.unit_dir} cannot be written ({error.strerror})"))
+                say(rest.notes[-1])
         except BaseException:
             with contextlib.suppress(OSError):
                 writer.remove()
@@ -169,7 +166,7 @@ def _do_all(steps: Sequence[Step], acts: Acts, writer: Writer, rest: Rest, stack
 def _end(acts: Acts, writer: Writer, rest: Rest, machine: Machine, say: Callable[[str], None]) -> None:
     """Put all back, and say what came of it in ``rest``."""
     acts.check = never
-    done, left = _undo(acts, writer.begun, writer, say)
+    done, left = _undo(acts, writer.to_undo, writer, say)
     rest.left += left
     rest.notes += acts.notes
     rest.outputs += acts.outputs

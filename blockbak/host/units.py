@@ -241,6 +241,8 @@ def _also(name: str, shown: Mapping[str, Mapping[str, str]]) -> tuple[str, ...]:
     pending = [name]
     for one in pending:  # grows as it is walked
         for other in _near(shown[one]):
+            if other not in shown:
+                continue  # beyond a unit that does not run, and takes nothing with it
             full = shown[other]["Id"]
             if full not in found and _runs(shown[full]):
                 found[full] = None
