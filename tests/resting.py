@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -63,7 +64,7 @@ class Moments:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def run(self, argv: Sequence[str], **how: Any) -> runner.Completed:
-        if argv[1] == "show":  # looks, and changes nothing
+        if "show" in argv:  # looks, and changes nothing
             return runner.run(argv, **how)
         self.pass_()
         done = runner.run(argv, **how)
@@ -247,6 +248,14 @@ def _detach_all_of(file: str) -> None:
             subprocess.run(["losetup", "--detach", f"/dev/{name}"], check=False, capture_output=True)
 
 
+def _remove_loop(node: str) -> None:
+    fd = os.open("/dev/loop-control", os.O_RDWR)
+    try:
+        fcntl.ioctl(fd, 0x4C81, int(node.removeprefix("/dev/loop")))  # linux/loop.h, LOOP_CTL_REMOVE
+    finally:
+        os.close(fd)
+
+
 def stage_in(directory: Path) -> Iterator[Stage]:
     """An empty stage; cleared away afterwards, whatever became of it."""
     (directory / "units").mkdir()
@@ -266,7 +275,13 @@ def furnish(stage: Stage) -> None:
     (where / "sub").mkdir()
     bind = stage.mounted("bind", "--bind", where / "sub")
     sh("mount", "-o", "remount,bind,ro,nosuid,noexec,noatime", bind)
-    inner, file = stage.attached("inner.img", 16 << 20, "--offset=4096", folder=where)
+    # A number that nobody else takes while it is free.
+    inner, file = f"/dev/loop{300 + os.getpid() % 300}", where / "inner.img"
+    with file.open("xb") as made:
+        made.truncate(16 << 20)
+    stage.stack.callback(_remove_loop, inner)
+    sh("losetup", "--offset=4096", inner, file)
+    stage.stack.callback(_detach_all_of, str(file))
     sh("mkfs.ext4", "-q", "-F", inner)
     nested = stage.mounted("outer/nested", inner)
     many, pool = stage.filesystem("pool", "btrfs", "noatime", size=128 << 20)

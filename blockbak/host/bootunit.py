@@ -17,6 +17,7 @@ UNIT_DIR = "/etc/systemd/system"
 _NAME = "blockbak-recover"
 _STATE_DIR = "/var/lib/blockbak"
 _WANTS = "multi-user.target.wants"
+_PARTIAL = ".partial"
 
 
 def name_for(state_dir: str) -> str:
@@ -63,7 +64,7 @@ def write(unit_dir: str, state_dir: str, run_dir: str, kernel: Kernel) -> None:
     path, link = os.path.join(unit_dir, name), os.path.join(unit_dir, _WANTS, name)
     wanted = text(state_dir, run_dir).encode()
     if _content(path) != wanted:
-        partial = f"{path}.partial"
+        partial = path + _PARTIAL
         with contextlib.suppress(FileNotFoundError):
             kernel.unlink(partial)
         fd = kernel.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
@@ -84,7 +85,8 @@ def write(unit_dir: str, state_dir: str, run_dir: str, kernel: Kernel) -> None:
 def remove(unit_dir: str, state_dir: str, kernel: Kernel, say: Callable[[str], None] = lambda _: None) -> None:
     """It has nothing to do any more. Where it cannot be removed it does no harm, and is spoken of."""
     name = name_for(state_dir)
-    for path in (os.path.join(unit_dir, _WANTS, name), os.path.join(unit_dir, name)):
+    unit = os.path.join(unit_dir, name)
+    for path in (os.path.join(unit_dir, _WANTS, name), unit, unit + _PARTIAL):
         try:
             kernel.unlink(path)
             sync_directory(os.path.dirname(path), kernel)

@@ -209,13 +209,14 @@ def _finish(writer: Writer, machine: Machine, scratch: str, damage: str = "") ->
     said: list[str] = []
     try:
         with journal.alone(machine.state_dir, machine.kernel):
+            # Before the journal: without one nobody would look for it.
+            if journal.paths(machine.state_dir) == [writer.path]:
+                bootunit.remove(machine.unit_dir, machine.state_dir, machine.kernel, said.append)
             if damage:
                 kept = writer.set_aside()
                 said.append(f"A journal is damaged ({damage}): not all may be back that was stopped. See {kept}.")
             else:
                 writer.remove()
-            if not journal.paths(machine.state_dir):
-                bootunit.remove(machine.unit_dir, machine.state_dir, machine.kernel, said.append)
     except (OSError, StateUnusable) as error:
         said.append(f"All was put back, but {writer.path} cannot be removed: {error}.")
     return said
