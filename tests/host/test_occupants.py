@@ -53,8 +53,8 @@ HOLDING = {
     "a directory": ("f = os.open(sys.argv[1], os.O_RDONLY)", "has open", False),
     # Not by the mmap module: it keeps the file open.
     "a mapping whose file is closed": (
-        "import ctypes; f = os.open(sys.argv[1] + '/f', os.O_RDWR); "
-        "ctypes.CDLL(None).mmap(None, ctypes.c_size_t(4096), 3, 1, f, ctypes.c_long(0)); os.close(f)",
+        ("import ctypes; f = os.open(sys.argv[1] + '/f', os.O_RDWR); "
+        "ctypes.CDLL(None).mmap(None, ctypes.c_size_t(4096), 3, 1, f, ctypes.c_long(0)); os.close(f)"),
         "has mapped", True,
     ),
     "a socket": (
