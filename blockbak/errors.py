@@ -318,6 +318,11 @@ class ProcessStays(RestError):
     advice = "It hangs in the kernel, as a rule on a disk or a server that does not answer. No point was made."
 
 
+class NotPutBack(RestError):
+    message = "{what} could not be put back: {reason}."
+    advice = "'blockbak recover' tries again."
+
+
 class StateUnusable(RestError):
     message = "{path} cannot hold the journal of what is stopped: {reason}."
     advice = "Make room there, or name another directory in BLOCKBAK_STATE_DIR. What had been stopped was put back."

@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 
 from blockbak.errors import BlockbakError, CannotRest, NotAtRest, RestVoid
 from blockbak.flow.context import Context
+from blockbak.flow.leftovers import machine
 from blockbak.flow.source import AtRest, Request, Seen, Settled
 from blockbak.host import hooks, occupants, quiesce, usage
 from blockbak.host.blockio import SourceReader
 from blockbak.host.device import Device
-from blockbak.host.quiesce import Machine, Rest
+from blockbak.host.quiesce import Rest
 from blockbak.host.system import System
 from blockbak.host.units import Units
 from blockbak.model import quiesce as plans
@@ -225,11 +226,6 @@ def _brought(prepared: Prepared, context: Context) -> Iterator[Rest]:
         who=lambda target: _who(prepared, target),
     ) as rest:
         yield rest
-
-
-def machine(context: Context) -> Machine:
-    """Where rests are noted, and how their devices are found again."""
-    return Machine(context.state_dir, context.run_dir, System().boot, context.host, occupants.find)
 
 
 def _who(prepared: Prepared, target: str) -> str:

@@ -214,7 +214,7 @@ def snapshots(
     Raises SnapshotError, NotTogether, UnsafeHook, CommandFailed, MissingProgram, with nothing left behind.
     """
     boot = System().boot
-    for line in settle(context):
+    for line in settle(context).told:
         context.say(line)
     scanners.ensure()
     origins = [origin_of(member.seen.device) for member in members]

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from blockbak.model import mounting
+
 MEMORY_SPARE = 64 << 20
 """Bytes that must stay free when what is swapped out comes back."""
 FREEZABLE = frozenset({"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "gfs2", "jfs", "nilfs2", "ocfs2", "xfs"})
@@ -553,12 +555,7 @@ def _origin(mount: MountPoint, scene: Scene) -> str:
     """The directory that a bind mount shows: on an earlier mount of the same file system. Empty for an ordinary
     mount, also one of a btrfs subvolume, which names itself in the options.
     """
-    if mount.fstype == "btrfs" and any(option.startswith("subvol=") for option in mount.options):
-        subvolume = next(option.partition("=")[2] for option in mount.options if option.startswith("subvol="))
-        inside = mount.root == subvolume
-    else:
-        inside = mount.root == "/"
-    if inside:
+    if mounting.shows_all(mount.fstype, mount.root, mount.options):
         return ""
     for one in scene.mounts:
         if one.id == mount.id:
