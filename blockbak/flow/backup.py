@@ -188,7 +188,7 @@ def backup_all(
     hot = hot or HotOptions()
     if not dry_run:
         try:
-            for line in settle_known(context).told:
+            for line in settle_known(context, [request.source for request in requests]).told:
                 context.say(line)
         except BlockbakError as error:
             # What somebody else left is no reason to do without a backup.
