@@ -200,6 +200,11 @@ class StoreFailed(RepositoryError):
     advice = "Earlier points are untouched. Look at the kernel's log for the disk below it."
 
 
+class NothingToMerge(RepositoryError):
+    message = "No differential can be composed of {volume} at {point}: the point is a full itself."
+    advice = "Name a later point with --at; one that only a full holds needs no other image."
+
+
 class ComposeFailed(RepositoryError):
     message = "The composed image of {point} does not have that point's root; it was thrown away."
     advice = "Run 'blockbak verify': an image it was made from may be damaged."

@@ -110,7 +110,8 @@ def choose(
     volume: str,
     broken: str = "",
 ) -> Choice:
-    """The kind to make and the parent it needs. ``broken`` says why there are points that cannot be used.
+    """The kind to make and the parent it needs. ``broken`` says why there are points that cannot be used, or why there
+    is none.
 
     ``auto`` becomes a full where nothing can be a parent; an explicit delta raises NoUsableParent.
     """
@@ -187,7 +188,7 @@ def backup_all(
     hot = hot or HotOptions()
     if not dry_run:
         try:
-            for line in settle_known(context).told:
+            for line in settle_known(context, [request.source for request in requests]).told:
                 context.say(line)
         except BlockbakError as error:
             # What somebody else left is no reason to do without a backup.
@@ -410,8 +411,11 @@ def _locked(repository: Repository, held: _Held, source: Source, context: Contex
 def _choose(
     request: Request, seen: Seen, points: Sequence[Point], catalog: Catalog, name: str, context: Context
 ) -> Choice:
+    broken = _broken(catalog)
+    if not points and not broken and seen.before:
+        broken = f"the volume has no point yet; {seen.before}"
     return choose(
-        request.kind, points, seen.identity, context.host, seen.device.size, request.block_bytes, name, _broken(catalog)
+        request.kind, points, seen.identity, context.host, seen.device.size, request.block_bytes, name, broken
     )
 
 

@@ -120,6 +120,7 @@ class RestedSource(AtRest):
     def __init__(self, seen: Seen, request: Request, prepared: Prepared, context: Context) -> None:
         self._prepared, self._context = prepared, context
         self._rest: Rest | None = None
+        self._settled = False
         self._stack = ExitStack()
         made = prepared.plan
         try:
@@ -156,8 +157,8 @@ class RestedSource(AtRest):
                 self._stack.enter_context(SourceReader(system.node(name), exclusive=True))
 
     def check(self) -> None:
-        """Raise RestVoid once what was frozen has been let go."""
-        if self._rest is not None and self._rest.over():
+        """Raise RestVoid once what was frozen has been let go before all was read."""
+        if self._rest is not None and not self._settled and self._rest.over():
             raise RestVoid(path=self._prepared.device.label, reason="it was thawed at its deadline")
 
     def settle(self) -> Settled:
@@ -169,6 +170,7 @@ class RestedSource(AtRest):
         if self._rest is not None:
             _check(self._prepared)
             self._rest.verify()
+        self._settled = True
         notes = list(settled.notes)
         attention = settled.attention
         self._stack.close()

@@ -5,6 +5,7 @@ snapshots.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from blockbak.flow.context import Context
@@ -13,6 +14,7 @@ from blockbak.host.mapper import CONTROL
 from blockbak.host.quiesce import Machine
 from blockbak.host.runner import which
 from blockbak.host.system import System
+from blockbak.model import snapshot as plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +58,20 @@ def settle(context: Context, *, restores: bool = False) -> Remains:
     return Remains(done, left)
 
 
-def settle_known(context: Context) -> Remains:
-    """The same, for a run that has no business with LVM itself: asked only where something was noted since the
-    machine started, or a cold backup was not put back, so that it costs nothing elsewhere. Raises as ``settle``.
+def settle_known(context: Context, sources: Sequence[str] = ()) -> Remains:
+    """The same, for a run that need not have to do with any of it: done only where something was noted since the
+    machine started, a cold backup was not put back, a snapshot of ours is active, or one of the ``sources`` is a
+    logical volume (a thin snapshot of it may lie there inactive). So it costs nothing elsewhere. Raises as ``settle``.
     """
     if os.geteuid() != 0:
         return Remains()
-    try:
-        noted = os.listdir(context.run_dir)
-    except OSError:
-        noted = []
-    return settle(context) if noted or journal.paths(context.state_dir) else Remains()
+    system = System()
+    noted = os.path.isdir(context.run_dir) and bool(os.listdir(context.run_dir))
+    active = any(plan.is_our_mapping(name) for name in system.mapped)
+    wanted = noted or active or bool(journal.paths(context.state_dir))
+    return settle(context) if wanted or any(_is_volume(one, system) for one in sources) else Remains()
+
+
+def _is_volume(path: str, system: System) -> bool:
+    group, _, name = path.partition("/")
+    return system.attribute(system.name_at(path) or system.volume(group, name), "dm/uuid").startswith("LVM-")

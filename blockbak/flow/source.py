@@ -136,12 +136,16 @@ def check_source(device: Device, repository: Repository, request: Request, conte
         raise DuplicateIdentity(first=device.path, second=twin.path, identity=devices.identity(device))
 
 
-def volume_name(device: Device, identity: Identity, repository: Repository, host: str, asked: str | None) -> str:
-    """The volume that has this identity, or a new name for it; ``asked`` wins. Raises VolumeExists."""
+def volume_name(
+    device: Device, identity: Identity, repository: Repository, host: str, asked: str | None
+) -> tuple[str, str]:
+    """The volume that has this identity, or a new name for it; ``asked`` wins. With a new one, what the node was the
+    last time, in words, where it was another volume. Raises VolumeExists.
+    """
     if asked is not None:
         if not usable_name(asked):
             raise VolumeExists(volume=asked, reason=f"it takes {NAME_RULE}")
-        return asked
+        return asked, ""
     taken: dict[str, Opening | None] = {}
     claimed: set[str] = set()
     for volume in repository.volumes():
@@ -153,14 +157,17 @@ def volume_name(device: Device, identity: Identity, repository: Repository, host
             claimed.add(volume.name)
     for name, known in taken.items():
         if known is not None and known.is_of(identity, host):
-            return name
+            return name, ""
+    of_node = [known for known in taken.values() if known and (known.source, known.host) == (device.label, host)]
+    last = max(of_node, key=lambda known: known.created, default=None)
+    before = f"{device.label} was {last.identity}, volume {last.volume}, the last time" if last is not None else ""
     base = "".join(c if (c.isalnum() and c.isascii()) or c in "._-" else "-" for c in f"{host}-{_short_name(device)}")
     base = base.lstrip(".-")[:180] or "volume"
     number, name = 1, base
     while taken.get(name) is not None or name in claimed:
         number += 1
         name = f"{base}-{number}"
-    return name
+    return name, before
 
 
 def _is_own(image: Image, volume: Volume) -> bool:
@@ -200,12 +207,15 @@ class _Watch:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """The source as it was looked at, and what follows from that."""
+    """The source as it was looked at, and what follows from that. ``before`` says of a volume that is new what its
+    node was the last time, where it was another one.
+    """
 
     device: Device
     identity: Identity
     mode: str
     name: str
+    before: str = ""
 
 
 def look_at(path: str) -> Device:
@@ -231,8 +241,8 @@ def look(repository: Repository, request: Request, context: Context) -> Seen:
     check_source(device, repository, request, context)
     mode = resolve_mode(device, request.mode, rest=request.rest is not None)
     identity = devices.identity(device)
-    name = volume_name(device, identity, repository, context.host, request.name)
-    return Seen(device, identity, mode, name)
+    name, before = volume_name(device, identity, repository, context.host, request.name)
+    return Seen(device, identity, mode, name, before)
 
 
 class AtRest:

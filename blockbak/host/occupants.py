@@ -64,6 +64,24 @@ def look(
     )
 
 
+def everybody(system: System | None = None) -> dict[str, tuple[str, ...]]:
+    """Who uses each device, in short, by its kernel name: units, and processes of none. A disk's are those of all
+    that is stacked on it. As far as we may look at other people's processes.
+    """
+    system = system or System()
+    lines = [line for line in system.mounts if system.devices_of(line)]
+    around = _Around(system, list(system.names), lines)
+    at = {line.id: system.devices_of(line) for line in lines}
+    found: dict[str, dict[str, int]] = {}
+    for one in _occupants(around):
+        names = set(one.nodes).union(*(at.get(number, frozenset()) for number in one.mounts))
+        who = one.unit or f"{one.name} ({one.pid})"
+        for below in {lower for name in names for lower in system.below(name)}:
+            counts = found.setdefault(below, {})
+            counts[who] = counts.get(who, 0) + 1
+    return {name: tuple(sorted(counts)) for name, counts in found.items()}
+
+
 def find(identity: str) -> str:
     """The node of the present device with that identity, as ``MountPoint.identity`` has it; empty if none has."""
     system = System()

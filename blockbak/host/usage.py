@@ -487,4 +487,4 @@ def decide_mode(device: Device, uses: list[Use]) -> tuple[str, str]:
     told = "in use: " + ", ".join(map(str, uses))
     if device.is_lv:
         return "hot", told
-    return "refused", f"{told}; stop that, or --mode live"
+    return "refused", f"{told}; --mode cold brings it to rest, --mode live reads it as it is"
