@@ -153,7 +153,7 @@ def alone(state_dir: str, kernel: Kernel) -> Iterator[str]:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield place
     finally:
-        os.close(fd)
+        kernel.close(fd)
 
 
 def _made(path: str, kernel: Kernel) -> None:
@@ -189,7 +189,7 @@ def written(place: str, run_id: str, room: int, kernel: Kernel) -> Iterator[Writ
             raise _unusable(path, error) from error
         yield Writer(fd, path, kernel)
     finally:
-        os.close(fd)
+        kernel.close(fd)
 
 
 @contextmanager
@@ -218,7 +218,7 @@ def taken(path: str, kernel: Kernel) -> Iterator[tuple[Journal, Writer] | None]:
         journal, end = parse(path, data)
         yield journal, Writer(fd, path, kernel, end, journal.begun)
     finally:
-        os.close(fd)
+        kernel.close(fd)
 
 
 def paths(state_dir: str) -> list[str]:

@@ -124,31 +124,33 @@ def _persistently(
 
 
 def mount_again(step: Unmount, seen: dict[str, Any], source: str, run: Run, run_dir: str) -> list[str]:
-    """Mount it as it was, where it is not; sentences on what was done and on what differs. Raises NotPutBack,
-    CommandFailed.
+    """Mount it as it was where it is not, with its own options as they were; sentences on what was done
+    and on what differs. Raises NotPutBack, CommandFailed.
     """
     there = present(step, source, System())
-    if there >= seen.get("count", 1):
-        return _told_differences(step)
-    if seen.get("folder") and not os.path.isdir(step.target):
-        os.makedirs(step.target)
     said = []
-    if there:
-        # Twice in one place, the second time over itself.
-        run(_bind(step.target, step.target), deadline=MOUNT_SECONDS)
-    elif mounting.shows_all(step.fstype, step.root, step.options):
-        said += _mount_filesystem(step, seen, source, step.target, run)
-    elif step.origin:
-        run(_bind(step.origin, step.target), deadline=MOUNT_SECONDS)
-    else:
-        said += _bind_from_within(step, seen, source, run, run_dir)
+    if there < seen.get("count", 1):
+        if seen.get("folder") and not os.path.isdir(step.target):
+            os.makedirs(step.target)
+        said += [f"{step.target} is mounted again.", *_mount_once_more(step, seen, source, run, run_dir, there)]
+    # Also where it was there: whoever mounted it may have been killed before this.
     line = _line(step.target)
     if mounting.parts(line.options)[0] != mounting.parts(step.options)[0]:
         _tune(["-o", ",".join(mounting.to_bind(step.options))], step.target, run)
     if mounting.kinds(" ".join(line.tags)) != mounting.kinds(step.propagation):
         for kind in mounting.kinds(step.propagation):
             _tune([f"--make-{kind}"], step.target, run)
-    return [f"{step.target} is mounted again.", *said, *_told_differences(step)]
+    return [*said, *_told_differences(step)]
+
+
+def _mount_once_more(step: Unmount, seen: dict[str, Any], source: str, run: Run, run_dir: str, there: int) -> list[str]:
+    if mounting.shows_all(step.fstype, step.root, step.options) and not there:
+        return _mount_filesystem(step, seen, source, step.target, run)
+    if not there and not step.origin:
+        return _bind_from_within(step, seen, source, run, run_dir)
+    # Twice in one place, the second time it is bound to itself.
+    run(_bind(step.target if there else step.origin, step.target), deadline=MOUNT_SECONDS)
+    return []
 
 
 def _mount_filesystem(step: Unmount, seen: dict[str, Any], source: str, target: str, run: Run) -> list[str]:
