@@ -289,7 +289,8 @@ def furnish(stage: Stage) -> None:
     volume = stage.mounted("volume", "-o", "subvol=vol,noatime", many)
     first, _ = stage.attached("first.swap", 8 << 20)
     second, _ = stage.attached("second.swap", 8 << 20)
-    for device, how in ((first, ()), (second, ("--priority=7",))):
+    third, _ = stage.attached("third.swap", 8 << 20)
+    for device, how in ((first, ()), (second, ("--priority=7",)), (third, ())):
         sh("mkswap", device)
         sh("swapon", *how, device)
     _, still = stage.filesystem("still", "ext4", "nodev")
@@ -302,7 +303,7 @@ def furnish(stage: Stage) -> None:
     stage.steps = [
         RunHook("log", str(hook), (("BLOCKBAK_MODE", "cold"), ("HOOK_LOG", str(stage.directory / "hook.log")))),
         StopUnits(("db.service", "db.socket", "idle.service"), ("db.service",)),
-        SwapOff(first, -2),
+        SwapOff(first, next(int(row[4]) for row in _swaps() if row[0] == first), "", (third,)),
         SwapOff(second, 7),
         stage.unmount_step(volume),
         stage.unmount_step(pool),

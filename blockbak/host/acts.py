@@ -31,7 +31,7 @@ from blockbak.errors import (
 from blockbak.host import guard, hooks, mounts, runner
 from blockbak.host.guardian import PROGRAM, Ending, Guardian, guarded
 from blockbak.host.hooks import Next
-from blockbak.host.journal import Begun
+from blockbak.host.journal import Begun, Writer
 from blockbak.host.kernel import Kernel
 from blockbak.host.proc import unescape
 from blockbak.host.system import System
@@ -101,7 +101,7 @@ class Machine:
 
 @dataclass(slots=True)
 class Acts:
-    """All steps of one run. ``begun`` are those that may have been done; ``boot`` is the one they were done in.
+    """All steps of one run, which ``writer`` notes; ``boot`` is the one they were done in.
 
     ``scratch`` is for hooks. ``outputs`` is what they printed, ``hook_errors`` what their ends said.
     """
@@ -111,17 +111,22 @@ class Acts:
     device: str
     boot: str
     scratch: str
+    writer: Writer
     say: Callable[[str], None] = lambda _: None
     check: Callable[[], None] = never
     who: Callable[[str], str] = lambda _: ""
     deadline: float = 0.0
-    begun: Sequence[Begun] = ()
     guardian: Guardian | None = None
     in_time: bool = True
     notes: list[str] = field(default_factory=list)
     outputs: list[tuple[str, str]] = field(default_factory=list)
     hook_errors: list[HookStopped | HookFailed] = field(default_factory=list)
     _places_lost: bool = False
+
+    @property
+    def begun(self) -> Sequence[Begun]:
+        """The steps that may have been done so far."""
+        return self.writer.begun
 
     # --- looked at -------------------------------------------------------------------------------------
 
@@ -410,7 +415,7 @@ class Acts:
             self.machine.run(["swapon", *priority, "--", path], deadline=SWAP_SECONDS)
             said.append(f"{path} is swapped to again.")
         # Once all are back: each that comes back goes behind those that are there.
-        off = [one for one in self.begun if isinstance(one.step, SwapOff)]
+        off = [one for one in self.begun if isinstance(one.step, SwapOff) and not one.seen.get("moved")]
         if off and off[0].number == begun.number and self.boot == self.machine.boot:
             said += self._in_order([one.step for one in off if isinstance(one.step, SwapOff)])
         return said
@@ -425,8 +430,11 @@ class Acts:
             used = now[path].used
             if used and used + MEMORY_SPARE > _available():
                 return [f"{path} comes before other swap now: {used} bytes are swapped to it, too much to move it."]
+            # It is none of those that were given up: who is killed in between must leave word of it.
+            moved = self.writer.begin(SwapOff(path, now[path].priority), {"on": True, "moved": True})
             self.machine.run(["swapoff", "--", path], deadline=SWAP_SECONDS)
             self.machine.run(["swapon", "--", path], deadline=SWAP_SECONDS)
+            self.writer.back(moved.number)
         return []
 
     def _mount(self, step: Unmount, seen: dict[str, Any]) -> list[str]:

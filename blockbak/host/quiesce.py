@@ -102,7 +102,7 @@ def brought_to_rest(
     with undisturbed() as through, ExitStack() as stack:
         writer = _begun_journal(plan, machine, device, run_id, rest, say, stack)
         acts = Acts(
-            machine, run_id, device, machine.boot, _scratch(machine, run_id), say, check, who, deadline, writer.begun,
+            machine, run_id, device, machine.boot, _scratch(machine, run_id), writer, say, check, who, deadline,
         )  # fmt: skip
         rest._acts = acts  # noqa: SLF001 - one room made both
         try:
@@ -271,7 +271,7 @@ def put_back(left: Journal, machine: Machine, say: Callable[[str], None] = lambd
             of = f" on {found.host}" if found.host else ""
             done.append(f"Run {found.run}{of} was ended while {found.device} was at rest; what it stopped is put back.")
             say(done[-1])
-        acts = Acts(machine, found.run, found.device, found.boot, _scratch(machine, found.run), begun=found.begun)
+        acts = Acts(machine, found.run, found.device, found.boot, _scratch(machine, found.run), writer)
         said, not_done = _undo(acts, found.to_undo, writer, say)
         done += said
         if not not_done:

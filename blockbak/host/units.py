@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ SHOW_SECONDS = 30.0
 STOP_SECONDS = 90.0
 """Beside the longest TimeoutStopUSec of those that are stopped."""
 START_SECONDS = 180.0
+JOB_PAUSE_SECONDS = 0.5
 
 _SUFFIXES = (
     ".automount", ".device", ".mount", ".path", ".scope", ".service", ".slice", ".socket", ".swap", ".target", ".timer",
@@ -22,7 +24,7 @@ _SUFFIXES = (
 _TRIGGERS = ("TriggeredBy",)
 _STOPPED_WITH = ("RequiredBy", "RequisiteOf", "BoundBy", "ConsistsOf", "PropagatesStopTo")
 """What systemd stops with a unit (systemd, unit-dependency-atom.c, UNIT_ATOM_PROPAGATE_STOP)."""
-_PROPERTIES = ("Id", "LoadState", "ActiveState", "TimeoutStopUSec", *_TRIGGERS, *_STOPPED_WITH)
+_PROPERTIES = ("Id", "LoadState", "ActiveState", "Job", "TimeoutStopUSec", *_TRIGGERS, *_STOPPED_WITH)
 _RUNS = frozenset({"active", "activating", "reloading", "refreshing"})
 _FIRST = (".path", ".socket", ".timer")
 """Started before the rest: a service that has its socket already would be refused it."""
@@ -45,10 +47,17 @@ class Failure:
 
 
 class Units:
-    """What systemd says, and what it is told. ``root`` is ``/`` or a recorded tree, ``run`` runs programs."""
+    """What systemd says, and what it is told. ``root`` is ``/`` or a recorded tree, ``run`` and ``sleep`` are for
+    tests.
+    """
 
-    def __init__(self, root: Path = Path("/"), run: Callable[..., runner.Completed] = runner.run) -> None:
-        self._root, self._run = root, run
+    def __init__(
+        self,
+        root: Path = Path("/"),
+        run: Callable[..., runner.Completed] = runner.run,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._root, self._run, self._sleep = root, run, sleep
 
     @property
     def running(self) -> bool:
@@ -155,11 +164,19 @@ class Units:
             if state not in ("inactive", "failed"):
                 raise UnitNotStopped(unit=name, reason=f"it is {state}")
 
+    def _wait_for_jobs(self, names: Sequence[str]) -> None:
+        """Who was killed while it had them stopped leaves jobs that go on: what runs still may be about to end."""
+        for _ in range(int(STOP_SECONDS / JOB_PAUSE_SECONDS)):
+            if not any(one.get("Job", "0") not in ("", "0") for one in (self._show(names) if names else {}).values()):
+                return
+            self._sleep(JOB_PAUSE_SECONDS)
+
     def start(self, names: Sequence[str]) -> tuple[list[str], list[Failure]]:
         """Start those that do not run. Gives those that were started, and those that do not run even so.
 
         Raises MissingProgram, CommandFailed.
         """
+        self._wait_for_jobs(names)
         running = set(self.active(names))
         missing = [name for name in names if name not in running]
         first = [name for name in missing if name.endswith(_FIRST)]

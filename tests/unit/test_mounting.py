@@ -41,7 +41,7 @@ def test_a_mount_is_told_what_it_was_and_takes(fstype, line, userspace, told):
 
 
 def test_a_bind_is_told_its_own_flags_alone():
-    assert mounting.to_bind("ro,nodev,relatime,rw,data=ordered".split(",")) == (
+    assert mounting.to_bind(["ro", "nodev", "relatime", "rw", "data=ordered"]) == (
         "remount",
         "bind",
         "ro",
@@ -51,7 +51,7 @@ def test_a_bind_is_told_its_own_flags_alone():
 
 
 def test_differences_are_told_either_way():
-    before, after = "rw,noatime,rw,commit=30".split(","), "rw,relatime,ro,commit=30".split(",")
+    before, after = ["rw", "noatime", "rw", "commit=30"], ["rw", "relatime", "ro", "commit=30"]
     assert mounting.differences(before, before) == []
     assert mounting.differences(before, after) == [
         "noatime before, not now", "relatime now, not before", "file system rw before, not now",
@@ -71,7 +71,7 @@ def test_how_a_mount_propagates(tags, kinds):
 
 
 def mount(number, target, root="/", fstype="ext4", options=("rw", "rw")):
-    return MountPoint(number, 1, "sda1", target, root, fstype, "/dev/sda1", options, True, "8:1")
+    return MountPoint(number, 1, "sda1", target, root, fstype, "/dev/sda1", options, writable=True, number="8:1")
 
 
 @pytest.mark.parametrize(

@@ -174,3 +174,17 @@ def test_a_unit_that_does_not_start_is_told(systemd, units):
     started, failed = units.start(["a.service", "broken.service"])
     assert started == ["a.service"]
     assert [(one.name, one.state) for one in failed] == [("broken.service", "failed")]
+
+
+def test_a_stop_that_somebody_killed_had_asked_for_is_waited_for(systemd):
+    systemd.add("slow.service", "active", Job="17")
+    slept = []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) == 3:
+            systemd.add("slow.service", "inactive")
+
+    units = Units(Path(systemd.root), sleep=sleep)
+    assert units.start(["slow.service"]) == (["slow.service"], [])
+    assert len(slept) == 3
