@@ -294,7 +294,7 @@ class RestError(Failed):
 
 
 class NoSuchUnit(RestError):
-    message = "systemd knows no unit {unit}."
+    message = "There is no unit {unit} that systemd knows."
     advice = "'systemctl list-units' shows what runs."
 
 
