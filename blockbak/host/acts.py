@@ -61,7 +61,7 @@ THAW_SECONDS = 30.0
 VOLUME_SECONDS = 600.0
 PAUSE_SECONDS = 0.1
 
-_ETAB = "/var/lib/nfs/etab"
+_ETAB = "var/lib/nfs/etab"
 _LVM = {"LVM_SUPPRESS_FD_WARNINGS": "1"}
 _LOOP_GET_STATUS64, _LOOP_SET_STATUS64 = 0x4C05, 0x4C04
 _LO_FLAGS_AUTOCLEAR = 4
@@ -132,11 +132,12 @@ class Acts:
 
     def look(self, step: Step) -> dict[str, Any]:
         """What undoing the step will need to know. Raises CommandFailed."""
+        machine = self.machine
         match step:
             case StopUnits():
-                return {"active": self.machine.units.active(step.units)}
+                return {"active": machine.units.active(step.units)}
             case Unexport():
-                return {"exported": (step.path, step.client) in _exported()}
+                return {"exported": (step.path, step.client) in _exported(machine.root)}
             case SwapOff():
                 return {"on": step.path in _swaps()}
             case Unmount():
@@ -155,7 +156,7 @@ class Acts:
             case ReadOnly():
                 return mounts.look_read_only(step)
             case Deactivate():
-                return {"active": _active(step)}
+                return {"active": _active(step, System(machine.root))}
             case _:
                 return {}
 
@@ -401,7 +402,7 @@ class Acts:
         return [f"Started {', '.join(started)}."] if started else []
 
     def _export(self, step: Unexport, seen: Mapping[str, Any]) -> list[str]:
-        if not seen.get("exported") or (step.path, step.client) in _exported():
+        if not seen.get("exported") or (step.path, step.client) in _exported(self.machine.root):
             return []
         options = ["-o", step.options] if step.options else []
         self.machine.run(["exportfs", *options, _client(step)])
@@ -513,7 +514,7 @@ class Acts:
         return [f"{step.target} is no longer frozen."]
 
     def _activate(self, seen: Mapping[str, Any]) -> list[str]:
-        system = System()
+        system = System(self.machine.root)
         missing = [label for label in seen.get("active", ()) if not system.volume(*_label(label))]
         if not missing:
             return []
@@ -536,7 +537,7 @@ class Acts:
                 return "it was mounted again"
             case DetachLoop() if _loop_of(step) is not None:
                 return f"it is attached to {step.file} again"
-            case Deactivate() if _active(step):
+            case Deactivate() if _active(step, System(self.machine.root)):
                 return "it is active again"
             case _:
                 pass
@@ -577,12 +578,12 @@ def _available() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _exported() -> set[tuple[str, str]]:
-    """Path and client of what NFS exports."""
+def _exported(root: Path) -> set[tuple[str, str]]:
+    """Path and client of what NFS exports (exportfs(8))."""
     from blockbak.host.occupants import parse_exports
 
     try:
-        text = Path(_ETAB).read_text(encoding="utf-8", errors="surrogateescape")
+        text = (root / _ETAB).read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
         return set()
     return {(path, client) for path, client, _ in parse_exports(text)}
@@ -637,6 +638,6 @@ def _label(label: str) -> tuple[str, str]:
     return group, volume
 
 
-def _active(step: Deactivate) -> list[str]:
-    system = System()
+def _active(step: Deactivate, system: System) -> list[str]:
+    """Those of its volumes that are active."""
     return [label for label in step.volumes if system.volume(*_label(label))]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from zlib import crc32
@@ -13,6 +17,7 @@ import pytest
 
 from blockbak.errors import (
     CannotRest,
+    CommandFailed,
     FrozenAlready,
     HookFailed,
     HookStopped,
@@ -23,9 +28,22 @@ from blockbak.errors import (
     StillInUse,
     UnitRestarted,
 )
-from blockbak.host import quiesce
+from blockbak.host import bootunit, quiesce
+from blockbak.host.runner import Completed
 from blockbak.host.system import System
-from blockbak.model.quiesce import Blocked, DetachLoop, Freeze, Plan, ReadOnly, RunHook, StopUnits, SwapOff, Unmount
+from blockbak.model.quiesce import (
+    Blocked,
+    Deactivate,
+    DetachLoop,
+    Freeze,
+    Plan,
+    ReadOnly,
+    RunHook,
+    StopUnits,
+    SwapOff,
+    Unexport,
+    Unmount,
+)  # fmt: skip
 from tests.resting import CountedKernel, Moments, furnish, hook_in, in_child, process_step, sh, stage_in
 
 
@@ -732,3 +750,163 @@ def test_what_the_boot_has_put_back_already_is_let_alone(stage):
     assert outcome.left == []
     assert [line[:-1] for line in stage.picture()["mounts"]] == [line[:-1] for line in before["mounts"]]
     assert sum(line.startswith("start") for line in stage.systemd.log()) == 0
+
+
+# --- what this machine has not got ---------------------------------------------------------------------------
+
+
+class Elsewhere:
+    """exportfs and lvchange on a machine that is a directory; what they were told."""
+
+    def __init__(self, root):
+        self.root, self.told = root, []
+        self.etab = root / "var/lib/nfs/etab"
+        self.etab.parent.mkdir(parents=True)
+        self.blocks = root / "sys/class/block"
+        self.blocks.mkdir(parents=True)
+
+    def export(self, client, path, options):
+        with self.etab.open("a") as file:
+            file.write(f"{path}\t{client}({options})\n")
+
+    def activate(self, label):
+        group, _, volume = label.partition("/")
+        name = f"{group.replace('-', '--')}-{volume.replace('-', '--')}"
+        directory = self.blocks / f"dm-{len(list(self.blocks.iterdir()))}" / "dm"
+        directory.mkdir(parents=True)
+        (directory / "name").write_text(name)
+
+    def run(self, argv, **how):
+        self.told.append(argv)
+        match argv:
+            case ["exportfs", "-u", _]:
+                self.etab.write_text("")
+            case ["exportfs", "-o", options, place]:
+                client, _, path = place.partition(":/")
+                self.export(client, f"/{path}", options)
+            case ["lvchange", "--activate", "n", "--", *labels]:
+                if "vg/busy" in labels:
+                    raise CommandFailed(program="lvchange", status=5, stderr="  Logical volume vg/busy in use.")
+                shutil.rmtree(self.blocks)
+                self.blocks.mkdir()
+            case ["lvchange", "--activate", "y", "--ignoreactivationskip", "--", *labels]:
+                for label in labels:
+                    self.activate(label)
+            case _:
+                return quiesce.Machine("", "", "").run(argv, **how)
+        return Completed(tuple(argv), 0, b"", "")
+
+
+@pytest.fixture
+def elsewhere(stage):
+    return Elsewhere(Path(stage.systemd.root))
+
+
+def test_exports_come_back_with_their_options(stage, elsewhere):
+    elsewhere.export("10.0.0.0/8", "/srv/a", "rw,sync,no_subtree_check")
+    before = elsewhere.etab.read_text()
+    steps = [
+        Unexport("10.0.0.0/8", "/srv/a", "rw,sync,no_subtree_check"),
+        Unexport("10.0.0.9", "/srv/gone", "ro"),
+    ]
+    with stage.resting(stage.machine(run=elsewhere.run), steps):
+        assert elsewhere.etab.read_text() == ""
+    assert elsewhere.etab.read_text() == before
+    assert [argv for argv in elsewhere.told if argv[0] == "exportfs"] == [
+        ["exportfs", "-u", "10.0.0.0/8:/srv/a"],
+        ["exportfs", "-o", "rw,sync,no_subtree_check", "10.0.0.0/8:/srv/a"],
+    ]
+
+
+def test_just_the_volumes_that_were_active_are_so_again(stage, elsewhere):
+    elsewhere.activate("vg/da-ta")
+    steps = [Deactivate("vg", ("vg/da-ta", "vg/was-not"))]
+    with stage.resting(stage.machine(run=elsewhere.run), steps) as rest:
+        rest.verify()
+        elsewhere.activate("vg/da-ta")
+        with pytest.raises(NotAtRest, match="active again"):
+            rest.verify()
+        shutil.rmtree(elsewhere.blocks)
+    assert [argv[2:] for argv in elsewhere.told if argv[0] == "lvchange"] == [
+        ["n", "--", "vg/da-ta"],
+        ["y", "--ignoreactivationskip", "--", "vg/da-ta"],
+    ]
+
+
+def test_a_volume_in_use_is_told(stage, elsewhere):
+    elsewhere.activate("vg/busy")
+    steps = [Deactivate("vg", ("vg/busy",))]
+    with pytest.raises(StillInUse, match="busy in use"), stage.resting(stage.machine(run=elsewhere.run), steps):
+        pytest.fail("it went on")
+
+
+def test_what_mounts_at_its_first_use_is_there_before_its_mount(stage):
+    device, one = stage.filesystem("auto-one", "ext4", "noatime")
+    name = sh("systemd-escape", "--path", one)
+    stage.systemd.add(f"{name}.automount")
+    stage.systemd.add(f"{name}.mount")
+    stage.systemd.add("db.service")
+    stopped = (f"{name}.automount", "db.service")
+    before = stage.picture()
+    with stage.resting(steps=[StopUnits(stopped, stopped), stage.unmount_step(one)]) as rest:
+        assert not os.path.ismount(one)
+    assert rest.left == []
+    assert stage.picture() == before
+    starts = [line.rpartition(" ")[2] for line in stage.systemd.log() if line.startswith("start")]
+    assert starts == [f"{name}.automount", "db.service"]
+    assert device
+
+
+# --- as a program --------------------------------------------------------------------------------------------
+
+
+def recover(stage, *words):
+    """The command of the unit for the boot, on this stage."""
+    unit = bootunit.text(str(stage.directory / "state"), str(stage.directory / "run"))
+    command = next(line for line in unit.splitlines() if line.startswith("ExecStart=")).partition("=")[2]
+    env = {**os.environ, "BLOCKBAK_STATE_DIR": str(stage.directory / "state"),
+           "BLOCKBAK_RUN_DIR": str(stage.directory / "run")}  # fmt: skip
+    argv = [*shlex.split(command), *words]
+    return subprocess.run(argv, env=env, capture_output=True, text=True, check=False, cwd="/")
+
+
+def test_the_units_command_puts_back_and_says_what_it_could_not(stage):
+    device, one = stage.filesystem("one", "ext4")
+    _, two = stage.filesystem("two", "ext4")
+    before = stage.picture()
+    left_behind(stage, [stage.unmount_step(one), stage.unmount_step(two)])
+    shutil.rmtree(stage.directory / "units")  # the program's own place for it is the machine's
+    head = Path(device).read_bytes()[:4096]
+    with open(device, "r+b") as file:
+        file.write(bytes(4096))
+    done = recover(stage)
+    assert done.returncode == 3
+    assert f"{two} is mounted again." in done.stdout
+    assert f"Not undone: unmount {one}." in done.stderr
+    with open(device, "r+b") as file:
+        file.write(head)
+    done = recover(stage, "--json")
+    assert done.returncode == 0, done.stderr
+    assert f"{one} is mounted again." in json.loads(done.stdout)["done"]
+    assert stage.picture() == before
+    done = recover(stage)
+    assert (done.returncode, done.stdout) == (0, "Nothing to recover.\n")
+    stage.nothing_left()
+
+
+def test_the_next_run_puts_back_first(stage):
+    _, one = stage.filesystem("one", "ext4")
+    before = stage.picture()
+    left_behind(stage, [stage.unmount_step(one)])
+    shutil.rmtree(stage.directory / "units")  # the program's own place for it is the machine's
+    (stage.directory / "file").write_bytes(b"some bytes")
+    repository = stage.directory / "repository"
+    for words in (("init", repository), ("-r", repository, "backup", stage.directory / "file")):
+        env = {**os.environ, "BLOCKBAK_STATE_DIR": str(stage.directory / "state"),
+               "BLOCKBAK_RUN_DIR": str(stage.directory / "run")}  # fmt: skip
+        argv = [sys.executable, "-m", "blockbak", *map(str, words)]
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert f"{one} is mounted again." in done.stderr
+    assert stage.picture() == before
+    stage.nothing_left()
