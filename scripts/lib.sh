@@ -10,6 +10,10 @@ cd "$checkout"
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
+# A program that takes Ctrl-C for itself, as apt-get does, would else be all that ends.
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
 say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
 
 die() {

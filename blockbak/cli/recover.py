@@ -16,10 +16,10 @@ def command(context: click.Context, repository: str | None, as_json: bool, wait:
     """Finish or undo what a crash left behind.
 
     On this machine: volumes that were held back go on, applications at rest are let go, what a cold backup stopped,
-    unmounted or froze is put back, snapshots and unfinished restores of runs that are over are removed; only what
-    blockbak itself made or stopped. In the repository: files that were
-    never finished are swept, half-done deletions are finished, images without a manifest are checked and get it
-    back. Nothing that is whole is ever removed. Exit status 3 if something is left that a person must look at.
+    unmounted or froze is put back, snapshots, and volumes that an unfinished restore made, of runs that are over are
+    removed; only what blockbak itself made or stopped. In the repository: files that were never finished are swept,
+    half-done deletions are finished, images without a manifest are checked and get it back. Nothing that is whole is
+    ever removed. Exit status 3 if something is left that a person must look at.
     """
     from blockbak.flow.leftovers import settle
     from blockbak.flow.recover import Report, recover
