@@ -278,7 +278,7 @@ class NoSuchHook(SnapshotError):
 
 class HookFailed(SnapshotError):
     message = "Hook {hook} failed in its phase {phase}: {reason}."
-    advice = "No point was made. The hook's own messages stand above; it is tried again until its deadline."
+    advice = "No point was made. The hook's own messages stand above; a begin is tried three times within its deadline."
 
 
 class HookStopped(SnapshotError):
