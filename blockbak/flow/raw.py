@@ -120,13 +120,15 @@ class Report:
 # --- what is refused -------------------------------------------------------------------------------
 
 
-def look(request: Request, repository: Repository | None, context: Context) -> Seen:
-    """The device, looked at and found free. Raises every error of the source and refusal trees."""
+def look(request: Request, repository: Repository | None, context: Context, *, rest: bool = False) -> Seen:
+    """The device, looked at and found free, or with ``rest`` whoever uses it. Raises every error of the source and
+    refusal trees.
+    """
     asked = SourceRequest(request.source, mode="cold")
     device = look_at(request.source)
     check_source(device, repository, asked, context)
     check_place(device, request)
-    return Seen(device, devices.identity(device), resolve_mode(device, "cold"), "")
+    return Seen(device, devices.identity(device), resolve_mode(device, "cold", rest=rest), "")
 
 
 def check_place(device: Device, request: Request) -> None:

@@ -99,6 +99,10 @@ class Kernel:
         """Set a file's size."""
         os.ftruncate(fd, size)
 
+    def allocate(self, fd: int, size: int) -> None:
+        """Take the room of a file's first ``size`` bytes now; what is new reads as zeros."""
+        os.posix_fallocate(fd, 0, size)
+
     def rename(self, old: str, new: str) -> None:
         """Rename without ever replacing: EEXIST if ``new`` is there."""
         renameat2 = getattr(_libc, "renameat2", None)
