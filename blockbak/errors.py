@@ -200,6 +200,11 @@ class StoreFailed(RepositoryError):
     advice = "Earlier points are untouched. Look at the kernel's log for the disk below it."
 
 
+class NothingToMerge(RepositoryError):
+    message = "No differential can be composed of {volume} at {point}: the point is a full itself."
+    advice = "Name a later point with --at; one that only a full holds needs no other image."
+
+
 class ComposeFailed(RepositoryError):
     message = "The composed image of {point} does not have that point's root; it was thrown away."
     advice = "Run 'blockbak verify': an image it was made from may be damaged."
@@ -295,12 +300,59 @@ class NoSuchHook(SnapshotError):
 
 class HookFailed(SnapshotError):
     message = "Hook {hook} failed in its phase {phase}: {reason}."
-    advice = "No point was made. The hook's own messages stand above; it is tried again until its deadline."
+    advice = "No point was made. The hook's own messages stand above; a begin is tried three times within its deadline."
 
 
 class HookStopped(SnapshotError):
     message = "Hook {hook} said to stop (exit status 63) in its phase {phase}."
     advice = "No point was made."
+
+
+# --- devices brought to rest --------------------------------------------------------------
+
+
+class RestError(Failed):
+    """A device could not be brought to rest, or not kept there. What had been done was put back."""
+
+
+class NoSuchUnit(RestError):
+    message = "There is no unit {unit} that systemd knows."
+    advice = "'systemctl list-units' shows what runs."
+
+
+class NoSystemd(RestError):
+    message = "{unit} cannot be stopped: systemd does not run this machine."
+    advice = "Stop it by hand, or end its processes with --kill."
+
+
+class UnitNotStopped(RestError):
+    message = "{unit} could not be stopped: {reason}."
+    advice = "'systemctl status {unit}' says more. No point was made."
+
+
+class UnitRestarted(RestError):
+    message = "{unit} was stopped, and runs again: {reason}."
+    advice = "Name what starts it with --stop as well, or mask it for as long as the backup takes."
+
+
+class ProcessStays(RestError):
+    message = "Process {pid} ({name}) does not end, not even when it is killed."
+    advice = "It hangs in the kernel, as a rule on a disk or a server that does not answer. No point was made."
+
+
+class NotPutBack(RestError):
+    message = "{what} could not be put back: {reason}."
+    advice = "'blockbak recover' tries again."
+
+
+class StateUnusable(RestError):
+    message = "{path} cannot hold the journal of what is stopped: {reason}."
+    advice = "Make room there, or name another directory in BLOCKBAK_STATE_DIR. What had been stopped was put back."
+
+
+class RestVoid(RestError):
+    message = "{path} was let go before it was read to its end: {reason}."
+    advice = "No point was made. Give it more time with a longer deadline, or stop its users instead of freezing it."
 
 
 # --- the rest of exit 1 ---------------------------------------------------------------------
@@ -328,6 +380,31 @@ class NoVolumeRoom(Failed):
 class PoolFilling(Failed):
     message = "Thin pool {pool} became {used} % full ({what}) while {volume} was written, so writing was stopped."
     advice = "Extend the pool with lvextend, then restore again."
+
+
+class NotReadBack(Failed):
+    message = "{path} does not read back as it was written, in bytes {ranges}."
+    advice = "The target cannot be trusted: its disk, cable or memory may be failing."
+
+
+class NoSidecar(Failed):
+    message = "{path} has no sidecar {sidecar}: it was never finished, or blockbak did not make it."
+    advice = "Nothing tells whether it is whole. Make it again with 'blockbak cold', or bring its sidecar back."
+
+
+class NoSuchImage(Failed):
+    message = "{path} cannot be read as a raw image: {reason}."
+    advice = "A word with a slash in it, or with a sidecar beside it, is a raw image's name; a point has none."
+
+
+class PipeFailed(Failed):
+    message = "Standard output took {written} bytes of the image and no more: {reason}."
+    advice = "What the other end has is incomplete; do not use it."
+
+
+class StreamFailed(Failed):
+    message = "Standard input cannot be restored: {reason}."
+    advice = "What the target holds is incomplete; do not use it."
 
 
 class VerificationFailed(Failed):
@@ -380,6 +457,21 @@ class Misplaced(Damage):
     )
 
 
+class DamagedSidecar(Damage):
+    message = "The sidecar {file} is damaged: {reason}."
+    advice = "Bring it back from a copy: without it nothing tells whether its image is whole."
+
+
+class DamagedRawImage(Damage):
+    message = "The raw image {file} is damaged: {reason}."
+    advice = "'blockbak verify' names the damaged ranges. Another copy of it, with this sidecar, would do."
+
+
+class DamagedStream(Damage):
+    message = "What came from standard input is not what the sidecar {file} tells of: {reason}."
+    advice = "What the target holds is incomplete or wrong; do not use it."
+
+
 class DamagedRepository(Damage):
     message = "{file} is damaged: {reason}."
     advice = "Bring it back from a copy; rescue.py beside it restores without it."
@@ -419,7 +511,10 @@ class Refused(BlockbakError):
 
 class SourceInUse(Refused):
     message = "{path} is in use ({holders})."
-    advice = "Unmount or stop what uses it, or read it as it is with '--mode live' (consistency: none)."
+    advice = (
+        "Bring it to rest with '--mode cold' ('--dry-run' tells how), or read it as it is with '--mode live' "
+        "(consistency: none)."
+    )
 
 
 class RootInUse(Refused):
@@ -435,6 +530,16 @@ class NotAtNextBoot(Refused):
 class SourceHoldsRepository(Refused):
     message = "{path} holds {what}: an image of it would contain itself."
     advice = "Keep the repository on another disk."
+
+
+class SourceHoldsImage(Refused):
+    message = "{path} holds {file}: the image would contain itself."
+    advice = "Write the image to a file on another disk."
+
+
+class ImageInRepository(Refused):
+    message = "{path} lies in the repository {repository}, where only blockbak's own files belong."
+    advice = "Write it elsewhere, or make a point of the device with 'blockbak backup'."
 
 
 class TargetInUse(Refused):
@@ -491,6 +596,26 @@ class NotTogether(Refused):
 class UnsafeHook(Refused):
     message = "Hook {path} is not run: {reason}."
     advice = "A hook runs as root, so root must own it and its directories, and nobody else may write them."
+
+
+class CannotRest(Refused):
+    message = "{path} cannot be brought to rest: {who}."
+    advice = "{ways}"
+
+
+class StillInUse(Refused):
+    message = "{path} is still in use ({holders})."
+    advice = "Everything was put back. Stop what uses it (--stop, --stop-users, --kill), then run again."
+
+
+class NotAtRest(Refused):
+    message = "{path} is not at rest: {what}."
+    advice = "Everything was put back. Stop what uses it, then run again."
+
+
+class FrozenAlready(Refused):
+    message = "{path} is frozen already, by somebody else."
+    advice = "Let whoever froze it end, or thaw it with 'fsfreeze --unfreeze {path}'."
 
 
 class Interrupted(BlockbakError):

@@ -12,6 +12,7 @@ from blockbak.errors import ATTENTION, BadBlockSize, BlockbakError
 
 if TYPE_CHECKING:
     from blockbak.flow.backup import Report
+    from blockbak.model.quiesce import RestOptions
 
 
 def _block_size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
@@ -19,21 +20,12 @@ def _block_size(_: click.Context, __: click.Parameter, value: str | None) -> int
         return None
     from blockbak.flow.backup import check_block_size
 
-    size = _bytes(value, "4K to 1M")
+    size = common.parsed_bytes(value, "4K to 1M")
     try:
         check_block_size(size)
     except BadBlockSize as error:
         raise click.BadParameter("take a power of two from 4K to 1M") from error
     return size
-
-
-def _bytes(value: str, advice: str) -> int:
-    from blockbak.units import parse_size
-
-    try:
-        return parse_size(value)
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} is not a size; take {advice}") from error
 
 
 def _store_size(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
@@ -48,24 +40,6 @@ def _store_size(_: click.Context, __: click.Parameter, value: str | None) -> str
         size = 0
     if size <= 0:
         raise click.BadParameter(f"{value!r} is neither a size like 20G nor a share like 15%")
-    return value
-
-
-def _rate(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
-    if value is None:
-        return None
-    rate = _bytes(value, "50M for 50 MiB a second")
-    if rate < 64 << 10:
-        raise click.BadParameter("take at least 64K")
-    return rate
-
-
-def volume_name(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
-    """The option ``--name``: a usable name for a volume, or nothing."""
-    from blockbak.repository.local import NAME_RULE, usable_name
-
-    if value is not None and not usable_name(value):
-        raise click.BadParameter(f"{value!r} is no name for a volume: it takes {NAME_RULE}")
     return value
 
 
@@ -103,10 +77,10 @@ def summary(report: Report) -> str:
     type=click.Choice(["auto", "hot", "cold", "live"]),
     default="auto",
     show_default=True,
-    help="hot: a logical volume, from a snapshot. cold: only a device that nothing uses. live: as it is, "
-    "consistency none. auto: hot for a logical volume in use, else cold.",
+    help="hot: a logical volume, from a snapshot. cold: its users are brought to rest first, and everything is put "
+    "back. live: as it is, consistency none. auto: hot for a logical volume in use, cold for what is not in use.",
 )
-@click.option("--name", callback=volume_name, metavar="VOLUME", help="The volume's name in the repository.")
+@click.option("--name", callback=common.volume_name, metavar="VOLUME", help="The volume's name in the repository.")
 @click.option(
     "--block-size",
     "block_bytes",
@@ -151,7 +125,7 @@ def summary(report: Report) -> str:
     metavar="SECONDS",
     help="After this the volumes go on, whatever happens, and no point is made.",
 )
-@click.option("--limit", callback=_rate, metavar="SIZE", help="Read at most so many bytes a second.")
+@click.option("--limit", callback=common.rate, metavar="SIZE", help="Read at most so many bytes a second.")
 @click.option("--idle", is_flag=True, help="Read only when nobody else wants the disk, as far as its scheduler can.")
 @click.option(
     "--holds-repository",
@@ -159,13 +133,15 @@ def summary(report: Report) -> str:
     help="Take a volume hot although the repository lies on it: what is written there fills its snapshot.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
+@common.rest_options
 @common.repository_options
 @click.pass_context
 def command(
     context: click.Context, sources: tuple[str, ...], kind: str, mode: str, name: str | None,
     block_bytes: int | None, compress: str, snapshot_size: str | None, snapshot_limit: str | None,
     freeze_with: tuple[str, ...], freeze_deadline: float, together: bool, together_deadline: float, limit: int | None,
-    idle: bool, holds_repository: bool, dry_run: bool, repository: str | None, as_json: bool, wait: float,
+    idle: bool, holds_repository: bool, dry_run: bool, rest: RestOptions, repository: str | None, as_json: bool,
+    wait: float,
 ) -> None:  # fmt: skip
     """Make a restore point of each SOURCE: a disk, partition, logical volume or image file.
 
@@ -180,9 +156,16 @@ def command(
 
     if name is not None and len(sources) > 1:
         raise click.UsageError("--name names one volume, so it takes one SOURCE.")
+    if mode != "cold" and rest.given:
+        raise click.UsageError(f"{rest.given[0]} belongs to --mode cold.")
+    if together and mode in ("cold", "live"):
+        raise click.UsageError(f"--together takes snapshots; --mode {mode} takes none.")
     opened = common.open_repository(repository)
     told = _Told(as_json, dry_run)
-    requests = [Request(source, kind, mode, name, block_bytes, compress, limit, holds_repository) for source in sources]
+    resting = rest if mode == "cold" else None
+    requests = [
+        Request(source, kind, mode, name, block_bytes, compress, limit, holds_repository, resting) for source in sources
+    ]
     hot = HotOptions(
         size=snapshot_size, limit=snapshot_limit, freeze_with=freeze_with, freeze_seconds=freeze_deadline,
         together=together, together_seconds=together_deadline,

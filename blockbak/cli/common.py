@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import signal
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from blockbak.repository.local import Repository
 
 F = TypeVar("F", bound=Callable[..., Any])
+R = TypeVar("R")
 
 WORKERS_MAX = 10
 """More would take more memory than the promise allows, for devices faster than any seen so far."""
@@ -85,9 +87,91 @@ compress_option = click.option(
 )  # fmt: skip
 
 
+_REST = (
+    click.option("--stop", multiple=True, metavar="UNIT", help="Cold: stop this systemd unit meanwhile; repeatable."),
+    click.option("--stop-users", is_flag=True, help="Cold: stop the units whose processes use the device."),
+    click.option("--kill", is_flag=True, help="Cold: end processes that still use it; nothing starts them again."),
+    click.option(
+        "--freeze", is_flag=True,
+        help="Cold: freeze a file system that is written and cannot be unmounted, while it is read.",
+    ),
+    click.option(
+        "--thaw-after", type=click.FloatRange(min=1), default=600, show_default=True, metavar="SECONDS",
+        help="Cold: after this what is frozen goes on, whatever happens, and the image is void.",
+    ),
+    click.option("--deactivate", is_flag=True, help="Cold: deactivate the volume groups that lie on the device."),
+    click.option(
+        "--cold-hook", multiple=True, metavar="HOOK",
+        help="Cold: a program that is run before anything is stopped, and when all is back; repeatable.",
+    ),
+)  # fmt: skip
+
+
+def rest_options(function: Callable[..., R]) -> Callable[..., R]:
+    """What may be done to bring a device to rest: comes as ``rest``, a RestOptions."""
+
+    @functools.wraps(function)
+    def gathered(
+        *args: object, stop: tuple[str, ...], stop_users: bool, kill: bool, freeze: bool, thaw_after: float,
+        deactivate: bool, cold_hook: tuple[str, ...], **others: object,
+    ) -> R:  # fmt: skip
+        from blockbak.model.quiesce import RestOptions
+
+        rest = RestOptions(stop, stop_users, kill, freeze, deactivate, cold_hook, thaw_after)
+        return function(*args, rest=rest, **others)
+
+    made: Callable[..., R] = gathered
+    for option in reversed(_REST):
+        made = option(made)
+    return made
+
+
 def repository_options(function: F) -> F:
     """The options of a verb that works on a repository."""
     return repository_option(json_option(wait_option(function)))
+
+
+def parsed_bytes(value: str, advice: str) -> int:
+    """Bytes named by a word; ``advice`` is what to take instead of one that names none."""
+    from blockbak.units import parse_size
+
+    try:
+        return parse_size(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not a size; take {advice}") from error
+
+
+def rate(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    """Bytes a second."""
+    if value is None:
+        return None
+    rate = parsed_bytes(value, "50M for 50 MiB a second")
+    if rate < 64 << 10:
+        raise click.BadParameter("take at least 64K")
+    return rate
+
+
+def volume_name(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """A word that may be a volume's name."""
+    from blockbak.repository.local import NAME_RULE, usable_name
+
+    if value is not None and not usable_name(value):
+        raise click.BadParameter(f"{value!r} is no name for a volume: it takes {NAME_RULE}")
+    return value
+
+
+def known_repository(named: str | None) -> Repository | None:
+    """The repository as ``open_repository`` finds it, for a verb that can do without; None where none is named, or
+    where the one of BLOCKBAK_REPO is not there now.
+    """
+    if named or click.get_current_context().obj:
+        return open_repository(named)
+    if not os.environ.get("BLOCKBAK_REPO"):
+        return None
+    try:
+        return open_repository(None)
+    except NotARepository:
+        return None
 
 
 def open_repository(named: str | None) -> Repository:

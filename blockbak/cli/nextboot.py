@@ -33,10 +33,15 @@ def options(function: F) -> F:
             click.option(
                 "--time-limit",
                 type=click.IntRange(min=1),
-                default=LIMIT_SECONDS,
-                show_default=True,
                 metavar="SECONDS",
-                help="With --at-next-boot: after this the system starts, whatever happens, and no point is made.",
+                help="With --at-next-boot: after this the system starts, whatever happens, and no point is made "
+                f"[{LIMIT_SECONDS}].",
+            ),
+            click.option(
+                "--name",
+                callback=common.volume_name,
+                metavar="VOLUME",
+                help="With --at-next-boot: the volume's name in the repository.",
             ),
         )
     ):
@@ -50,18 +55,18 @@ def run(
     *,
     cancel: bool,
     name: str | None,
-    time_limit: int,
+    limit: int | None,
     dry_run: bool,
     as_json: bool,
-    wait: float,
 ) -> None:
     """Order an image at the next boot, or take the order back."""
     from blockbak.flow import nextboot
+    from blockbak.model.nextboot import LIMIT_SECONDS
 
-    if cancel and (device is not None or dry_run):
-        raise click.UsageError("--cancel takes back what is ordered in a repository: no DEVICE, no --dry-run.")
+    if cancel and (device is not None or dry_run or name is not None or limit is not None):
+        raise click.UsageError("--cancel takes back what is ordered in a repository: it takes nothing else.")
     opened = common.open_repository(repository)
-    with common.world(wait) as world:
+    with common.world() as world:
         if cancel:
             said = nextboot.cancel(opened, world)
             if as_json:
@@ -71,7 +76,7 @@ def run(
             return
         if device is None:
             raise click.UsageError("--at-next-boot needs the DEVICE.")
-        made = nextboot.order(opened, device, world, name=name, limit=time_limit, dry_run=dry_run)
+        made = nextboot.order(opened, device, world, name=name, limit=limit or LIMIT_SECONDS, dry_run=dry_run)
     for note in made.notes:
         render.say(note)
     if as_json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TypeAlias
@@ -12,11 +12,14 @@ from blockbak.errors import (
     BadBlockSize,
     BlockbakError,
     Damage,
+    DamagedRawImage,
     Interrupted,
     NewerFormat,
     NotTogether,
     NoUsableParent,
 )
+from blockbak.flow.cold import planned as planned_rest
+from blockbak.flow.cold import resting
 from blockbak.flow.context import Context, iso
 from blockbak.flow.hot import HotOptions, Member, Waiting, consistency, foreseen, snapshots
 from blockbak.flow.leftovers import settle_known
@@ -108,7 +111,8 @@ def choose(
     volume: str,
     broken: str = "",
 ) -> Choice:
-    """The kind to make and the parent it needs. ``broken`` says why there are points that cannot be used.
+    """The kind to make and the parent it needs. ``broken`` says why there are points that cannot be used, or why there
+    is none.
 
     ``auto`` becomes a full where nothing can be a parent; an explicit delta raises NoUsableParent.
     """
@@ -185,7 +189,7 @@ def backup_all(
     hot = hot or HotOptions()
     if not dry_run:
         try:
-            for line in settle_known(context):
+            for line in settle_known(context, [request.source for request in requests]).told:
                 context.say(line)
         except BlockbakError as error:
             # What somebody else left is no reason to do without a backup.
@@ -230,7 +234,7 @@ def backup(
 
 
 @dataclass(slots=True)
-class _Held:
+class Held:
     """A volume that is locked, and the source whose point it gets."""
 
     request: Request
@@ -256,12 +260,12 @@ def _backup_group(
         return
     clock = context.timer()
     with ExitStack() as stack:
-        held: list[_Held] = []
+        held: list[Held] = []
         for request in requests:
             try:
                 held.append(_hold(repository, request, context, stack))
                 if hot.together:
-                    _check_member(held[-1].seen)
+                    _check_member(held[-1].seen, [one.seen for one in held[:-1]])
             except BlockbakError as error:
                 tell(error)
                 if hot.together or isinstance(error, Interrupted):
@@ -288,7 +292,7 @@ def _plan_group(
                 check_block_size(request.block_bytes)
             seen = look(repository, request, context)
             if hot.together:
-                _check_member(seen)
+                _check_member(seen, [one for one, _ in planned])
             planned.append((seen, _planned(repository, seen, request, context)))
         except BlockbakError as error:
             tell(error)
@@ -304,13 +308,15 @@ def _plan_group(
         tell(replace(made, notes=[*made.notes, next(rooms)]) if seen.mode == "hot" else made)
 
 
-def _check_member(seen: Seen) -> None:
+def _check_member(seen: Seen, others: Sequence[Seen]) -> None:
+    if any(seen.identity.same_as(other.identity) for other in others):
+        raise NotTogether(volume=seen.device.label, reason="it is named twice")
     if seen.mode != "hot":
         reason = "it is not in use: a cold image of it needs no other's company"
         raise NotTogether(volume=seen.device.label, reason=reason if seen.device.is_lv else "it is no logical volume")
 
 
-def _hold(repository: Repository, request: Request, context: Context, stack: ExitStack) -> _Held:
+def _hold(repository: Repository, request: Request, context: Context, stack: ExitStack) -> Held:
     """Look at a source, and lock its volume until ``stack`` is closed."""
     if request.block_bytes is not None:
         check_block_size(request.block_bytes)
@@ -326,13 +332,13 @@ def _hold(repository: Repository, request: Request, context: Context, stack: Exi
             again = look(repository, request, context)
             if again.name == seen.name:
                 stack.push(holding.pop_all())
-                return _Held(request, again, volume, lock)
+                return Held(request, again, volume, lock)
         seen = again
 
 
 def _read_held(
     repository: Repository,
-    held: Sequence[_Held],
+    held: Sequence[Held],
     hot: HotOptions,
     clock: float,
     context: Context,
@@ -343,7 +349,7 @@ def _read_held(
     with ExitStack() as stack:
         sources = stack.enter_context(snapshots(members, hot, repository.path, context)) if members else ()
         waiting = Waiting(sources, context.say)
-        context = replace(context, check=_both(context.check, waiting.look))
+        context = replace(context, check=both(context.check, waiting.look))
         for one in held:
             left = ""
             if hot.freeze_with and one.seen.mode != "hot":
@@ -354,12 +360,12 @@ def _read_held(
                     source = waiting.next()
                     try:
                         source.check()
-                        report = _locked(repository, one, source, context)
+                        report = make_point(repository, one, source, context)
                     finally:
                         left = source.release()
                 else:
-                    with closing(AtRest(one.seen, one.request, context)) as resting:
-                        report = _locked(repository, one, resting, context)
+                    with _at_rest(one, repository, context) as source_at_rest:
+                        report = make_point(repository, one, source_at_rest, context)
             except BlockbakError as error:
                 if left:
                     error.add_note(left)
@@ -373,20 +379,23 @@ def _read_held(
             clock = context.timer()
 
 
+def _at_rest(held: Held, repository: Repository, context: Context) -> AbstractContextManager[AtRest]:
+    """The source as it is; a cold device brought to rest first, where that was asked for."""
+    seen, request = held.seen, held.request
+    if seen.mode == "cold" and request.rest is not None and seen.device.is_block:
+        return resting(seen, request, {repository.path: "the repository"}, context, request.rest)
+    return closing(AtRest(seen, request, context))
+
+
 def _newest(volume: Volume) -> str:
     points = volume.catalog().points
     return points[-1].id if points else ""
 
 
-def backup_held(
-    repository: Repository, request: Request, seen: Seen, volume: Volume, lock: Lock, source: Source, context: Context
-) -> Report:
-    """Make one point, in a volume that the caller has locked, of a source that it has opened. Raises as ``backup``."""
-    return _locked(repository, _Held(request, seen, volume, lock), source, context)
-
-
-def _locked(repository: Repository, held: _Held, source: Source, context: Context) -> Report:
-    """Make one point in a volume that is held, of a source that is open."""
+def make_point(repository: Repository, held: Held, source: Source, context: Context, root: str = "") -> Report:
+    """Make one point in a volume that is held, of a source that is open. Its hash map must have the ``root`` that is
+    given, if one is: else DamagedRawImage is raised, and there is no point.
+    """
     request, volume, seen = held.request, held.volume, held.seen
     held.lock.claim(str(seen.identity))
     catalog = volume.catalog()
@@ -401,14 +410,17 @@ def _locked(repository: Repository, held: _Held, source: Source, context: Contex
         # Durable before the image that carries it: it must not be used again, whatever becomes of the image.
         held.lock.remember(sequence)
         block = _block_bytes(request, view, points)
-        return _make(_Making(repository, held, source, chosen, view, sequence, block), context)
+        return _make(_Making(repository, held, source, chosen, view, sequence, block, root), context)
 
 
 def _choose(
     request: Request, seen: Seen, points: Sequence[Point], catalog: Catalog, name: str, context: Context
 ) -> Choice:
+    broken = _broken(catalog)
+    if not points and not broken and seen.before:
+        broken = f"the volume has no point yet; {seen.before}"
     return choose(
-        request.kind, points, seen.identity, context.host, seen.device.size, request.block_bytes, name, _broken(catalog)
+        request.kind, points, seen.identity, context.host, seen.device.size, request.block_bytes, name, broken
     )
 
 
@@ -443,6 +455,8 @@ def _planned(repository: Repository, seen: Seen, request: Request, context: Cont
         with _parent_view(volume, catalog, choice, request) as (checked, _):
             choice = checked
     notes = [f"A full is made: {choice.reason}."] if choice.reason else []
+    if seen.mode == "cold" and request.rest is not None and device.is_block:
+        notes += planned_rest(device, request.rest, [(repository.path, "the repository")], context)
     found = {"cold": "cold", "hot": consistency(device, hooked=False)}.get(seen.mode, "none")
     return Report(
         point="", volume=name, kind=choice.kind, synthetic=False,
@@ -457,16 +471,17 @@ def _planned(repository: Repository, seen: Seen, request: Request, context: Cont
 @dataclass(frozen=True, slots=True)
 class _Making:
     """A point that is about to be made in a volume that is held: of what, which kind, on which parent (None for
-    a full).
+    a full). Its map must have the ``root``, where that is not empty.
     """
 
     repository: Repository
-    held: _Held
+    held: Held
     source: Source
     choice: Choice
     parent: PointView | None
     sequence: int
     block_bytes: int
+    root: str
 
 
 def _opening(job: _Making, moment: datetime, context: Context) -> Opening:
@@ -503,12 +518,14 @@ def _make(job: _Making, context: Context) -> Report:
     for line in notes:
         context.say(line)
     started, clock = context.now(), context.timer()
-    context = replace(context, check=_both(context.check, job.source.check))
+    context = replace(context, check=both(context.check, job.source.check))
     opening = _opening(job, job.source.moment or started, context)
     file = volume.free_name(opening.point, opening.kind)
     with volume.begin(file) as partial:
         writer = ImageWriter(partial, opening, job.parent.claimed_digests() if job.parent else None)
         read_bytes, settled = _read(job, writer, context)
+        if job.root and writer.root != job.root:
+            raise DamagedRawImage(file=job.source.reader.path, reason="it does not have its sidecar's root")
         counts = writer.counts
         notes += settled.notes
         if counts.by_kind[BAD]:
@@ -533,7 +550,9 @@ def _make(job: _Making, context: Context) -> Report:
     )
 
 
-def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
+def both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
+    """One check of two."""
+
     def check() -> None:
         first()
         second()

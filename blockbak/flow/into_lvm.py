@@ -19,7 +19,8 @@ from blockbak.errors import (
 )
 from blockbak.flow.context import Context
 from blockbak.flow.leftovers import settle
-from blockbak.flow.points import partition_table, reader
+from blockbak.flow.points import partition_table
+from blockbak.flow.target import Incoming
 from blockbak.host import device as devices
 from blockbak.host import lvm, runs, volumes
 from blockbak.host.blockio import PIECE_BYTES, TargetWriter
@@ -143,7 +144,7 @@ def new_volume(
     What lies past the point's end reads as zeros. ``watch`` is handed what must be asked while it is written.
     Raises CommandFailed, MapperFailed, TargetFailed, TargetSectorSize.
     """
-    for line in settle(context):
+    for line in settle(context).told:
         context.say(line)
     boot = System().boot
     with (
@@ -162,14 +163,15 @@ def new_volume(
         yield target
 
 
-def pool_of(target: Device, view: PointView, path: str, context: Context) -> PoolWatch | None:
-    """What watches the pool of a thin target; None for any other. Raises TargetUnsafe where the point surely
-    does not fit into the pool: all its other volumes would fail with it.
+def pool_of(target: Device, needs: Callable[[int], int], path: str, context: Context) -> PoolWatch | None:
+    """What watches the pool of a thin target; None for any other. ``needs`` tells the bytes that the content takes
+    at least where room is given so many at a time. Raises TargetUnsafe where it surely does not fit into the pool:
+    all its other volumes would fail with it.
     """
     if not volumes.thin_pool(target):
         return None
     watch = PoolWatch(target, _on_the_way(context))
-    short = watch.short(taken(view, watch.unit))
+    short = watch.short(needs(watch.unit))
     if short is not None:
         free, needed = short
         reason = f"thin pool {watch.label} has {free} bytes free, at least {needed} are needed"
@@ -180,9 +182,9 @@ def pool_of(target: Device, view: PointView, path: str, context: Context) -> Poo
 # --- physical volumes twice ---------------------------------------------------------------------------------
 
 
-def twin_notes(target: Device, view: PointView) -> list[str]:
+def twin_notes(target: Device, incoming: Incoming) -> list[str]:
     """What to say before a physical volume that is here already is written to another device."""
-    copies = _physical_volumes(view)
+    copies = _physical_volumes(incoming)
     if not copies or target.is_lv or not target.is_block:
         return []
     system = System()
@@ -193,11 +195,10 @@ def twin_notes(target: Device, view: PointView) -> list[str]:
     return [line for one in copies for line in twins.warnings(one, present, target.label)]
 
 
-def _physical_volumes(view: PointView) -> list[PhysicalVolume]:
-    """Those in the point: itself, or in its partitions."""
-    read = reader(view)
-    table = partition_table(view)
-    places = [(0, view.geometry.device_bytes)]
+def _physical_volumes(incoming: Incoming) -> list[PhysicalVolume]:
+    """Those in the content: itself, or in its partitions."""
+    read, table = incoming.read, incoming.table()
+    places = [(0, incoming.size)]
     places += [(one.start, one.length) for one in table.partitions] if table else []
     found = []
     for start, length in places:

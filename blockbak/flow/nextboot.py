@@ -105,10 +105,12 @@ def order(
     if free < needed:
         raise NoSpoolRoom(path=repository.path, free=free, source=device.path, needed=needed)
     known = identity(device)
-    volume = volume_name(device, known, repository, context.host, name)
+    volume, was = volume_name(device, known, repository, context.host, name)
     made = Ordered(device.path, volume, str(known), device.size, repository.path, limit)
     if not installation.has_systemd:
         made.notes.append("systemd does not run here: after the boot, 'blockbak recover' makes the image a point.")
+    if was:
+        made.notes.append(was)
     if dry_run:
         return made
     wanted = Order(
@@ -278,7 +280,7 @@ def _after_boot(
         with _source(repository, found, context) as source:
             seen = Seen(_device(found), found.identity, "cold", found.volume)
             request = Request(found.path, name=found.volume)
-            told.report = backup.backup_held(repository, request, seen, volume, lock, source, context)
+            told.report = backup.make_point(repository, backup.Held(request, seen, volume, lock), source, context)
         # Only now: until the point is there, the spool is all there is.
         _clear(repository, folder)
     report = told.report

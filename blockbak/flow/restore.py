@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from blockbak.errors import BlockbakError, Damage, Interrupted
+from blockbak.errors import BlockbakError, Damage, DamagedImage, Interrupted
 from blockbak.flow.context import Context, never
-from blockbak.flow.into_lvm import NewVolume, new_volume, plan_volume, pool_of, twin_notes
+from blockbak.flow.into_lvm import NewVolume, new_volume, plan_volume, pool_of, taken, twin_notes
 from blockbak.flow.mapfile import Mapfile, mapfile
 from blockbak.flow.points import Opened, find, newer_orphans, open_point, open_reader
-from blockbak.flow.target import check_target, existing, look_at_target, new_file
-from blockbak.flow.writing import Writing, mostly_equal, read_back, write_all
+from blockbak.flow.target import Incoming, check_target, existing, look_at_target, new_file
+from blockbak.flow.writing import PointContent, Writing, mostly_equal, read_back, write_all
 from blockbak.host import device as devices
 from blockbak.host import volumes
 from blockbak.host.blockio import TargetWriter
@@ -131,7 +131,7 @@ def _plan(
     if target is not None and opening.surely_of(devices.identity(target), host):
         notes.append("The target is the volume itself: it is rolled back.")
     elif target is not None:
-        notes += twin_notes(target, opened.view)
+        notes += twin_notes(target, Incoming.of(opened.view))
     if target is not None and target.is_block and target.size > opening.device_bytes:
         notes.append(f"The target is larger by {target.size - opening.device_bytes} bytes; they are left alone.")
     if target is not None and not target.is_block and target.size > opening.device_bytes:
@@ -234,8 +234,10 @@ def restore(repository: Repository, request: Request, context: Context, *, dry_r
             new = plan_volume(request.create_lv, request.thin_pool or "", view, context)
         else:
             target = look_at_target(request.target)
-            check_target(request.target, target, view, repository, context, overwrite=request.overwrite or dry_run)
-            pool = pool_of(target, view, request.target, context) if target is not None else None
+            incoming = Incoming.of(view)
+            check_target(request.target, target, incoming, repository, context, overwrite=request.overwrite or dry_run)
+            if target is not None:
+                pool = pool_of(target, lambda unit: taken(view, unit), request.target, context)
         method = _method(view, target, pool, context)
         planned = _plan(opened, request, target, new, method, context.host)
         planned.notes.extend(newer_orphans(volume, catalog, point, request.point))
@@ -288,16 +290,19 @@ def _carry_out(job: _Restoring, context: Context, clock: float) -> Report:
         blank = method == "create" and (job.new is None or job.new.blank)
         writing = "create" if blank else "differ" if method == "differ" else "write"
         permit = pools[0].check if pools else never
-        shared = Writing(view, target, writing, context, keep_going=request.keep_going, permit=permit)
+        content = PointContent(view, keep_going=request.keep_going)
+        shared = Writing(content, target, writing, context, permit=permit)
         try:
-            verified = _fill(shared, request, size, context)
+            verified = _fill(content, shared, request, context)
         except Interrupted as error:
             if method == "create":
                 raise
             raise Interrupted(state=f"{path} is not to be used (written: {shared.written_ranges()})") from error
         except BlockbakError as error:
             if method != "create":
-                error.add_note(f"{path} is not to be used as it is now (written: {shared.written_ranges()}).")
+                # Damage tells itself what was written.
+                so_far = "" if isinstance(error, DamagedImage) else f" (written: {shared.written_ranges()})"
+                error.add_note(f"{path} is not to be used as it is now{so_far}.")
             raise
         flaws = sorted(shared.flaws, key=lambda flaw: flaw.start)
         if lost is not None and (flaws or len(bad)):
@@ -317,7 +322,7 @@ def _open(job: _Restoring, context: Context, pools: list[PoolWatch]) -> Abstract
         return new_volume(job.new, job.opened.view, context, pools.append)
     if job.target is None:
         return new_file(job.path, job.size, context, overwrite=job.request.overwrite)
-    return existing(job.request.target, job.target, job.opened.view, job.repository, context)
+    return existing(job.request.target, job.target, Incoming.of(job.opened.view), job.repository, context)
 
 
 def _mapfile(job: _Restoring) -> AbstractContextManager[Mapfile]:
@@ -326,12 +331,8 @@ def _mapfile(job: _Restoring) -> AbstractContextManager[Mapfile]:
     return mapfile(job.request.mapfile, job.path, f"{beside}.mapfile", job.repository)
 
 
-def _fill(shared: Writing, request: Request, size: int, context: Context) -> int:
+def _fill(content: PointContent, shared: Writing, request: Request, context: Context) -> int:
     """Write everything, flush it, read it back; bytes compared."""
-    context.progress.begin("restoring", size)
-    try:
-        write_all(shared, context)
-    finally:
-        context.progress.end()
+    write_all(shared, context)
     shared.target.flush()
-    return read_back(shared, context) if request.verify else 0
+    return read_back(content, shared, context) if request.verify else 0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from blockbak.errors import (
     BadTarget,
@@ -18,16 +19,45 @@ from blockbak.errors import (
     TargetTooSmall,
     TargetUnsafe,
 )
-from blockbak.flow.context import Context
-from blockbak.flow.points import partition_table
+from blockbak.flow.context import Context, never
+from blockbak.flow.points import reader
 from blockbak.flow.source import activation_needed
 from blockbak.host import device as devices
 from blockbak.host import lvm, usage
 from blockbak.host.blockio import TargetWriter, read_error, sync_directory
 from blockbak.host.device import Device
 from blockbak.image.view import PointView
+from blockbak.model import partition
+from blockbak.model.facts import Opening
+from blockbak.model.filesystem import Read
+from blockbak.model.partition import PartitionTable
 from blockbak.repository.local import Repository, repository_above
 from blockbak.units import align_down
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """What is to lie on a target: what its header says of it, and ``read(offset, length)`` of its content; or, where
+    that cannot be read beforehand, the partition table that it is said to have.
+    """
+
+    opening: Opening
+    read: Read
+    said_table: PartitionTable | None = None
+
+    @classmethod
+    def of(cls, view: PointView) -> Incoming:
+        """A point; what is damaged of it reads as zeros."""
+        return cls(view.top.opening, reader(view))
+
+    @property
+    def size(self) -> int:
+        """Bytes of the volume."""
+        return self.opening.device_bytes
+
+    def table(self) -> PartitionTable | None:
+        """The partition table in it, if there is one."""
+        return self.said_table or partition.parse(self.read, self.opening.logical_sector, self.size)
 
 
 def look_at_target(path: str) -> Device | None:
@@ -60,28 +90,30 @@ def look_at_target(path: str) -> Device | None:
 def check_target(
     path: str,
     target: Device | None,
-    view: PointView,
-    repository: Repository,
+    incoming: Incoming,
+    repository: Repository | None,
     context: Context,
     *,
     overwrite: bool,
 ) -> None:
-    """Refuse every target that must not be written. Raises a Refused, naming the reason."""
+    """Refuse every target that must not be written; ``repository`` is the one that is known of, if any. Raises a
+    Refused, naming the reason.
+    """
     for place in (path, *(usage.files_below(target) if target else ())):
-        if repository_above(os.path.realpath(place)) or is_stored(place, repository):
+        if repository_above(os.path.realpath(place)) or (repository is not None and is_stored(place, repository)):
             raise TargetHolds(path=path, what="a part of a repository")
     if target is None:
         return
-    for place, what in (
-        (repository.path, "the repository"),
-        (context.state_dir, "blockbak's state directory"),
-    ):
+    places = [(context.state_dir, "blockbak's state directory")]
+    if repository is not None:
+        places.insert(0, (repository.path, "the repository"))
+    for place, what in places:
         if usage.carries(target, place):
             raise TargetHolds(path=path, what=what)
     if system := usage.holds_running_system(target):
         raise TargetHolds(path=path, what=f"the running system ({system})")
     users = usage.users(target)
-    if not view.top.opening.surely_of(devices.identity(target), context.host):
+    if not incoming.opening.surely_of(devices.identity(target), context.host):
         # A disk of an inactive volume group may be rolled back onto itself; any other may not be lost to it.
         users += usage.memberships(target)
     if usage.is_inner(target):
@@ -93,22 +125,22 @@ def check_target(
         way = "Remove the snapshot first, or restore to a new volume with --create-lv."
         raise TargetUnsafe(path=path, reason=reason, way=way)
     if target.is_block:
-        _check_device(path, target, view)
+        _check_device(path, target, incoming)
     if not overwrite:
         raise TargetExists(path=path)
 
 
-def _check_device(path: str, target: Device, view: PointView) -> None:
+def _check_device(path: str, target: Device, incoming: Incoming) -> None:
     """Size and sectors of a device. Raises BadTarget, TargetTooSmall, TargetSectorSize."""
     if target.read_only:
         raise BadTarget(path=path, reason="it is read-only")
-    need = view.geometry.device_bytes
+    need = incoming.size
     # What is left over behind the last whole sector cannot be written.
     room = align_down(target.size, target.logical_sector)
     if room < need:
         raise TargetTooSmall(path=path, have=room, need=need)
-    have, want = target.logical_sector, view.top.opening.logical_sector
-    if have != want and partition_table(view) is not None:
+    have, want = target.logical_sector, incoming.opening.logical_sector
+    if have != want and incoming.table() is not None:
         raise TargetSectorSize(path=path, have=have, need=want)
 
 
@@ -140,7 +172,7 @@ def is_stored(path: str, repository: Repository) -> bool:
 
 @contextlib.contextmanager
 def existing(
-    given: str, known: Device, view: PointView, repository: Repository, context: Context
+    given: str, known: Device, incoming: Incoming, repository: Repository | None, context: Context
 ) -> Iterator[TargetWriter]:
     """A target that was there when it was looked at as ``known``, open, and nobody else's; a file gets the
     volume's size. Raises BadTarget if it has become another one since, and what ``check_target`` raises.
@@ -150,9 +182,9 @@ def existing(
         now = look_at_target(given)
         if now is None or _marks(now) != _marks(known) or not target.is_of(known.path, known.file_id):
             raise BadTarget(path=given, reason="it is not what it was a moment ago")
-        check_target(given, now, view, repository, context, overwrite=True)
+        check_target(given, now, incoming, repository, context, overwrite=True)
         if not target.is_block:
-            target.resize(view.geometry.device_bytes)
+            target.resize(incoming.size)
         yield target
 
 
@@ -162,15 +194,19 @@ def _marks(device: Device) -> tuple[object, ...]:
 
 
 @contextlib.contextmanager
-def new_file(path: str, size: int, context: Context, *, overwrite: bool) -> Iterator[TargetWriter]:
+def new_file(
+    path: str, size: int, context: Context, *, overwrite: bool, ready: Callable[[], None] = never
+) -> Iterator[TargetWriter]:
     """A file of ``size`` bytes, written as ``path.partial``; it gets its name when all went well, and else goes.
+    ``ready`` is called between: who flushes the file first may clear the name for it there.
 
     Raises TargetExists, TargetInUse, BadTarget.
     """
     partial = path + ".partial"
     if os.path.lexists(partial):
-        # Perhaps an interrupted restore left it, perhaps it is somebody's: it was not named.
-        if not overwrite or not os.path.isfile(partial):
+        # A restore that was killed left it, if it says so; else it may be somebody's, and was not named.
+        ours = context.kernel.is_marked(partial)
+        if not (overwrite or ours) or not os.path.isfile(partial):
             raise TargetExists(path=partial)
         with TargetWriter(partial, kernel=context.kernel):  # held by nobody, or it is refused
             context.kernel.unlink(partial)
@@ -178,10 +214,13 @@ def new_file(path: str, size: int, context: Context, *, overwrite: bool) -> Iter
     held = os.dup(writer.fd)  # the lock lasts until the file has its name
     try:
         with writer as target:
+            context.kernel.mark(target.fd)
             target.resize(size)
             yield target
+            context.kernel.unmark(target.fd)
         if not _is_named(held, partial):
             raise BadTarget(path=path, reason=f"{partial} was taken away meanwhile")
+        ready()
         context.kernel.rename(partial, path)
         sync_directory(os.path.dirname(path), context.kernel)
     except OSError as error:

@@ -1,10 +1,11 @@
-"""Writes a point to an open target, piece by piece, and reads it back."""
+"""Writes content to an open target, piece by piece, and reads a point back from there."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from blockbak.host.blockio import PIECE_BYTES, TargetWriter, aligned
 from blockbak.image.view import Flaw, PointView, SectionView
 from blockbak.model import extent, hashmap
 from blockbak.model.extent import BAD
+from blockbak.model.hashmap import Geometry, Mask, Rows
 from blockbak.units import KIB, MIB
 
 _ZERO_RUN = 256 * KIB
@@ -53,23 +55,75 @@ def mostly_equal(view: PointView, target: TargetWriter) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
-    section: SectionView
-    low: int
-    blocks: int
+class Job:
+    """A piece of the content, in volume bytes: at most ``PIECE_BYTES``, from a multiple of it. ``part`` is what the
+    content itself knows of it.
+    """
+
     start: int
     length: int
+    blocks: int
+    part: Any
 
 
-class _Sections:
-    """Cuts the point into pieces; a section whose index is damaged becomes a flaw with ``keep_going``."""
+class Hand(Protocol):
+    """One worker's way to the content."""
+
+    def look(self, job: Job) -> tuple[Mask, Rows]:
+        """Which blocks of a piece have bytes to be fetched, the others being zeros; and the map rows of all."""
+
+    def fetch(self, job: Job, wanted: Mask, data: npt.NDArray[np.uint8]) -> list[Flaw]:
+        """Fill the wanted blocks of ``data`` (the piece's bytes); others may be filled too. What was not good is
+        zeros there, and told.
+        """
+
+
+class Content(Protocol):
+    """What is written. With ``keep_going`` what is damaged of it is zeros, and ``flaws`` are told by ``pieces``."""
+
+    keep_going: bool
+    flaws: list[Flaw]
+
+    @property
+    def geometry(self) -> Geometry:
+        """How it divides."""
+
+    def pieces(self) -> Iterator[Job]:
+        """All of it in address order. Called once."""
+
+    def hand(self) -> Hand:
+        """For one more worker."""
+
+    def stop(self) -> None:
+        """Give no more pieces, and wait for none: another worker failed."""
+
+
+class PointContent:
+    """A point, cut into pieces. With ``keep_going`` a section whose index is damaged in one image is what newer images
+    hold of it, and the rest a flaw.
+    """
 
     def __init__(self, view: PointView, *, keep_going: bool) -> None:
-        self._view, self._keep_going = view, keep_going
+        self._view, self.keep_going = view, keep_going
         self.flaws: list[Flaw] = []
-        self.lost: list[tuple[int, int]] = []
 
-    def pieces(self, wanted: npt.NDArray[np.bool_] | None = None) -> Iterator[_Job]:
+    @property
+    def geometry(self) -> Geometry:
+        """That of the point."""
+        return self._view.geometry
+
+    def again(self) -> PointContent:
+        """The same from the beginning."""
+        return PointContent(self._view, keep_going=self.keep_going)
+
+    def hand(self) -> Hand:
+        """What reads its frames."""
+        return _PointHand(self._view)
+
+    def stop(self) -> None:
+        """Nothing is waited for."""
+
+    def pieces(self, wanted: npt.NDArray[np.bool_] | None = None) -> Iterator[Job]:
         """All pieces in address order, or those of which ``wanted`` (bool per piece) is set."""
         geometry, block = self._view.geometry, self._view.geometry.block_bytes
         step = PIECE_BYTES // block
@@ -78,53 +132,103 @@ class _Sections:
             begin, end = geometry.section_range(number)
             if wanted is not None and not wanted[number * per_section : (number + 1) * per_section].any():
                 continue
-            try:
-                section = self._view.section(number)
-            except Damage as error:
-                if not self._keep_going:
-                    raise
-                self.flaws.append(Flaw(begin, end - begin, str(error), self._view.top.name))
-                self.lost.append((begin, end - begin))
-                continue
-            if not self._view.complete and wanted is None:
-                self._name_missing(section, begin)
+            section, damage = self._section(number)
+            if wanted is None and (damage is not None or not self._view.complete):
+                self._name_missing(section, begin, damage)
             blocks = geometry.section_blocks(number)
             for low in range(0, blocks, step):
                 start = begin + low * block
                 if wanted is None or wanted[start // PIECE_BYTES]:
-                    yield _Job(section, low, min(step, blocks - low), start, min(PIECE_BYTES, end - start))
+                    count = min(step, blocks - low)
+                    yield Job(start, min(PIECE_BYTES, end - start), count, _Part(section, low))
 
-    def _name_missing(self, section: SectionView, begin: int) -> None:
-        """Without the base, blocks that no newer image holds become zeros; each run of them is a flaw."""
+    def _section(self, number: int) -> tuple[SectionView, Damage | None]:
+        """A section, as far as it can be had, and the damage that was met. Raises it without ``keep_going``."""
+        damage: Damage | None = None
+        for above in range(len(self._view.layers)):
+            try:
+                return self._view.section(number, above=above), damage
+            except Damage as error:
+                if not self.keep_going:
+                    raise
+                damage = error
+        return self._view.section(number, above=len(self._view.layers)), damage
+
+    def _name_missing(self, section: SectionView, begin: int, damage: Damage | None) -> None:
+        """Without the base, or with a damaged image, blocks that no newer image holds become zeros; each run of them
+        is a flaw.
+        """
         block, size = self._view.geometry.block_bytes, self._view.geometry.device_bytes
         lowest = self._view.layers[0].opening
         missing = f"{lowest.volume}/{lowest.parent}"
+        reason = "an image that is missing or damaged, or one below it, holds what was there"
+        if damage is not None:
+            missing, reason = str(damage.fields.get("file", missing)), str(damage)
         for low, high in _pairs(section.kinds == extent.ABSENT):
             start, end = begin + low * block, min(begin + high * block, size)
-            reason = "an image that is missing or damaged, or one below it, holds what was there"
             self.flaws.append(Flaw(start, end - start, reason, missing))
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Where a piece of a point lies: its section, and the piece's first block in it."""
+
+    section: SectionView
+    low: int
+
+
+class _PointHand:
+    """Reads the frames of a point; every block is checked against its row."""
+
+    def __init__(self, view: PointView) -> None:
+        self._view = view
+        self._block = view.geometry.block_bytes
+
+    def look(self, job: Job) -> tuple[Mask, Rows]:
+        """From the index."""
+        part: _Part = job.part
+        blocks = slice(part.low, part.low + job.blocks)
+        return part.section.stored[blocks], part.section.rows[blocks]
+
+    def fetch(self, job: Job, wanted: Mask, data: npt.NDArray[np.uint8]) -> list[Flaw]:
+        """Fill the windows of ``data`` that hold wanted blocks."""
+        view, part, found = self._view, job.part, []
+        per_window = view.geometry.window_bytes // self._block
+        held = np.logical_or.reduceat(wanted, np.arange(0, len(wanted), per_window))
+        for low, high in _pairs(held):
+            piece = data[low * per_window * self._block : high * per_window * self._block]
+            flaws = view.read(part.section, part.low + low * per_window, piece)
+            # What the target holds already needs nothing of a damaged frame.
+            found += [one for flaw in flaws for one in _wanted_of(flaw, wanted, job.start, self._block)]
+        return found
+
+
 class Writing:
-    """What the workers of one restore share. ``permit`` is asked before each piece is written, and may raise."""
+    """What the workers of one restore share. ``permit`` is asked before each piece is written, and may raise.
+    Of a content that is ``endless`` nobody knows how long it will be.
+    """
 
     def __init__(
-        self, view: PointView, target: TargetWriter, method: str, context: Context, *, keep_going: bool,
-        permit: Callable[[], None] = never,
+        self, content: Content, target: TargetWriter, method: str, context: Context, *,
+        permit: Callable[[], None] = never, endless: bool = False,
     ) -> None:  # fmt: skip
-        self.view, self.target, self.method, self.context = view, target, method, context
+        self.content, self.target, self.method, self.context = content, target, method, context
         self.permit = permit
-        self.keep_going = keep_going
+        self.size = content.geometry.device_bytes
         self.flaws: list[Flaw] = []
         self.written_bytes = 0
-        self.done = np.zeros(-(-view.geometry.device_bytes // PIECE_BYTES), bool)
+        self.done = np.zeros(1 if endless else -(-self.size // PIECE_BYTES), bool)
         self.touched = np.zeros(len(self.done), bool)
         self._guard = threading.Lock()
 
-    def account(self, job: _Job, written: int) -> None:
+    def account(self, job: Job, written: int) -> None:
         """A piece is on the target."""
         index = job.start // PIECE_BYTES
         with self._guard:
+            if index >= len(self.done):
+                more = np.zeros(index + 1, bool)
+                self.done = np.concatenate((self.done, more))
+                self.touched = np.concatenate((self.touched, more))
             self.done[index] = True
             # What was not written into a new file, or thin volume, is a hole; what did not differ was just read.
             self.touched[index] |= written > 0 or self.method == "write"
@@ -137,16 +241,14 @@ class Writing:
             return
         with self._guard:
             self.flaws += flaws
-        if not self.keep_going:
-            reason = f"{flaws[0]} of the volume; written so far: {self.written_ranges()}"
-            raise DamagedImage(file=flaws[0].file, reason=reason)
+        if not self.content.keep_going:
+            raise DamagedImage(file=flaws[0].file, reason=f"{flaws[0]} of the volume")
 
     def written_ranges(self) -> str:
         """The ranges that are complete, for people."""
         starts, ends = extent.true_runs(self.done)
-        size = self.view.geometry.device_bytes
         pairs = [
-            f"{start * PIECE_BYTES} to {min(end * PIECE_BYTES, size)}"
+            f"{start * PIECE_BYTES} to {min(end * PIECE_BYTES, self.size)}"
             for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
         ]
         return ", ".join(pairs) or "nothing"
@@ -157,15 +259,17 @@ class _Writer:
 
     def __init__(self, shared: Writing) -> None:
         self._shared = shared
+        self._hand = shared.content.hand()
         self._buffer = aligned(PIECE_BYTES)
-        self._block = shared.view.geometry.block_bytes
+        self._block = shared.content.geometry.block_bytes
 
-    def __call__(self, job: _Job) -> None:
+    def __call__(self, job: Job) -> None:
+        stored, rows = self._hand.look(job)
         differ = self._shared.method == "differ"
-        wanted = self._differing(job) if differ else np.ones(job.blocks, bool)
-        self._shared.account(job, self._write(job, wanted) if wanted.any() else 0)
+        wanted = self._differing(job, rows) if differ else np.ones(job.blocks, bool)
+        self._shared.account(job, self._write(job, stored, wanted) if wanted.any() else 0)
 
-    def _differing(self, job: _Job) -> npt.NDArray[np.bool_]:
+    def _differing(self, job: Job, known: Rows) -> Mask:
         """Blocks of the piece that the target does not hold already. BAD ranges hold no promise, but
         their row is that of the zeros a restore puts there.
         """
@@ -177,15 +281,14 @@ class _Writer:
             return np.ones(job.blocks, bool)
         nonzero = hashmap.nonzero_blocks(data, self._block)
         rows = hashmap.digest_blocks(data, self._block, nonzero)
-        return hashmap.changed_rows(rows, job.section.rows[job.low : job.low + job.blocks])
+        return hashmap.changed_rows(rows, known)
 
-    def _write(self, job: _Job, wanted: npt.NDArray[np.bool_]) -> int:
+    def _write(self, job: Job, stored: Mask, wanted: Mask) -> int:
         """Write the wanted blocks; bytes that now hold the point because of it."""
         block, target = self._block, self._shared.target
-        stored = job.section.stored[job.low : job.low + job.blocks]
         data = self._buffer[: job.length]
         if (stored & wanted).any():
-            self._read(job, wanted & stored, data)
+            self._shared.damaged(self._hand.fetch(job, wanted & stored, data))
         zero = wanted & ~stored
         if target.is_block and self._shared.method != "create":
             # Short runs of zeros go with the data around them.
@@ -206,17 +309,6 @@ class _Writer:
                 written += length
         return written
 
-    def _read(self, job: _Job, wanted: npt.NDArray[np.bool_], data: npt.NDArray[np.uint8]) -> None:
-        """Fill the windows of ``data`` that hold wanted blocks."""
-        view = self._shared.view
-        per_window = view.geometry.window_bytes // self._block
-        held = np.logical_or.reduceat(wanted, np.arange(0, len(wanted), per_window))
-        for low, high in _pairs(held):
-            part = data[low * per_window * self._block : high * per_window * self._block]
-            flaws = view.read(job.section, job.low + low * per_window, part)
-            # What the target holds already needs nothing of a damaged frame.
-            self._shared.damaged([one for flaw in flaws for one in _wanted_of(flaw, wanted, job.start, self._block)])
-
 
 def _wanted_of(flaw: Flaw, wanted: npt.NDArray[np.bool_], first_byte: int, block: int) -> Iterator[Flaw]:
     """The parts of a flaw that lie in wanted blocks, which begin at ``first_byte``."""
@@ -235,31 +327,42 @@ def _pairs(mask: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
 def write_all(shared: Writing, context: Context) -> None:
     """Bring every piece to the target; with ``keep_going`` what cannot be had is in ``shared.flaws`` then.
 
-    Raises DamagedImage, TargetFailed, TargetFull, Interrupted.
+    Raises DamagedImage, TargetFailed, TargetFull, Interrupted, and what the content raises.
     """
-    sections = _Sections(shared.view, keep_going=shared.keep_going)
-    workers.run(sections.pieces(), lambda: _Writer(shared), workers=context.workers, check=context.check)
-    for start, length in sections.lost:
-        shared.target.zero(start, length)
-    shared.flaws += sections.flaws
+    content = shared.content
+    context.progress.begin("restoring", shared.size)
+    try:
+        workers.run(
+            content.pieces(),
+            lambda: _Writer(shared),
+            workers=context.workers,
+            check=context.check,
+            stop=content.stop,
+        )
+    except DamagedImage as error:
+        # Known only now that all threads have ended.
+        reason = f"{error.fields['reason']}; written so far: {shared.written_ranges()}"
+        raise DamagedImage(file=error.fields["file"], reason=reason) from error
+    finally:
+        context.progress.end()
+    shared.flaws += content.flaws
 
 
-def read_back(shared: Writing, context: Context) -> int:
+def read_back(content: PointContent, shared: Writing, context: Context) -> int:
     """Read what was written past the page cache and compare; bytes compared. Raises VerificationFailed."""
-    view, target = shared.view, shared.target
-    block = view.geometry.block_bytes
+    target, block = shared.target, content.geometry.block_bytes
     damaged = extent.table([f.start for f in shared.flaws], [f.start + f.length for f in shared.flaws], BAD)
     differing: list[int] = []
     compared: list[int] = []
 
-    def make() -> Callable[[_Job], None]:
-        buffer = aligned(PIECE_BYTES)
+    def make() -> Callable[[Job], None]:
+        buffer, hand = aligned(PIECE_BYTES), content.hand()
 
-        def compare(job: _Job) -> None:
+        def compare(job: Job) -> None:
             target.read(job.start, buffer, job.length)
             data = buffer[: job.length]
             rows = hashmap.digest_blocks(data, block, hashmap.nonzero_blocks(data, block))
-            unequal = hashmap.changed_rows(rows, job.section.rows[job.low : job.low + job.blocks])
+            unequal = hashmap.changed_rows(rows, hand.look(job)[1])
             unequal &= ~extent.touched(damaged, job.start, block, job.blocks)
             differing.extend((np.flatnonzero(unequal) * block + job.start).tolist())
             compared.append(job.length)
@@ -267,10 +370,9 @@ def read_back(shared: Writing, context: Context) -> int:
 
         return compare
 
-    sections = _Sections(view, keep_going=shared.keep_going)
     context.progress.begin("reading back", int(shared.touched.sum()) * PIECE_BYTES)
     try:
-        workers.run(sections.pieces(shared.touched), make, workers=context.workers, check=context.check)
+        workers.run(content.again().pieces(shared.touched), make, workers=context.workers, check=context.check)
     finally:
         context.progress.end()
     if differing:

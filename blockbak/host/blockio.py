@@ -372,6 +372,8 @@ class TargetWriter(_Opened):
 
     def resize(self, size: int) -> None:
         """Set a file target to exactly ``size`` bytes."""
+        if size == self.size:
+            return  # a file that a program serves (FUSE) may have no other
         with self._failing("Setting the size of"):
             self.kernel.truncate(self.fd, size)
         self.size = size
@@ -607,12 +609,18 @@ class PartialFile:
             # Which side failed is not told: reading and writing by ourselves will name it.
             return 0
 
-    def seal(self) -> None:
-        """Flush, close, rename to the final name (never replacing), flush the directory."""
+    def harden(self) -> None:
+        """Flush and close: nothing of it but its name can be lost. Only once."""
         with self._failing("made durable"):
             self._kernel.fsync(self.fd)
             fd, self.fd = self.fd, -1
             self._kernel.close(fd)
+
+    def seal(self) -> None:
+        """Harden it if that was not done, rename to the final name (never replacing), flush the directory."""
+        if self.fd >= 0:
+            self.harden()
+        with self._failing("made durable"):
             self._kernel.rename(self.path, self.final)
             self.path = ""
             sync_directory(os.path.dirname(self.final), self._kernel)
