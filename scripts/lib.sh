@@ -45,6 +45,7 @@ package_of() {
         restic) echo restic ;;
         qemu-system-x86_64) echo qemu-system-x86 ;;
         ssh | ssh-keygen) echo openssh-client ;;
+        mkinitramfs) echo initramfs-tools-core ;;
         vagrant | mmdebstrap | rsync | cpio | busybox) echo "$1" ;;
         *) die "no package is known to bring '$1'" ;;
     esac

@@ -76,7 +76,7 @@ def command(
     if cancel or name is not None or time_limit is not None:
         raise click.UsageError("--cancel, --name and --time-limit go with --at-next-boot.")
     if device is None or file is None:
-        raise click.UsageError("Give the DEVICE and the FILE, or '-'.")
+        raise click.UsageError("Missing argument: give the DEVICE and the FILE, or '-'.")
     _image(
         context,
         device,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -24,6 +25,7 @@ from tests.conftest import Filesystem
 
 STAGE = Path(nextboot.__file__).with_name("initramfs") / "stage"
 SHELLS = {"dash": ["dash"], "busybox": ["busybox", "sh"]}
+LIBRARY = re.compile(r"(/\S+) \(")
 BEFORE = 1_777_000_000
 """When the orders of tests are given: seconds since 1970, in April 2026."""
 
@@ -40,6 +42,7 @@ def mark(device: Device, *facts: Fact) -> Marks:
 class Boot:
     """An order for ``disk`` into a repository on a file system that is unmounted while the stage runs.
 
+    With ``hooked`` the root holds nothing but what the hook of initramfs-tools put there, and busybox.
     ``run`` is one boot: what was said comes back. Nothing of it stays on the machine: mounts are in a namespace.
     """
 
@@ -54,6 +57,7 @@ class Boot:
     shell: str = "dash"
     programs: dict[str, str] = field(default_factory=dict)
     order: Order | None = None
+    hooked: bool = False
 
     @property
     def spool(self) -> Path:
@@ -92,10 +96,13 @@ class Boot:
             self.store.unmount()
         root = self.base / "initramfs"
         shutil.rmtree(root, ignore_errors=True)
+        if self.hooked:
+            self._hook(root, text.replace("WAIT=30", "WAIT=0"))
         for folder in ("usr", "proc", "sys", "dev", "run/initramfs/blockbak", "blockbak/bin", "etc", "tmp"):
-            (root / folder).mkdir(parents=True)
+            (root / folder).mkdir(parents=True, exist_ok=True)
         for name in ("bin", "sbin", "lib", "lib64"):
-            (root / name).symlink_to(f"usr/{name}")
+            if not (root / name).exists():
+                (root / name).symlink_to(f"usr/{name}")
         shutil.copy(STAGE, root / "blockbak/stage")
         (root / "blockbak/order").write_text(text.replace("WAIT=30", "WAIT=0"))
         for name, script in self.programs.items():
@@ -108,9 +115,11 @@ class Boot:
         # A pipe keeps all that is written to it, as a screen does.
         os.mkfifo(root / "dev/console")
         console = os.open(root / "dev/console", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        mine = "true" if self.hooked else f"mount --rbind --make-rprivate /usr {root}/usr"
+        stage = "/usr/lib/blockbak/stage" if self.hooked else "/blockbak/stage"
         script = (
-            f"mount --rbind --make-rprivate /usr {root}/usr && mount --bind /proc {root}/proc && mount --rbind /sys {root}/sys &&"
-            f' shell=$1 && shift && exec chroot {root} $shell /blockbak/stage "$@"'
+            f"{mine} && mount --bind /proc {root}/proc && mount --rbind /sys {root}/sys &&"
+            f' shell=$1 && shift && exec chroot {root} $shell {stage} "$@"'
         )
         with open(console, "rb", buffering=0) as screen:
             done = self._unshared(script, resume)
@@ -130,6 +139,33 @@ class Boot:
             ["unshare", "--mount", "sh", "-c", script, "sh", " ".join(SHELLS[self.shell]), *(resume or ("", ""))],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=240,
         )  # fmt: skip
+
+    def _hook(self, root: Path, order: str) -> None:
+        """Have the hook fill the root, as mkinitramfs would; what it takes from is seen by nobody else."""
+        for folder in ("usr/bin", "usr/lib", "usr/lib64", "usr/sbin"):
+            (root / folder).mkdir(parents=True)
+        for name in ("bin", "sbin", "lib", "lib64"):
+            (root / name).symlink_to(f"usr/{name}")
+        given = self.base / "given"
+        shutil.rmtree(given, ignore_errors=True)
+        (given / "blockbak").mkdir(parents=True)
+        (given / "blockbak/order").write_text(order)
+        shutil.copy(STAGE, given / "blockbak/stage")
+        shutil.copy(STAGE.with_name("hook"), given / "hook")
+        script = f"mount --bind {given} /etc/initramfs-tools && exec sh -eu /etc/initramfs-tools/hook"
+        told = {**os.environ, "DESTDIR": str(root), "version": os.uname().release, "verbose": "n"}
+        subprocess.run(["unshare", "--mount", "sh", "-c", script], env=told, check=True)
+        # A shell, and no more: programs are what the stage brings itself.
+        busybox = shutil.which("busybox")
+        assert busybox is not None
+        shutil.copy(busybox, root / "usr/bin/busybox")
+        for library in LIBRARY.findall(
+            subprocess.run(["ldd", busybox], capture_output=True, text=True, check=True).stdout
+        ):
+            copy = root / library.lstrip("/")
+            if not copy.exists():
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(library, copy)
 
     def finish(self) -> Finished:
         """What the next run of blockbak makes of it."""

@@ -144,6 +144,13 @@ def test_a_subvolume_is_found_inside_its_btrfs(disk, loop, btrfs, tmp_path):
     assert boot.finish().report is not None
 
 
+@pytest.mark.parametrize("name", ["ext4", "xfs"])
+def test_the_hook_brings_all_that_the_stage_calls(make_boot, loop, request, name):
+    boot = make_boot(request.getfixturevalue(name)(loop(400 * MIB)), shell="busybox", hooked=True)
+    assert "was imaged in" in boot.run()[-1]
+    assert boot.finish().report.device_bytes == SIZE
+
+
 # --- the attempt --------------------------------------------------------------------------------------------------
 
 
