@@ -65,6 +65,8 @@ def run(
 
     if cancel and (device is not None or dry_run or name is not None or limit is not None):
         raise click.UsageError("--cancel takes back what is ordered in a repository: it takes nothing else.")
+    if not cancel and device is None:
+        raise click.UsageError("--at-next-boot needs the DEVICE.")
     opened = common.open_repository(repository)
     with common.world() as world:
         if cancel:
@@ -74,9 +76,7 @@ def run(
             else:
                 render.line(said)
             return
-        if device is None:
-            raise click.UsageError("--at-next-boot needs the DEVICE.")
-        made = nextboot.order(opened, device, world, name=name, limit=limit or LIMIT_SECONDS, dry_run=dry_run)
+        made = nextboot.order(opened, device or "", world, name=name, limit=limit or LIMIT_SECONDS, dry_run=dry_run)
     for note in made.notes:
         render.say(note)
     if as_json:

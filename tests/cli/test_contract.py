@@ -209,6 +209,10 @@ def test_a_surplus_argument_is_a_wrong_command_line(verb: Verb) -> None:
 @pytest.mark.parametrize(
     "words",
     [
+        ["cold", "--at-next-boot", "x", "y"], ["cold", "--at-next-boot", "--idle", "x"], ["cold", "--at-next-boot"],
+        ["cold", "--at-next-boot", "--cancel", "x"], ["cold", "--at-next-boot", "--cancel", "--dry-run"],
+        ["cold", "--at-next-boot", "--time-limit", "0", "x"], ["cold", "--name", "a", "x", "y"],
+        ["cold", "--cancel", "x", "y"], ["cold", "--time-limit", "9", "x", "y"],
         [], ["-r"], ["-r", "x"], ["nosuchverb"], ["prune"], ["mount", "latest", "x"], ["backup", "--mode", "warm", "x"],
         ["backup", "--kind", "partial", "x"], ["backup", "--block-size", "3000", "x"],
         ["backup", "--block-size", "2M", "x"], ["backup", "--compress", "zstd:99", "x"],
