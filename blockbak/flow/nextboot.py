@@ -119,6 +119,9 @@ def order(
         diskseq=known.diskseq, length=device.size, logical=device.logical_sector, physical=device.physical_sector,
         limit=limit,
     )  # fmt: skip
+    if installation.ordered()[0]:
+        # Of an order that was taken back, or whose repository is gone.
+        installation.remove()
     _write_order(repository, folder, wanted)
     try:
         text = stage_order(wanted, marks, place, [device.path, place.node], repository.path)
@@ -150,9 +153,6 @@ def _check_none(repository: Repository, installation: Installation) -> None:
     number, where = installation.ordered()
     if number and _is_given(number, where):
         raise NextBootOrdered(source="another disk, or this one", repository=where)
-    if number:
-        # It was taken back, or its repository is gone: then a new order replaces what is left of it.
-        installation.remove()
 
 
 def _is_given(number: str, repository: str) -> bool:
@@ -184,10 +184,11 @@ def cancel(repository: Repository, context: Context, *, installation: Installati
     found = None
     with contextlib.suppress(SpoolDamaged):
         found = _read_order(repository)
-    if found is None and not os.path.lexists(folder):
+    if found is None and not os.path.lexists(folder) and installation.ordered()[1] != repository.path:
         raise NothingOrdered(repository=repository.path)
     # First what it all hangs on: without it, a stage that is still in the initramfs does nothing.
-    _clear(repository, folder)
+    if os.path.lexists(folder):
+        _clear(repository, folder)
     if found is None or installation.ordered()[0] in ("", found.id):
         installation.remove()
     return f"The image of {found.source if found else 'a disk'} at the next boot is not wanted any more."
@@ -241,9 +242,15 @@ def finish(repository: Repository, context: Context, *, installation: Installati
     what could not be done is told, and tried again by the next run.
     """
     told = Finished()
+    if os.geteuid() != 0:
+        return told  # nor could it have been ordered
+    installation = installation or Installation(check=context.check)
     try:
         found = _read_order(repository)
         if found is None:
+            # A stage may have been left behind where the initramfs could not be made at that time.
+            if installation.ordered()[1] == repository.path and installation.remove():
+                told.done.append("What was in the initramfs for one boot was removed.")
             return told
         if found.host != context.host:
             told.left.append(f"An image of {found.source} at the next boot is ordered on {found.host}, not here.")
@@ -251,7 +258,7 @@ def finish(repository: Repository, context: Context, *, installation: Installati
         if found.boot == System().boot:
             context.say(f"{found.source} will be imaged at the next boot.")
             return told
-        _after_boot(repository, found, context, installation or Installation(check=context.check), told)
+        _after_boot(repository, found, context, installation, told)
     except Interrupted:
         raise
     except BlockbakError as error:

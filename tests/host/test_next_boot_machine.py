@@ -180,7 +180,20 @@ def test_there_is_one_order_a_machine(repository, machine, tmp_path):
     # What is left of one whose repository is gone is no hindrance.
     Path(repository.path, FOLDER, "id").unlink()
     flow._check_none(other, machine.made)
+
+
+def test_a_stage_that_could_not_be_removed_is_removed_later(repository, machine, tmp_path):
+    given(repository, machine)
+    (machine.root / "broken").touch()
+    world = replace(context(tmp_path), host="web")
+    told = flow.finish(repository, world, installation=machine.made)
+    assert told.left[0].startswith("The stage stays in the initramfs, where it does nothing any more: ")
+    assert not Path(repository.path, FOLDER).exists()
+    (machine.root / "broken").unlink()
+    told = flow.finish(repository, world, installation=machine.made)
+    assert told.done == ["What was in the initramfs for one boot was removed."]
     assert files(machine) == set()
+    assert flow.finish(repository, world, installation=machine.made).done == []
 
 
 def test_after_a_boot_without_the_stage_all_is_taken_away(repository, machine, tmp_path):
