@@ -4,9 +4,9 @@
 # libvirt nor VirtualBox runs. No daemon, no bridge, no root. The guest's network is QEMU's user-mode one, cut off
 # from the outside; the only way in is SSH, forwarded from a free port of 127.0.0.1.
 #
-# A machine is what lies in its data directory: `box` (a link to what build-box made), `root.qcow2` (all that was
-# written since), `spare.raw` (a second disk), `port`, `key`, and for a person `console.log`, `qemu.log` and
-# `qemu.command`. Where `scripts/vm` put an `initrd.img` of the guest's own there, the machine starts with that, and
+# A machine is what lies in its data directory: `box` (a link to what build-box made), `root.qcow2` and
+# `spare.qcow2` (all that was written to its two disks since), `port`, `key`, and for a person `console.log`,
+# `qemu.log` and `qemu.command`. Where `scripts/vm` put an `initrd.img` of the guest's own there, the machine starts with that, and
 # has a third disk to read: what its root disk was at that moment, `root-N.qcow2`.
 
 require "fileutils"
@@ -32,9 +32,6 @@ module QemuDirect
   end
 
   class Driver
-    # The disk beside the root disk; it takes no room until it is written.
-    SPARE_BYTES = 8 << 30
-
     def initialize(machine)
       @machine = machine
     end
@@ -51,9 +48,7 @@ module QemuDirect
       FileUtils.ln_sf(box, path("box"))
       # SSH takes a private key only from a file that nobody else may read.
       FileUtils.install(File.join(box, "key"), path("key"), mode: 0o600)
-      upon(File.join(box, "root.raw"), "raw")
-      File.open(path("spare.raw"), "w") { |file| file.truncate(SPARE_BYTES) }
-
+      %w[root spare].each { |disk| upon(File.join(box, "#{disk}.raw"), "raw", disk) }
       "blockbak-#{SecureRandom.hex(8)}"
     end
 
@@ -105,7 +100,7 @@ module QemuDirect
     def delete
       stop
       FileUtils.rm_f(kept)
-      FileUtils.rm_f(%w[box key root.qcow2 spare.raw initrd.img port qemu.command qemu.log console.log].map { |name| path(name) })
+      FileUtils.rm_f(%w[box key root.qcow2 spare.qcow2 initrd.img port qemu.command qemu.log console.log].map { |name| path(name) })
     end
 
     def state
@@ -116,10 +111,10 @@ module QemuDirect
 
     private
 
-    # A root disk that holds nothing but what is written from now on.
-    def upon(base, format)
+    # A disk that holds nothing but what is written from now on.
+    def upon(base, format, disk)
       made = Vagrant::Util::Subprocess.execute(
-        "qemu-img", "create", "-q", "-f", "qcow2", "-F", format, "-b", base, path("root.qcow2")
+        "qemu-img", "create", "-q", "-f", "qcow2", "-F", format, "-b", base, path("#{disk}.qcow2")
       )
       raise Error, "qemu-img: #{made.stderr}" unless made.exit_code.zero?
     end
@@ -128,7 +123,7 @@ module QemuDirect
     def keep
       name = path("root-#{kept.size}.qcow2")
       File.rename(path("root.qcow2"), name)
-      upon(name, "qcow2")
+      upon(name, "qcow2", "root")
     end
 
     def kept = Dir[path("root-*.qcow2")].sort_by { |name| Integer(name[/\d+(?=\.qcow2)/]) }
@@ -151,7 +146,7 @@ module QemuDirect
        "-device", "virtio-net-pci,netdev=net,romfile=",
        # Nobody needs these disks after a power cut of the host, so the guest need not wait for them.
        *disk("root", "file=root.qcow2,format=qcow2,cache=unsafe,discard=unmap"),
-       *disk("spare", "file=spare.raw,format=raw,cache=unsafe,discard=unmap"),
+       *disk("spare", "file=spare.qcow2,format=qcow2,cache=unsafe,discard=unmap"),
        *(own? ? disk("then", "file=#{kept.last},format=qcow2,readonly=on") : [])]
     end
 

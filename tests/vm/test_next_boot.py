@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -18,10 +19,8 @@ import pytest
 from tests.vm.conftest import LIMIT_SECONDS, run
 
 WISH = Path("/var/tmp/blockbak-boot")
-STORE = Path("/srv/store")
-REPOSITORY = STORE / "repository"
+REPOSITORY = Path("/srv/spare/repository")
 SPOOL = REPOSITORY / ".next-boot"
-FSTAB = Path("/etc/fstab")
 UNIT = "blockbak-next-boot.service"
 INSTALLED = (
     "/etc/initramfs-tools/hooks/blockbak", "/etc/initramfs-tools/scripts/local-premount/blockbak",
@@ -44,18 +43,10 @@ def there(paths):
 
 @pytest.fixture
 def store(run_blockbak):
-    """A repository on the second disk, mounted now, and at each boot."""
-    spare = disk("blockbak-spare")
-    run("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=1", spare)
-    STORE.mkdir(exist_ok=True)
-    uuid = run("blkid", "-c", "/dev/null", "-o", "value", "-s", "UUID", spare)
-    FSTAB.write_text(f"UUID={uuid} {STORE} ext4 defaults 0 2\n")
-    run("systemctl", "daemon-reload")
-    run("mount", STORE)
+    """A repository on the second disk, which is mounted at each boot, and unmounted when the machine is off."""
+    assert run("findmnt", "-n", "-o", "SOURCE", REPOSITORY.parent) == disk("blockbak-spare")
     run_blockbak("init", REPOSITORY)
     run_blockbak.exported["BLOCKBAK_REPO"] = str(REPOSITORY)
-    yield
-    run("umount", STORE)
 
 
 @pytest.fixture
@@ -84,7 +75,7 @@ def test_the_root_disk_is_ordered(store, initramfs, run_blockbak):
     assert not there(INSTALLED)
     assert not SPOOL.exists()
 
-    # What tests have deleted is nothing that an image would have to hold.
+    # What was deleted is nothing that an image would have to hold.
     run("fstrim", "/")
     made = run_blockbak.json("cold", "--at-next-boot", root, "--name", "root", "--time-limit", "900")
     assert made["images"] == [str(initramfs)]
@@ -127,5 +118,4 @@ def test_the_root_disk_was_imaged_before_it_was_mounted(run_blockbak):
     release = os.uname().release
     assert "usr/lib/blockbak/stage" not in run("lsinitramfs", f"/boot/initrd.img-{release}").split()
     WISH.unlink()
-    FSTAB.write_text("")
-    run("umount", STORE)
+    shutil.rmtree(REPOSITORY)
