@@ -51,8 +51,8 @@ def never() -> None:
 
 
 class Moments:
-    """Counts what is done that lasts, and kills this process at the ``at``-th moment: each is one just before a
-    call, or one just after it.
+    """Counts what is done that lasts, and kills this process just before the ``at``-th of it: which is just after
+    the one before.
     """
 
     def __init__(self, at: int) -> None:
@@ -67,9 +67,7 @@ class Moments:
         if "show" in argv:  # looks, and changes nothing
             return runner.run(argv, **how)
         self.pass_()
-        done = runner.run(argv, **how)
-        self.pass_()
-        return done
+        return runner.run(argv, **how)
 
 
 class CountedKernel(Kernel):
@@ -87,7 +85,6 @@ class CountedKernel(Kernel):
     def unlink(self, path: str) -> None:
         self._moments.pass_()
         super().unlink(path)
-        self._moments.pass_()
 
 
 def in_child(act: Callable[[], None]) -> int:

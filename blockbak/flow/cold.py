@@ -194,6 +194,9 @@ class RestedSource(AtRest):
             error.add_note(str(failed))
             for note in getattr(failed, "__notes__", ()):
                 error.add_note(note)
+        # The steps were over: what could not be put back is on no error of theirs.
+        for line in self._rest.left if self._rest is not None else ():
+            error.add_note(line)
 
 
 @contextmanager
