@@ -27,13 +27,14 @@ package_of() {
         mkfs.ext4 | mke2fs) echo e2fsprogs ;;
         mkfs.xfs) echo xfsprogs ;;
         mkfs.btrfs) echo btrfs-progs ;;
-        losetup | mount | umount) echo mount ;;
+        losetup | mount | umount | swapon) echo mount ;;
         mkfs.vfat) echo dosfstools ;;
         sfdisk) echo fdisk ;;
         sgdisk) echo gdisk ;;
-        partx | mkswap | blkid | blkdiscard | unshare) echo util-linux ;;
+        partx | mkswap | blkid | blkdiscard | unshare | nsenter | fsfreeze) echo util-linux ;;
         qemu-img) echo qemu-utils ;;
         udevadm) echo udev ;;
+        systemctl) echo systemd ;;
         zstd) echo zstd ;;
         ddrescuelog) echo gddrescue ;;
         nbdkit) echo nbdkit ;;

@@ -53,7 +53,8 @@ class Real:
         for name, text in FILES.items():
             (files / name).write_text(text)
         self._log = (directory / "log").open("wb")
-        argv = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", _START, "sh", str(files)]
+        # What is unmounted outside is not to be held in there.
+        argv = ["unshare", "--mount", "--propagation", "slave", "sh", "-ec", _START, "sh", str(files)]
         self._process = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, start_new_session=True
         )
