@@ -29,7 +29,7 @@ from blockbak.errors import (
     StillInUse,
 )
 from blockbak.host import guard, hooks, mounts, runner
-from blockbak.host.guardian import PROGRAM, Ending, Guardian, guarded
+from blockbak.host.guardian import MINDED, PROGRAM, Ending, Guardian, guarded
 from blockbak.host.hooks import Next
 from blockbak.host.journal import Begun, Writer
 from blockbak.host.kernel import Kernel
@@ -199,7 +199,7 @@ class Acts:
                 return f"{', '.join(seen['active']) or step.group} is no longer active."
 
     def _begin_hook(self, step: RunHook) -> str:
-        os.makedirs(self.scratch, mode=0o700, exist_ok=True)
+        os.makedirs(os.path.join(self.scratch, guard.RUNNING), mode=0o700, exist_ok=True)
         tried = 0
         while True:
             tried += 1
@@ -225,13 +225,20 @@ class Acts:
         """Exit status (None: it did not end by itself), why, and what it printed."""
         env = {
             **dict(step.environment), "BLOCKBAK_PHASE": phase, "BLOCKBAK_RUN": self.run_id,
-            "BLOCKBAK_HOOK_DIR": self.scratch, "BLOCKBAK_DEADLINE": str(int(limit)),
+            "BLOCKBAK_HOOK_DIR": os.path.join(self.scratch, "hook"), "BLOCKBAK_DEADLINE": str(int(limit)),
         }  # fmt: skip
-        check = self.check if phase == "begin" else never
+        os.makedirs(env["BLOCKBAK_HOOK_DIR"], mode=0o700, exist_ok=True)
+        argv, check = [step.path], never
+        link = os.path.join(self.scratch, guard.RUNNING, "process")
+        if phase == "begin":
+            argv, check = ["/bin/sh", "-c", MINDED, "sh", link, step.path], self.check
         try:
-            done = self.machine.run([step.path], deadline=limit, env=env, accept=range(256), check=check)
+            done = self.machine.run(argv, deadline=limit, env=env, accept=range(256), check=check)
         except CommandFailed as error:
             return None, f"{error.fields['status']} {error.fields['stderr']}".strip(), ""
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(link)
         said = done.stderr[-runner.STDERR_TAIL :]
         why = f"exit status {done.status}" + (f" ({said})" if said else "")
         return done.status, why, done.output[: guard.OUTPUT_BYTES].decode("utf-8", "replace")
@@ -372,7 +379,8 @@ class Acts:
             reason = f"it cannot be looked at: {error.strerror}"
         if reason:
             raise NotPutBack(what=f"what hook {step.name} began", reason=f"{step.path} is not run: {reason}")
-        os.makedirs(self.scratch, mode=0o700, exist_ok=True)
+        # A begin that outlived who began it would bring to rest what its end lets go.
+        guard.stop_running(self.scratch)
         status, why, output = self._run_hook(step, "end", hooks.END_SECONDS)
         if output:
             self.outputs.append((f"{step.name} end", output))

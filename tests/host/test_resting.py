@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from zlib import crc32
 
+import psutil
 import pytest
 
 from blockbak.errors import (
@@ -568,6 +569,33 @@ def test_after_a_kill_a_hook_is_ended_once(stage):
     left_behind(stage, [hook_step(stage, "")])
     assert stage.put_back().left == []
     assert phases(stage) == ["begin", "end"]
+
+
+def test_a_begin_that_outlives_a_killed_run_is_ended_before_its_end(stage):
+    seconds = f"77777.{os.getpid()}"
+    step = hook_step(stage, f'[ "$BLOCKBAK_PHASE" = end ] || exec sleep {seconds}')
+
+    def sleeping():
+        return [one for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"] == ["sleep", seconds]]
+
+    pid = os.fork()
+    if pid == 0:
+        with stage.resting(steps=[step]):
+            os._exit(1)
+    try:
+        until = time.monotonic() + 10
+        while not sleeping() and time.monotonic() < until:
+            time.sleep(0.05)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        assert sleeping()
+        assert stage.put_back().left == []
+        assert not sleeping()
+    finally:
+        for one in sleeping():
+            one.kill()
+    assert phases(stage) == ["begin", "end"]
+    stage.nothing_left()
 
 
 def test_a_hook_that_others_may_write_by_now_is_not_run(stage):
