@@ -26,6 +26,7 @@ from blockbak.errors import (
     HookStopped,
     NotPutBack,
     ProcessStays,
+    StateUnusable,
     StillInUse,
 )
 from blockbak.host import guard, hooks, mounts, runner
@@ -439,11 +440,14 @@ class Acts:
             used = now[path].used
             if used and used + MEMORY_SPARE > _available():
                 return [f"{path} comes before other swap now: {used} bytes are swapped to it, too much to move it."]
-            # It is none of those that were given up: who is killed in between must leave word of it.
-            moved = self.writer.begin(SwapOff(path, now[path].priority), {"on": True, "moved": True})
+            # It is none of those that were given up: who is killed in between must leave word of it. A journal that
+            # cannot be written any more must not keep things from being put back.
+            with contextlib.suppress(StateUnusable):
+                self.writer.begin(SwapOff(path, now[path].priority), {"on": True, "moved": True})
             self.machine.run(["swapoff", "--", path], deadline=SWAP_SECONDS)
             self.machine.run(["swapon", "--", path], deadline=SWAP_SECONDS)
-            self.writer.back(moved.number)
+            with contextlib.suppress(StateUnusable):
+                self.writer.back(self.writer.begun[-1].number)
         return []
 
     def _mount(self, step: Unmount, seen: dict[str, Any]) -> list[str]:
