@@ -136,7 +136,8 @@ class Acts:
         machine = self.machine
         match step:
             case StopUnits():
-                return {"active": machine.units.active(step.units)}
+                active = machine.units.active(step.units)
+                return {"active": active, "pulled": machine.units.pulled(active)}
             case Unexport():
                 return {"exported": (step.path, step.client) in _exported(machine.root)}
             case SwapOff():
@@ -408,7 +409,9 @@ class Acts:
         if failed:
             said = ", ".join(f"{one.name} ({one.state})" for one in failed)
             raise NotPutBack(what=said, reason="started, it does not run")
-        return [f"Started {', '.join(started)}."] if started else []
+        more = units.active(seen.get("pulled", ())) if started else []
+        beside = [f"{name} was started with them: not all is quite as before." for name in more]
+        return [f"Started {', '.join(started)}.", *beside] if started else []
 
     def _export(self, step: Unexport, seen: Mapping[str, Any]) -> list[str]:
         if not seen.get("exported") or (step.path, step.client) in _exported(self.machine.root):

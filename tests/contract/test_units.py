@@ -28,6 +28,8 @@ FILES = {
     "other.service": "[Unit]\nWants=db.service\n" + SLEEPS,
     "off.service": "[Unit]\nRequires=db.service\n" + SLEEPS,
     "idle.timer": "[Timer]\nOnCalendar=2037-01-01\nUnit=db.service\n",
+    "puller.service": "[Unit]\nWants=extra.service\n" + SLEEPS,
+    "extra.service": SLEEPS,
     "broken.service": "[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/bin/false\n",
     "stubborn.service": SLEEPS,
     "nanny.service": "[Service]\nExecStart=/bin/sh -c 'while :; do systemctl --user start stubborn; sleep 0.05; done'\n",
@@ -98,6 +100,8 @@ class Played:
                 "RequiredBy": "web.service off.service hooked.target",
             },
             "web.service": {"ConsistsOf": "worker.service"},
+            "puller.service": {"Wants": "extra.service"},
+            "hooked.target": {"Wants": "off.service"},
             "worker.service": {"BoundBy": "report.service"},
             "broken.service": {"when_started": "fail"},
         }
@@ -148,6 +152,11 @@ def test_units_are_told_stopped_and_started(systemd):
     # A target alone: what it wants did not run before.
     assert units.start(["hooked.target"]) == (["hooked.target"], [])
     assert units.states(["off.service"]) == {"off.service": "inactive"}
+
+    assert units.pulled(["puller.service", "web.service"]) == ["extra.service"]
+    units.start(["puller.service"])
+    assert units.active(["extra.service"]) == ["extra.service"]
+    assert units.pulled(["puller.service"]) == []
 
     started, failed = units.start(["broken.service"])
     assert (started, [(one.name, one.state) for one in failed]) == ([], [("broken.service", "failed")])

@@ -441,6 +441,15 @@ def test_a_unit_that_does_not_start_again_is_told_and_tried_once_more(stage):
     stage.nothing_left()
 
 
+def test_what_is_started_with_a_unit_and_did_not_run_is_told(stage):
+    stage.systemd.add("db.service", Wants="extra.service")
+    stage.systemd.add("extra.service", "inactive")
+    with stage.resting(steps=[StopUnits(("db.service",), ("db.service",))]) as rest:
+        pass
+    assert stage.systemd.states() == {"db.service": "active", "extra.service": "active"}
+    assert [note for note in rest.notes if "extra.service" in note]
+
+
 def test_nothing_is_started_on_an_empty_directory(stage):
     device, one = stage.filesystem("one", "ext4")
     stage.systemd.add("db.service")
