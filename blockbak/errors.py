@@ -228,7 +228,9 @@ class NoSnapshotRoom(SnapshotError):
 
 class NoPoolRoom(SnapshotError):
     message = "Thin pool {pool} is {used} % full ({what}): a snapshot of {volume} could fill it."
-    advice = "Extend the pool with lvextend, or free room in it."
+    advice = (
+        "Extend the pool with 'lvextend -L +SIZE {pool}' (metadata: '--poolmetadatasize +SIZE'), or free room in it."
+    )
 
 
 class NotSnapshotable(SnapshotError):
@@ -278,7 +280,7 @@ class NoSuchHook(SnapshotError):
 
 class HookFailed(SnapshotError):
     message = "Hook {hook} failed in its phase {phase}: {reason}."
-    advice = "No point was made. The hook's own messages stand above; it is tried again until its deadline."
+    advice = "No point was made. The hook's own messages stand above; a begin is tried three times within its deadline."
 
 
 class HookStopped(SnapshotError):

@@ -183,6 +183,8 @@ def command(
         raise click.UsageError("--name names one volume, so it takes one SOURCE.")
     if mode != "cold" and rest.given:
         raise click.UsageError(f"{rest.given[0]} belongs to --mode cold.")
+    if together and mode in ("cold", "live"):
+        raise click.UsageError(f"--together takes snapshots; --mode {mode} takes none.")
     opened = common.open_repository(repository)
     told = _Told(as_json, dry_run)
     resting = rest if mode == "cold" else None

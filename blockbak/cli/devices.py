@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from blockbak.flow.offer import Offer
 
 _NAMED_MOST = 3
-"""Of who keeps a device busy, in the table; the document has all."""
+"""Of what uses a device, and of who keeps it busy, in the table; the document has all."""
 
 
 def _as_dict(offer: Offer) -> dict[str, Any]:
@@ -41,9 +41,13 @@ def _room(one: dict[str, Any]) -> str:
 
 
 def _users(one: dict[str, Any]) -> str:
-    who = one["occupants"]
-    more = f" and {len(who) - _NAMED_MOST} more" if len(who) > _NAMED_MOST else ""
-    return ", ".join([*one["uses"], *(["by " + ", ".join(who[:_NAMED_MOST]) + more] if who else [])]) or "-"
+    who = _some(one["occupants"])
+    return ", ".join(part for part in (_some(one["uses"]), f"by {who}" if who else "") if part) or "-"
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED_MOST} more" if len(names) > _NAMED_MOST + 1 else ""
+    return ", ".join(names[:_NAMED_MOST] if more else names) + more
 
 
 @click.command(epilog="Example: blockbak devices")

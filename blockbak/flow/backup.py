@@ -264,7 +264,7 @@ def _backup_group(
             try:
                 held.append(_hold(repository, request, context, stack))
                 if hot.together:
-                    _check_member(held[-1].seen)
+                    _check_member(held[-1].seen, [one.seen for one in held[:-1]])
             except BlockbakError as error:
                 tell(error)
                 if hot.together or isinstance(error, Interrupted):
@@ -291,7 +291,7 @@ def _plan_group(
                 check_block_size(request.block_bytes)
             seen = look(repository, request, context)
             if hot.together:
-                _check_member(seen)
+                _check_member(seen, [one for one, _ in planned])
             planned.append((seen, _planned(repository, seen, request, context)))
         except BlockbakError as error:
             tell(error)
@@ -307,7 +307,9 @@ def _plan_group(
         tell(replace(made, notes=[*made.notes, next(rooms)]) if seen.mode == "hot" else made)
 
 
-def _check_member(seen: Seen) -> None:
+def _check_member(seen: Seen, others: Sequence[Seen]) -> None:
+    if any(seen.identity.same_as(other.identity) for other in others):
+        raise NotTogether(volume=seen.device.label, reason="it is named twice")
     if seen.mode != "hot":
         reason = "it is not in use: a cold image of it needs no other's company"
         raise NotTogether(volume=seen.device.label, reason=reason if seen.device.is_lv else "it is no logical volume")

@@ -22,12 +22,12 @@ def tree(top):
 CLASSES = {one.__name__: one for one in tree(errors.BlockbakError)}
 # These group others and say nothing of their own.
 GROUPS = {
+    "RestError",
     "BlockbakError",
     "Failed",
     "SourceError",
     "RepositoryError",
     "SnapshotError",
-    "RestError",
     "Damage",
     "Refused",
 }
