@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -247,8 +248,17 @@ def _detach_all_of(file: str) -> None:
 
 def _remove_loop(node: str) -> None:
     fd = os.open("/dev/loop-control", os.O_RDWR)
+    deadline = time.monotonic() + 10
     try:
-        fcntl.ioctl(fd, 0x4C81, int(node.removeprefix("/dev/loop")))  # linux/loop.h, LOOP_CTL_REMOVE
+        while True:
+            try:
+                fcntl.ioctl(fd, 0x4C81, int(node.removeprefix("/dev/loop")))  # linux/loop.h, LOOP_CTL_REMOVE
+            except OSError as error:  # whoever lists loop devices opens each for a moment
+                if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+            else:
+                return
     finally:
         os.close(fd)
 
