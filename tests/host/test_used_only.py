@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
+import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
-from blockbak.units import MIB
+from blockbak.flow import backup
+from blockbak.flow.used import find_unused
+from blockbak.model import extent
+from blockbak.units import KIB, MIB, SECTOR
 from tests import children
-from tests.host.stage import run
+from tests.doubles import context, new_repository
+from tests.faults import BadMedium
+from tests.host.stage import partitioned, run
 
 SIZES = {"xfs": 320 * MIB, "btrfs": 240 * MIB}
 """mkfs.xfs takes no less than 300 MiB, and all else of a btrfs but its metadata twice no less than this."""
@@ -141,9 +148,7 @@ def noise(loop, tmp_path, seed):
 def holes(program, point):
     """What the point left out."""
     done = program("show", point)
-    return [
-        (row["start"], row["start"] + row["length"]) for row in done.document["extents"] if row["kind"] == "hole"
-    ]
+    return [(row["start"], row["start"] + row["length"]) for row in done.document["extents"] if row["kind"] == "hole"]
 
 
 def is_copy(file, content, left_out):
@@ -208,3 +213,140 @@ def test_what_is_in_use_is_read_and_restored_and_the_rest_is_neither(what, noise
 
     assert content.files(target) == content.files(device)
     content.check(target)
+
+
+# --- what is not believed, or not asked ------------------------------------------------------------
+
+
+def reading_all(made, reason):
+    """The point holds every byte, and says why."""
+    assert (made["read_bytes"], made["hole_bytes"]) == (made["device_bytes"], 0)
+    assert any("is read: " in note and reason in note for note in made["notes"]), made["notes"]
+
+
+def left_mounted(device, copy, where, options):
+    """A copy of a file system in the middle of its work, whose last files are in its journal at best; and one made
+    while it was frozen.
+    """
+    frozen = copy.with_suffix(".frozen")
+    run("mount", *options, device, where)
+    try:
+        (where / "first").write_bytes(b"first" * 100_000)
+        run("fsfreeze", "--freeze", where)
+        try:
+            run("cp", "--sparse=never", device.file, frozen)
+        finally:
+            run("fsfreeze", "--unfreeze", where)
+        for number in range(4):
+            with (where / f"second{number}").open("wb") as file:
+                file.write(b"second" * 50_000)
+                file.flush()
+                os.fsync(file.fileno())
+        run("cp", "--sparse=never", device.file, copy)
+    finally:
+        run("umount", where)
+    return frozen
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("ext4", "not cleanly unmounted"), ("xfs", "log is still to be replayed")]
+)
+def test_the_map_of_a_file_system_that_crashed_is_not_believed(kind, reason, noise, program, tmp_path):
+    """partclone takes it; what the journal would bring back is not in its map. A frozen one has it all in place."""
+    device = noise(SIZES.get(kind, SIZE))
+    run(*MAKE[kind], device)
+    copy, where = tmp_path / "crashed", tmp_path / "mount"
+    where.mkdir()
+    frozen = left_mounted(device, copy, where, ["-o", "nouuid"] if kind == "xfs" else [])
+    run(f"partclone.{kind}", "-D", "-q", "-L", "/dev/null", "-s", copy, "-o", tmp_path / "map")
+    reading_all(program.backup(copy, "--used-only"), reason)
+    found = find_unused(str(frozen), "vg/lv", lambda: None, frozen=True)
+    assert extent.total(found.extents) > device.size // 2, found.notes
+    whole = bytearray(frozen.read_bytes())
+    for start, end in zip(
+        extent.starts_of(found.extents).tolist(), extent.ends_of(found.extents).tolist(), strict=True
+    ):
+        whole[start:end] = bytes(end - start)
+    restored = tmp_path / "restored"
+    restored.write_bytes(whole)
+    content = Content(kind, str(restored), where)
+    assert content.files() == {"first": _digest(b"first" * 100_000)}
+    run(*CHECK[kind], restored)
+
+
+def test_partclone_refuses_what_it_does_not_know(noise, program):
+    device = noise(SIZE)
+    run("mkfs.ext4", "-q", "-F", "-E", "nodiscard", "-b", "4096", "-O", "bigalloc", "-C", "65536", device)
+    reading_all(program.backup(device, "--used-only"), "partclone.ext4 does not take it: ")
+
+
+def test_a_disk_is_asked_partition_by_partition(noise, program, tmp_path, seed):
+    """Gaps and tables count as used, and so does what has no map."""
+    disk = noise(SIZE)
+    with partitioned(disk, "size=40MiB", "size=20MiB", "size=20MiB") as nodes:
+        first, second, third = nodes
+        run(*MAKE["ext4"], first)
+        run("mkswap", second)
+        content = Content("ext4", first, tmp_path / "mount")
+        content.put(some(0, 5, seed))
+        before = disk.file.read_bytes()
+        made = program.backup(disk, "--used-only", "--name", "disk")
+    left = holes(program, made["point"])
+    assert left
+    assert all(MIB <= start < end <= 41 * MIB + SECTOR for start, end in left), left
+    assert made["read_bytes"] + made["hole_bytes"] == SIZE
+    notes = [note for note in made["notes"] if "/dev/" in note]
+    assert any(f"of {first} (ext4) are not in use" in note for note in notes), notes
+    assert f"All of {second} (swap) is read: there is no map of it." in notes
+    assert f"All of {third} is read: no file system is known there." in notes
+    restored = tmp_path / "restored"
+    program("restore", made["point"], restored)
+    assert is_copy(restored, before, left)
+
+
+def test_a_source_that_may_be_written_is_read_as_a_whole(noise, program):
+    device = noise(SIZE)
+    run(*MAKE["ext4"], device)
+    reading_all(program.backup(device, "--used-only", "--mode", "live"), "it may be written meanwhile")
+
+
+def test_without_partclone_nothing_is_read(noise, tmp_path):
+    """A person who asked for less must not get everything, hours later."""
+    device = noise(SIZE)
+    run(*MAKE["ext4"], device)
+    new_repository(tmp_path / "repo")
+    hidden = ["unshare", "--mount", "sh", "-c"]
+    done = subprocess.run(
+        [*hidden, 'mount -t tmpfs none /usr/sbin && exec "$@"', "sh", sys.executable, "-m", "blockbak",
+         "-r", str(tmp_path / "repo"), "backup", device.path, "--used-only", "--json"],
+        env=children.environment(tmp_path / "repo"), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert '"name": "MissingProgram"' in done.stdout
+    assert "apt-get install partclone" in done.stderr
+    assert not list((tmp_path / "repo").glob("*/*.zst*"))
+
+
+def test_a_bad_sector_that_nobody_uses_is_not_asked_for(noise, tmp_path, seed):
+    """It is no loss, and a failing disk is spared."""
+    device = noise(SIZE)
+    run(*MAKE["ext4"], device)
+    content = Content("ext4", device.path, tmp_path / "mount")
+    content.put(some(0, 5, seed))
+    found = find_unused(device.path, device.path, lambda: None)
+    start, end = max(
+        zip(extent.starts_of(found.extents).tolist(), extent.ends_of(found.extents).tolist(), strict=True),
+        key=lambda pair: pair[1] - pair[0],
+    )
+    assert end - start > 4 * MIB
+    middle = (start + end) // 2 // (64 * KIB) * 64 * KIB
+    kernel = BadMedium(device.path, [(middle, middle + 64 * KIB)])
+    repository = new_repository(tmp_path / "repo")
+    world = context(tmp_path / "state", kernel=kernel)
+    request = backup.Request(device.path, name="disk", used_only=True, strict=True)
+    made = backup.backup(repository, request, world)
+    assert (made.bad_bytes, made.attention) == (0, False)
+    for low, length in kernel.reads:
+        assert low + length <= middle or low >= middle + 64 * KIB
+    request = replace(request, used_only=False, strict=False, retries=0)
+    assert backup.backup(repository, request, world).bad_bytes == 64 * KIB
