@@ -55,13 +55,13 @@ class Report:
     read_bytes: int
     changed_bytes: int
     stored_bytes: int
-    hole_bytes: int
     bad_bytes: int
     seconds: float
     source: str
     file: str
     root: str
     set_id: str = ""
+    hole_bytes: int = 0
     notes: list[str] = field(default_factory=list)
     attention: bool = False
 
@@ -452,7 +452,7 @@ def _planned(repository: Repository, seen: Seen, request: Request, context: Cont
         parent=choice.parent.id if choice.parent else None,
         sequence=points[-1].sequence + 1 if points else 1,
         mode=seen.mode, consistency=found, change_source="scan",
-        device_bytes=device.size, read_bytes=device.size, changed_bytes=0, stored_bytes=0, hole_bytes=0, bad_bytes=0,
+        device_bytes=device.size, read_bytes=device.size, changed_bytes=0, stored_bytes=0, bad_bytes=0,
         seconds=0.0, source=device.label, file="", root="", notes=notes,
     )  # fmt: skip
 
