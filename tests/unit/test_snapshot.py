@@ -251,6 +251,16 @@ def test_when_a_pool_is_too_full(used, metadata, short, gives_out):
     assert plan.pool_gives_out(use, 100 * GIB) == gives_out
 
 
+@pytest.mark.parametrize(
+    ("mib", "used", "short"), [(4, 0.74, ""), (4, 0.76, "metadata"), (64, 0.89, ""), (32, 0.86, ""), (32, 0.88, "metadata")]
+)  # fmt: skip
+def test_lvm_wants_some_metadata_free_before_it_makes_a_snapshot(mib, used, short):
+    """A quarter, or 4 MiB where that is less: it would refuse what we had promised."""
+    total = mib * MIB // (4 * KIB)
+    use = PoolUse(int(total * used), total, 0, 1000, writable=True)
+    assert plan.pool_short(use, 100 * GIB, GIB) == short
+
+
 @pytest.mark.parametrize(("asked", "needed"), [(None, 20 * GIB // 50), (3 * GIB, 3 * GIB), (30 * GIB, 20 * GIB)])
 def test_what_a_thin_snapshot_may_take(asked, needed):
     assert plan.thin_need(THIN, asked) == needed
@@ -342,6 +352,14 @@ def hidden(group, name, part=""):
 @pytest.mark.parametrize("part", ["", "-cow"])
 def test_our_snapshots_are_hidden(group, number, part):
     assert hidden(group, f"{plan.PREFIX}{'0badc0de'[:_RUN_DIGITS]}{number}", part)
+
+
+def test_a_mapping_of_ours_is_known_by_its_name():
+    ours = [plan.dm_name("my-vg", f"blockbak-0badc0de{number}") for number in ("", "-1", "-12")]
+    assert all(plan.is_our_mapping(name) for name in ours)
+    others = ("blockbak", "blockbak-data", "blockbak-cafe", "blockbak-0badc0de2", "x-blockbak-0badc0de")
+    assert not any(plan.is_our_mapping(plan.dm_name("vg", name)) for name in others)
+    assert not any(plan.is_our_mapping(f"{name}-cow") for name in ours)
 
 
 @pytest.mark.parametrize(
