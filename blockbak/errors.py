@@ -104,6 +104,11 @@ class SourceVanished(SourceError):
     advice = "No point was made. Look at the kernel's log, then run again."
 
 
+class SourceUnreadable(SourceError):
+    message = "{path} cannot be read at byte {byte}, sector {sector} of {sector_bytes} bytes ({reason})."
+    advice = "No point was made; earlier ones are untouched. Without --strict the rest is read, and the loss is named."
+
+
 class SourceChangedSize(SourceError):
     message = "{path} changed its size while it was read: {before} bytes became {after}."
     advice = "No point was made. Run again when nothing resizes it."

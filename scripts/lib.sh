@@ -42,6 +42,8 @@ package_of() {
         fusermount3) echo fuse3 ;;
         lvcreate) echo lvm2 ;;
         partclone.ext4) echo partclone ;;
+        mkfs.ntfs) echo ntfs-3g ;;
+        mcopy) echo mtools ;;
         borg) echo borgbackup ;;
         restic) echo restic ;;
         qemu-system-x86_64) echo qemu-system-x86 ;;

@@ -57,20 +57,24 @@ def _group(about: dict[str, Any]) -> list[tuple[str, str]]:
               metavar="N", help="List at most so many extents in the JSON document.")  # fmt: skip
 @click.option("--lvm-metadata", is_flag=True,
               help="Print only the volume group's metadata as it was, which vgcfgrestore takes.")  # fmt: skip
+@click.option("--mapfile", is_flag=True,
+              help="Print only what could not be read, as a mapfile that ddrescue takes.")  # fmt: skip
 @common.repository_options
 def command(
-    point: str, extents_max: int, lvm_metadata: bool, repository: str | None, as_json: bool, wait: float
+    point: str, extents_max: int, lvm_metadata: bool, mapfile: bool, repository: str | None, as_json: bool, wait: float
 ) -> None:
     """One point: where it is from, what holds it, its extents, partitions and file systems."""
     from blockbak.flow import show as flow
 
+    if lvm_metadata and mapfile:
+        raise click.UsageError("--lvm-metadata and --mapfile each print one thing only.")
     opened = common.open_repository(repository)
     if lvm_metadata:
-        text = flow.lvm_metadata(opened, point)
-        if as_json:
-            render.document({"lvm_metadata": text})
-        else:
-            render.line(text.removesuffix("\n"))
+        _print_only("lvm_metadata", flow.lvm_metadata(opened, point), as_json=as_json)
+        return
+    if mapfile:
+        with common.world(wait) as world:
+            _print_only("mapfile", flow.mapfile(opened, point, world), as_json=as_json)
         return
     with common.world(wait) as world:
         about = flow.as_document(flow.show(opened, point, world, extents_max=extents_max))
@@ -83,6 +87,13 @@ def command(
         if row["kind"] == "bad":
             render.line(f"{'unreadable:':15}bytes {row['start']} to {row['start'] + row['length']}")
     _partitions(about)
+
+
+def _print_only(name: str, text: str, *, as_json: bool) -> None:
+    if as_json:
+        render.document({name: text})
+    else:
+        render.line(text.removesuffix("\n"))
 
 
 def _partitions(about: dict[str, Any]) -> None:

@@ -10,11 +10,12 @@ import numpy as np
 
 from blockbak.errors import NoGroupMetadata
 from blockbak.flow.context import Context
+from blockbak.flow.mapfile import text
 from blockbak.flow.points import find, find_and_open, partition_table, reader
 from blockbak.image.view import PointView
 from blockbak.model import extent
 from blockbak.model.chain import Image
-from blockbak.model.extent import KIND_NAMES, Extents
+from blockbak.model.extent import BAD, HOLE, KIND_NAMES, Extents
 from blockbak.model.filesystem import Filesystem, filesystem
 from blockbak.model.partition import PartitionTable
 from blockbak.repository.local import Repository
@@ -62,10 +63,22 @@ def lvm_metadata(repository: Repository, name: str) -> str:
     Raises NoGroupMetadata, NoSuchPoint, AmbiguousPoint, Damage.
     """
     _, _, point = find(repository, name)
-    text = point.images[0].closing.lvm_metadata
-    if not text:
+    metadata = point.images[0].closing.lvm_metadata
+    if not metadata:
         raise NoGroupMetadata(point=point.id)
-    return text
+    return metadata
+
+
+def mapfile(repository: Repository, name: str, context: Context) -> str:
+    """What of a point could not be read, as a mapfile for ddrescue. Raises NoSuchPoint, AmbiguousPoint, Damage."""
+    with ExitStack() as stack:
+        _, _, opened = find_and_open(repository, name, stack)
+        view = opened.view
+        lost = [extent.empty()]
+        for number in range(view.geometry.sections):
+            context.check()
+            lost.append(extent.of_kind(view.section(number).extents, BAD, HOLE))
+        return text(extent.coalesce(np.concatenate(lost)), view.geometry.device_bytes)
 
 
 def _extents(view: PointView, most: int, context: Context) -> tuple[dict[str, int], int, Extents]:

@@ -24,7 +24,7 @@ def reading(path: str) -> Iterator[Read]:
     def read(offset: int, length: int) -> bytes:
         try:
             return os.pread(descriptor, length, offset) if offset >= 0 else b""
-        except OSError:
+        except (OSError, OverflowError):
             return b""
 
     try:

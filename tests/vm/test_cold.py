@@ -230,8 +230,8 @@ def test_a_disk_with_everything_on_it(stage, loop, new_cluster, repository, run_
 # --- killed on the way --------------------------------------------------------------------------------------
 
 STEPS = [
-    ("systemctl", "stop"), ("swapoff", ""), ("umount", ""), ("lvchange", "-an"),
-    ("lvchange", "-ay"), ("mount", "-o"), ("swapon", ""), ("systemctl", "start"),
+    ("systemctl", "stop"), ("swapoff", ""), ("umount", ""), ("lvchange", "--activate n"),
+    ("lvchange", "--activate y"), ("mount", "-o"), ("swapon", ""), ("systemctl", "start"),
 ]  # fmt: skip
 
 
