@@ -103,21 +103,30 @@ class TestGpt:
         assert not wrong.valid_backup
         assert wrong.partitions == ()
 
-    @pytest.mark.parametrize("damage", [512, 512 + 60, 1024 + 10, 1024 + 16000])
-    def test_the_backup_serves_where_the_primary_is_damaged(self, gpt, damage):
+    @pytest.mark.parametrize(
+        ("damage", "why"),
+        [
+            (512, "there is none"),
+            (512 + 60, "its header does not have its checksum"),
+            (1024 + 10, "its entries do not have their checksum"),
+            (1024 + 16000, "its entries do not have their checksum"),
+        ],
+    )
+    def test_the_backup_serves_where_the_primary_is_damaged(self, gpt, damage, why):
         whole = fixed(gpt)
         gpt[damage] ^= 0x40
         table = fixed(gpt)
         assert (table.valid_primary, table.valid_backup) == (False, True)
         assert table.partitions == whole.partitions
         assert table.disk_id == whole.disk_id
-        assert table.notes == ("The primary table is damaged.",)
+        assert table.notes == (f"The primary table is damaged ({why}); the backup is used.",)
 
     def test_a_damaged_backup_is_told(self, gpt):
         gpt[-1024] ^= 1
         table = fixed(gpt)
         assert (table.valid_primary, table.valid_backup) == (True, False)
-        assert table.notes == ("The backup table is damaged or missing.",)
+        (note,) = table.notes
+        assert note.startswith("The backup table is damaged or missing")
 
     def test_both_damaged_is_a_table_without_partitions(self, gpt):
         gpt[520] ^= 1
