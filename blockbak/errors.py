@@ -437,7 +437,7 @@ class TargetSectorSize(Refused):
 
 
 class CannotGrow(Refused):
-    message = "--grow cannot move the GPT to the end of {path}: {reason}."
+    message = "The GPT cannot be moved to the end of {path}: {reason}."
     advice = "Restore without --grow, then look at the table with 'sgdisk --verify'."
 
 

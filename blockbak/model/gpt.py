@@ -114,7 +114,8 @@ def grown(read: Read, sector_bytes: int, volume_bytes: int, target_bytes: int) -
     hybrid = kept != [0] or mbr[450] != PROTECTIVE
     if not hybrid and (protective := _protective(mbr, last)) != mbr:
         writes.append((0, protective))
-    if old_last < place and read(old_last * sector_bytes, 8) == b"EFI PART":
+    overwritten = place <= old_last < place + len(entries) // sector_bytes
+    if not overwritten and read(old_last * sector_bytes, 8) == b"EFI PART":
         # Last of all: a program that looks for lost tables would find it, and take it for the truth.
         writes.append((old_last * sector_bytes, bytes(sector_bytes)))
     return Growth(tuple(writes), hybrid)
