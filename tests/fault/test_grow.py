@@ -47,13 +47,15 @@ def table(device, sector):
         os.close(fd)
 
 
-def check(device, sector):
-    """One copy is whole, and sgdisk brings the rest back from it."""
+def check(device, sector, *, mend):
+    """One copy is whole, and sgdisk, which takes a second each time, brings the rest back from it."""
     found = table(device, sector)
     assert found.valid_primary or found.valid_backup
     assert [(one.number, one.start, one.length) for one in found.partitions] == [
         (1, 100 * sector, 201 * sector), (2, 301 * sector, 600 * sector),
     ]  # fmt: skip
+    if not mend:
+        return
     # It asks for no word of anybody, reads what there is and writes both copies anew.
     mended = subprocess.run(["sgdisk", "--move-second-header", device], capture_output=True, text=True, check=False)
     assert mended.returncode == 0, mended.stdout + mended.stderr
@@ -98,7 +100,7 @@ def test_whenever_the_machine_stops_one_copy_is_whole(larger, share):
             with TargetWriter(str(device), kernel=kernel) as target:
                 grow(growth, target)
         except Killed:
-            check(device, sector)
+            check(device, sector, mend=share == "half")
         else:
             assert at > 2 * len(growth.writes)
             break
@@ -119,7 +121,7 @@ def test_whichever_call_fails_one_copy_is_whole_and_the_error_says_so(larger, ca
         except TargetFailed as error:
             assert kernel.fired
             assert any("one of the two copies" in note for note in error.__notes__)
-            check(device, sector)
+            check(device, sector, mend=False)
             assert not kernel.wrongs
         else:
             assert not kernel.fired
