@@ -115,18 +115,19 @@ def test_whichever_call_fails_one_copy_is_whole_and_the_error_says_so(larger, ca
     for at in range(1, MOST):
         put(device, 0, before)
         kernel = FaultyKernel(call, errno.EIO, at)
+        failed = None
         try:
             with TargetWriter(str(device), kernel=kernel) as target:
                 grow(growth, target)
         except TargetFailed as error:
-            assert kernel.fired
-            assert any("one of the two copies" in note for note in error.__notes__)
-            check(device, sector, mend=False)
-            assert not kernel.wrongs
-        else:
-            assert not kernel.fired
+            failed = error
+        assert kernel.fired is (failed is not None)
+        if failed is None:
             assert at > len(growth.writes)
             return
+        assert any("one of the two copies" in note for note in failed.__notes__)
+        assert not kernel.wrongs
+        check(device, sector, mend=False)
     pytest.fail("it never ended")
 
 

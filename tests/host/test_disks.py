@@ -125,7 +125,10 @@ def test_show_names_what_lies_in_partitions(loop, program, tmp_path):
     made = loop(SIZE)
     make_gpt(made)
     _, known = told_by_sfdisk(made, 512)
-    for number, argv in ((1, ["mkfs.vfat", "-n", "BOOT", "-i", "1A2B3C4D"]), (5, ["mkswap", "-L", "sw", "-U", UUID.format(1)])):
+    for number, argv in (
+        (1, ["mkfs.vfat", "-n", "BOOT", "-i", "1A2B3C4D"]),
+        (5, ["mkswap", "-L", "sw", "-U", UUID.format(1)]),
+    ):
         start, length, *_ = known[number]
         file = tmp_path / "part.img"
         file.write_bytes(bytes(length))
@@ -181,8 +184,8 @@ def test_each_partition_comes_back_alone_from_every_kind_of_point(disk, program,
     for kind in ("full", "incremental", "differential"):
         point = program.backup(made, "--kind", kind)["point"]
         held[point] = {number: piece(made, start, length) for number, (start, length, *_) in known.items()}
-        for start, length, kind, *_ in known.values():
-            if kind == EXTENDED:
+        for start, length, partition_type, *_ in known.values():
+            if partition_type == EXTENDED:
                 continue  # the others lie in it
             # A sector at each edge, and one anywhere: the neighbours' bytes lie in the same blocks.
             for at in (start, start + length - 4096, start + rng.randrange(length // 4096) * 4096):
@@ -327,7 +330,9 @@ def test_damage_elsewhere_costs_a_partition_nothing(loop, program, tmp_path):
     program.restore(taken["point"], tmp_path / "2.img", "--partition", 2, expect=4)
     # Where the table itself is gone, that is damage, and not a disk without partitions.
     damage_frame(program.image(taken), 0)
-    assert program.restore(taken["point"], tmp_path / "3.img", "--partition", 1, expect=4).error["name"] == "DamagedImage"
+    assert (
+        program.restore(taken["point"], tmp_path / "3.img", "--partition", 1, expect=4).error["name"] == "DamagedImage"
+    )
 
 
 def test_a_partition_is_exported_for_other_programs(loop, program, tmp_path):
@@ -348,7 +353,13 @@ def test_a_partition_is_exported_for_other_programs(loop, program, tmp_path):
 # --- a larger disk ------------------------------------------------------------------------------------------------
 
 
-GROWN = [("gpt", SIZE + 512), ("gpt", SIZE + 20 * 512), ("gpt", 64 * MIB), ("gpt of 4096", SIZE + 8192), ("gpt of 4096", 64 * MIB)]
+GROWN = [
+    ("gpt", SIZE + 512),
+    ("gpt", SIZE + 20 * 512),
+    ("gpt", 64 * MIB),
+    ("gpt of 4096", SIZE + 8192),
+    ("gpt of 4096", 64 * MIB),
+]
 
 
 @pytest.mark.parametrize(("name", "size"), GROWN)

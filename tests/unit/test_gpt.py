@@ -27,7 +27,9 @@ def disk_of(sectors, sector=512, partitions=(), number=128, protective=None):
     last = sectors - 1
     struct.pack_into("<B3xB3xII", data, 446, 0, 0xEE, 1, last if protective is None else protective)
     data[510:512] = b"\x55\xaa"
-    rows = [struct.pack("<16s16sQQQ72s", b"t" * 16, bytes([at]) * 16, *pair, 0, b"") for at, pair in enumerate(partitions)]
+    rows = [
+        struct.pack("<16s16sQQQ72s", b"t" * 16, bytes([at]) * 16, *pair, 0, b"") for at, pair in enumerate(partitions)
+    ]
     entries = b"".join(rows).ljust(number * 128, b"\0")
     room = -(-max(len(entries), 16 * KIB) // sector)
     for own, other, place in ((1, last, 2), (last, 1, last - room)):

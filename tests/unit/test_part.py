@@ -11,7 +11,9 @@ from blockbak.model.extent import BAD
 from blockbak.model.part import Part
 
 SIZE = 200
-parts = st.builds(lambda low, high: Part(min(low, high), abs(high - low) + 1, 1), st.integers(0, 199), st.integers(0, 199))
+parts = st.builds(
+    lambda low, high: Part(min(low, high), abs(high - low) + 1, 1), st.integers(0, 199), st.integers(0, 199)
+)
 ranges = st.tuples(st.integers(0, SIZE), st.integers(0, SIZE)).map(sorted)
 
 

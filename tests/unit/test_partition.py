@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockbak.model.partition import filesystem, parse
+from blockbak.model.partition_types import type_name
 
 MIB = 1 << 20
 
@@ -399,3 +400,15 @@ def test_nothing_is_recognised_in_zeros_and_noise(rng):
     assert filesystem(reader(bytes(MIB)), MIB) is None
     assert filesystem(reader(b""), 0) is None
     assert filesystem(reader(rng.randbytes(MIB)), MIB) is None
+
+
+@pytest.mark.parametrize("label", ["gpt", "dos"])
+def test_types_are_called_as_sfdisk_calls_them(label):
+    named = {}
+    for line in run("sfdisk", "--list-types", "--label", label).splitlines()[2:]:
+        kind, _, name = line.strip().partition(" ")
+        named[kind.lower() if label == "gpt" else f"0x{int(kind, 16):02x}" if kind else ""] = name.strip()
+    mine = {kind: type_name(kind) for kind in named if type_name(kind)}
+    assert len(mine) > 30
+    assert mine == {kind: named[kind] for kind in mine}
+    assert type_name("0x99") == type_name("11111111-2222-3333-4444-555555555555") == ""
