@@ -1,5 +1,17 @@
-"""``python -m blockbak`` is the same as ``blockbak``."""
+"""``blockbak``, and ``python -m blockbak``."""
 
-from blockbak.cli.main import main
+import signal
+from typing import NoReturn
 
-main()
+
+def main() -> NoReturn:
+    """Run the command. Until it is loaded, Ctrl-C just ends the process: nothing was begun."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from blockbak.cli.main import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

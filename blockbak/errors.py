@@ -205,6 +205,11 @@ class StoreFailed(RepositoryError):
     advice = "Earlier points are untouched. Look at the kernel's log for the disk below it."
 
 
+class NothingToMerge(RepositoryError):
+    message = "No differential can be composed of {volume} at {point}: the point is a full itself."
+    advice = "Name a later point with --at; one that only a full holds needs no other image."
+
+
 class ComposeFailed(RepositoryError):
     message = "The composed image of {point} does not have that point's root; it was thrown away."
     advice = "Run 'blockbak verify': an image it was made from may be damaged."
@@ -278,12 +283,59 @@ class NoSuchHook(SnapshotError):
 
 class HookFailed(SnapshotError):
     message = "Hook {hook} failed in its phase {phase}: {reason}."
-    advice = "No point was made. The hook's own messages stand above; it is tried again until its deadline."
+    advice = "No point was made. The hook's own messages stand above; a begin is tried three times within its deadline."
 
 
 class HookStopped(SnapshotError):
     message = "Hook {hook} said to stop (exit status 63) in its phase {phase}."
     advice = "No point was made."
+
+
+# --- devices brought to rest --------------------------------------------------------------
+
+
+class RestError(Failed):
+    """A device could not be brought to rest, or not kept there. What had been done was put back."""
+
+
+class NoSuchUnit(RestError):
+    message = "There is no unit {unit} that systemd knows."
+    advice = "'systemctl list-units' shows what runs."
+
+
+class NoSystemd(RestError):
+    message = "{unit} cannot be stopped: systemd does not run this machine."
+    advice = "Stop it by hand, or end its processes with --kill."
+
+
+class UnitNotStopped(RestError):
+    message = "{unit} could not be stopped: {reason}."
+    advice = "'systemctl status {unit}' says more. No point was made."
+
+
+class UnitRestarted(RestError):
+    message = "{unit} was stopped, and runs again: {reason}."
+    advice = "Name what starts it with --stop as well, or mask it for as long as the backup takes."
+
+
+class ProcessStays(RestError):
+    message = "Process {pid} ({name}) does not end, not even when it is killed."
+    advice = "It hangs in the kernel, as a rule on a disk or a server that does not answer. No point was made."
+
+
+class NotPutBack(RestError):
+    message = "{what} could not be put back: {reason}."
+    advice = "'blockbak recover' tries again."
+
+
+class StateUnusable(RestError):
+    message = "{path} cannot hold the journal of what is stopped: {reason}."
+    advice = "Make room there, or name another directory in BLOCKBAK_STATE_DIR. What had been stopped was put back."
+
+
+class RestVoid(RestError):
+    message = "{path} was let go before it was read to its end: {reason}."
+    advice = "No point was made. Give it more time with a longer deadline, or stop its users instead of freezing it."
 
 
 # --- the rest of exit 1 ---------------------------------------------------------------------
@@ -397,7 +449,10 @@ class Refused(BlockbakError):
 
 class SourceInUse(Refused):
     message = "{path} is in use ({holders})."
-    advice = "Unmount or stop what uses it, or read it as it is with '--mode live' (consistency: none)."
+    advice = (
+        "Bring it to rest with '--mode cold' ('--dry-run' tells how), or read it as it is with '--mode live' "
+        "(consistency: none)."
+    )
 
 
 class SourceHoldsRepository(Refused):
@@ -464,6 +519,26 @@ class NotTogether(Refused):
 class UnsafeHook(Refused):
     message = "Hook {path} is not run: {reason}."
     advice = "A hook runs as root, so root must own it and its directories, and nobody else may write them."
+
+
+class CannotRest(Refused):
+    message = "{path} cannot be brought to rest: {who}."
+    advice = "{ways}"
+
+
+class StillInUse(Refused):
+    message = "{path} is still in use ({holders})."
+    advice = "Everything was put back. Stop what uses it (--stop, --stop-users, --kill), then run again."
+
+
+class NotAtRest(Refused):
+    message = "{path} is not at rest: {what}."
+    advice = "Everything was put back. Stop what uses it, then run again."
+
+
+class FrozenAlready(Refused):
+    message = "{path} is frozen already, by somebody else."
+    advice = "Let whoever froze it end, or thaw it with 'fsfreeze --unfreeze {path}'."
 
 
 class Interrupted(BlockbakError):

@@ -10,6 +10,10 @@ cd "$checkout"
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
+# A program that takes Ctrl-C for itself, as apt-get does, would else be all that ends.
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
 say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
 
 die() {
@@ -48,11 +52,14 @@ package_of() {
 
 # quietly COMMAND...: installers talk a lot; what this one said is shown only if it fails.
 quietly() {
-    local log status=0
+    local log said status=0
     log=$(mktemp)
-    "$@" >"$log" 2>&1 </dev/null || status=$?
-    if [ $status -ne 0 ]; then cat "$log" >&2; fi
+    # Open, and without a name: whatever ends this script, nothing is left of it.
+    exec {said}<>"$log"
     rm -f "$log"
+    "$@" >&"$said" 2>&1 </dev/null || status=$?
+    if [ $status -ne 0 ]; then cat "/dev/fd/$said" >&2; fi
+    exec {said}>&-
     return $status
 }
 

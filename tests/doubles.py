@@ -87,7 +87,7 @@ class Killed(BaseException):
 
 _COUNTED = (
     "open", "preadv", "pwritev", "fsync", "truncate", "rename", "unlink", "mkdir",
-    "clone_range", "copy_range", "punch", "zero_out",
+    "clone_range", "copy_range", "punch", "zero_out", "allocate",
 )  # fmt: skip
 
 

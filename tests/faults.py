@@ -16,6 +16,7 @@ from tests.doubles import Killed, MortalKernel
 CALLS = (
     "open", "close", "preadv", "pwritev", "fsync", "truncate", "rename", "unlink", "mkdir", "clone_range",
     "copy_range", "punch", "zero_out", "device_size", "sector_sizes", "drop_cache", "lock", "extents",
+    "allocate",
 )  # fmt: skip
 """Every method of a Kernel; a test holds this list to the class."""
 
@@ -136,6 +137,7 @@ for _call, _descriptors in (
     ("preadv", [0]), ("pwritev", [0]), ("truncate", [0]), ("unlink", []), ("mkdir", []),
     ("clone_range", [0, 3]), ("copy_range", [0, 3]), ("punch", [0]), ("zero_out", [0]), ("device_size", [0]),
     ("sector_sizes", [0]), ("drop_cache", [0]), ("lock", [0]), ("extents", [0]),
+    ("allocate", [0]),
 ):  # fmt: skip
     setattr(FaultyKernel, _call, _faulty(_call, _descriptors))
 
@@ -284,6 +286,10 @@ class PowerCut(QuickMortal):
     def truncate(self, fd: int, size: int) -> None:
         self._touched(fd)
         super().truncate(fd, size)
+
+    def allocate(self, fd: int, size: int) -> None:
+        self._touched(fd)
+        super().allocate(fd, size)
 
     def clone_range(self, source_fd: int, source_offset: int, length: int, fd: int, offset: int) -> None:
         self._touched(fd)

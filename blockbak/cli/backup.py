@@ -11,6 +11,7 @@ from blockbak.errors import ATTENTION, BadBlockSize, BlockbakError
 
 if TYPE_CHECKING:
     from blockbak.flow.backup import Report
+    from blockbak.model.quiesce import RestOptions
 
 
 def _block_size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
@@ -101,8 +102,8 @@ def summary(report: Report) -> str:
     type=click.Choice(["auto", "hot", "cold", "live"]),
     default="auto",
     show_default=True,
-    help="hot: a logical volume, from a snapshot. cold: only a device that nothing uses. live: as it is, "
-    "consistency none. auto: hot for a logical volume in use, else cold.",
+    help="hot: a logical volume, from a snapshot. cold: its users are brought to rest first, and everything is put "
+    "back. live: as it is, consistency none. auto: hot for a logical volume in use, cold for what is not in use.",
 )
 @click.option("--name", callback=_name, metavar="VOLUME", help="The volume's name in the repository.")
 @click.option(
@@ -157,13 +158,15 @@ def summary(report: Report) -> str:
     help="Take a volume hot although the repository lies on it: what is written there fills its snapshot.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
+@common.rest_options
 @common.repository_options
 @click.pass_context
 def command(
     context: click.Context, sources: tuple[str, ...], kind: str, mode: str, name: str | None,
     block_bytes: int | None, compress: str, snapshot_size: str | None, snapshot_limit: str | None,
     freeze_with: tuple[str, ...], freeze_deadline: float, together: bool, together_deadline: float, limit: int | None,
-    idle: bool, holds_repository: bool, dry_run: bool, repository: str | None, as_json: bool, wait: float,
+    idle: bool, holds_repository: bool, dry_run: bool, rest: RestOptions, repository: str | None, as_json: bool,
+    wait: float,
 ) -> None:  # fmt: skip
     """Make a restore point of each SOURCE: a disk, partition, logical volume or image file.
 
@@ -178,9 +181,16 @@ def command(
 
     if name is not None and len(sources) > 1:
         raise click.UsageError("--name names one volume, so it takes one SOURCE.")
+    if mode != "cold" and rest.given:
+        raise click.UsageError(f"{rest.given[0]} belongs to --mode cold.")
+    if together and mode in ("cold", "live"):
+        raise click.UsageError(f"--together takes snapshots; --mode {mode} takes none.")
     opened = common.open_repository(repository)
     told = _Told(as_json, dry_run)
-    requests = [Request(source, kind, mode, name, block_bytes, compress, limit, holds_repository) for source in sources]
+    resting = rest if mode == "cold" else None
+    requests = [
+        Request(source, kind, mode, name, block_bytes, compress, limit, holds_repository, resting) for source in sources
+    ]
     hot = HotOptions(
         size=snapshot_size, limit=snapshot_limit, freeze_with=freeze_with, freeze_seconds=freeze_deadline,
         together=together, together_seconds=together_deadline,

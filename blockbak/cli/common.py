@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import signal
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from blockbak.repository.local import Repository
 
 F = TypeVar("F", bound=Callable[..., Any])
+R = TypeVar("R")
 
 WORKERS_MAX = 10
 """More would take more memory than the promise allows, for devices faster than any seen so far."""
@@ -83,6 +85,45 @@ compress_option = click.option(
     "--compress", callback=_compress, default="zstd", show_default=True, metavar="none|zstd[:LEVEL]",
     help="How new frames are stored; zstd alone is level 1.",
 )  # fmt: skip
+
+
+_REST = (
+    click.option("--stop", multiple=True, metavar="UNIT", help="Cold: stop this systemd unit meanwhile; repeatable."),
+    click.option("--stop-users", is_flag=True, help="Cold: stop the units whose processes use the device."),
+    click.option("--kill", is_flag=True, help="Cold: end processes that still use it; nothing starts them again."),
+    click.option(
+        "--freeze", is_flag=True,
+        help="Cold: freeze a file system that is written and cannot be unmounted, while it is read.",
+    ),
+    click.option(
+        "--thaw-after", type=click.FloatRange(min=1), default=600, show_default=True, metavar="SECONDS",
+        help="Cold: after this what is frozen goes on, whatever happens, and the image is void.",
+    ),
+    click.option("--deactivate", is_flag=True, help="Cold: deactivate the volume groups that lie on the device."),
+    click.option(
+        "--cold-hook", multiple=True, metavar="HOOK",
+        help="Cold: a program that is run before anything is stopped, and when all is back; repeatable.",
+    ),
+)  # fmt: skip
+
+
+def rest_options(function: Callable[..., R]) -> Callable[..., R]:
+    """What may be done to bring a device to rest: comes as ``rest``, a RestOptions."""
+
+    @functools.wraps(function)
+    def gathered(
+        *args: object, stop: tuple[str, ...], stop_users: bool, kill: bool, freeze: bool, thaw_after: float,
+        deactivate: bool, cold_hook: tuple[str, ...], **others: object,
+    ) -> R:  # fmt: skip
+        from blockbak.model.quiesce import RestOptions
+
+        rest = RestOptions(stop, stop_users, kill, freeze, deactivate, cold_hook, thaw_after)
+        return function(*args, rest=rest, **others)
+
+    made: Callable[..., R] = gathered
+    for option in reversed(_REST):
+        made = option(made)
+    return made
 
 
 def repository_options(function: F) -> F:

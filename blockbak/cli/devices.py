@@ -11,6 +11,9 @@ from blockbak.cli import common, render
 if TYPE_CHECKING:
     from blockbak.flow.offer import Offer
 
+_NAMED_MOST = 3
+"""Of what uses a device, and of who keeps it busy, in the table; the document has all."""
+
 
 def _as_dict(offer: Offer) -> dict[str, Any]:
     from dataclasses import asdict
@@ -23,6 +26,7 @@ def _as_dict(offer: Offer) -> dict[str, Any]:
         "label": offer.device.label,
         "identity": {"kind": known.kind, "value": known.value},
         "uses": [str(use) for use in offer.uses],
+        "occupants": list(offer.occupants),
         "thin_pool": offer.thin_pool,
         "snapshot_room": offer.snapshot_room,
         "mode": offer.mode,
@@ -36,11 +40,23 @@ def _room(one: dict[str, Any]) -> str:
     return f"{render.size(one['snapshot_room'])} in {one['thin_pool'] or one['vg']}"
 
 
+def _users(one: dict[str, Any]) -> str:
+    who = _some(one["occupants"])
+    return ", ".join(part for part in (_some(one["uses"]), f"by {who}" if who else "") if part) or "-"
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED_MOST} more" if len(names) > _NAMED_MOST + 1 else ""
+    return ", ".join(names[:_NAMED_MOST] if more else names) + more
+
+
 @click.command(epilog="Example: blockbak devices")
 @common.json_option
 def command(as_json: bool) -> None:
     """What can be backed up: size, identity, what uses it, and which mode 'auto' would take.
 
+    What uses it are mounts, swap and devices stacked on it, and then the systemd units and processes that keep them
+    busy: these are what '--mode cold' has to stop ('blockbak backup --mode cold --dry-run' tells all of it).
     For a logical volume also the room for a snapshot: what its volume group, or its thin pool, has free. Only root
     is told that by LVM.
     """
@@ -60,7 +76,7 @@ def command(as_json: bool) -> None:
                 f"{one['identity']['kind']} {one['identity']['value']}",
                 one["mode"],
                 _room(one),
-                ", ".join(one["uses"]) or "-",
+                _users(one),
             ]
             for one in found
         ],

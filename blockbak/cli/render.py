@@ -255,15 +255,15 @@ class Bar:
         except OSError:
             self._stop()
 
-    def advance(self, done: int, changed: int = 0) -> None:
+    def advance(self, done: int, changed: int | None = None) -> None:
         """Move on; any thread may call."""
         if self._bar is None:
             return
         with self._guard:
-            self._changed += changed
+            self._changed += changed or 0
             try:
                 if self._bar is not None:
-                    if self._changed:
+                    if changed is not None:
                         self._bar.set_postfix_str(f"{format_size(self._changed)} changed", refresh=False)
                     self._bar.update(done)
             except OSError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TypeAlias
@@ -17,6 +17,8 @@ from blockbak.errors import (
     NotTogether,
     NoUsableParent,
 )
+from blockbak.flow.cold import planned as planned_rest
+from blockbak.flow.cold import resting
 from blockbak.flow.context import Context, iso
 from blockbak.flow.hot import HotOptions, Member, Waiting, consistency, foreseen, snapshots
 from blockbak.flow.leftovers import settle_known
@@ -108,7 +110,8 @@ def choose(
     volume: str,
     broken: str = "",
 ) -> Choice:
-    """The kind to make and the parent it needs. ``broken`` says why there are points that cannot be used.
+    """The kind to make and the parent it needs. ``broken`` says why there are points that cannot be used, or why there
+    is none.
 
     ``auto`` becomes a full where nothing can be a parent; an explicit delta raises NoUsableParent.
     """
@@ -185,7 +188,7 @@ def backup_all(
     hot = hot or HotOptions()
     if not dry_run:
         try:
-            for line in settle_known(context):
+            for line in settle_known(context, [request.source for request in requests]).told:
                 context.say(line)
         except BlockbakError as error:
             # What somebody else left is no reason to do without a backup.
@@ -261,7 +264,7 @@ def _backup_group(
             try:
                 held.append(_hold(repository, request, context, stack))
                 if hot.together:
-                    _check_member(held[-1].seen)
+                    _check_member(held[-1].seen, [one.seen for one in held[:-1]])
             except BlockbakError as error:
                 tell(error)
                 if hot.together or isinstance(error, Interrupted):
@@ -288,7 +291,7 @@ def _plan_group(
                 check_block_size(request.block_bytes)
             seen = look(repository, request, context)
             if hot.together:
-                _check_member(seen)
+                _check_member(seen, [one for one, _ in planned])
             planned.append((seen, _planned(repository, seen, request, context)))
         except BlockbakError as error:
             tell(error)
@@ -304,7 +307,9 @@ def _plan_group(
         tell(replace(made, notes=[*made.notes, next(rooms)]) if seen.mode == "hot" else made)
 
 
-def _check_member(seen: Seen) -> None:
+def _check_member(seen: Seen, others: Sequence[Seen]) -> None:
+    if any(seen.identity.same_as(other.identity) for other in others):
+        raise NotTogether(volume=seen.device.label, reason="it is named twice")
     if seen.mode != "hot":
         reason = "it is not in use: a cold image of it needs no other's company"
         raise NotTogether(volume=seen.device.label, reason=reason if seen.device.is_lv else "it is no logical volume")
@@ -358,8 +363,8 @@ def _read_held(
                     finally:
                         left = source.release()
                 else:
-                    with closing(AtRest(one.seen, one.request, context)) as resting:
-                        report = _locked(repository, one, resting, context)
+                    with _at_rest(one, repository, context) as source_at_rest:
+                        report = _locked(repository, one, source_at_rest, context)
             except BlockbakError as error:
                 if left:
                     error.add_note(left)
@@ -371,6 +376,14 @@ def _read_held(
                 report = replace(report, notes=[*report.notes, left], attention=True)
             tell(replace(report, seconds=round(context.timer() - clock, 3)))
             clock = context.timer()
+
+
+def _at_rest(held: _Held, repository: Repository, context: Context) -> AbstractContextManager[AtRest]:
+    """The source as it is; a cold device brought to rest first, where that was asked for."""
+    seen, request = held.seen, held.request
+    if seen.mode == "cold" and request.rest is not None and seen.device.is_block:
+        return resting(seen, request, {repository.path: "the repository"}, context, request.rest)
+    return closing(AtRest(seen, request, context))
 
 
 def _newest(volume: Volume) -> str:
@@ -400,8 +413,11 @@ def _locked(repository: Repository, held: _Held, source: Source, context: Contex
 def _choose(
     request: Request, seen: Seen, points: Sequence[Point], catalog: Catalog, name: str, context: Context
 ) -> Choice:
+    broken = _broken(catalog)
+    if not points and not broken and seen.before:
+        broken = f"the volume has no point yet; {seen.before}"
     return choose(
-        request.kind, points, seen.identity, context.host, seen.device.size, request.block_bytes, name, _broken(catalog)
+        request.kind, points, seen.identity, context.host, seen.device.size, request.block_bytes, name, broken
     )
 
 
@@ -436,6 +452,8 @@ def _planned(repository: Repository, seen: Seen, request: Request, context: Cont
         with _parent_view(volume, catalog, choice, request) as (checked, _):
             choice = checked
     notes = [f"A full is made: {choice.reason}."] if choice.reason else []
+    if seen.mode == "cold" and request.rest is not None and device.is_block:
+        notes += planned_rest(device, request.rest, [(repository.path, "the repository")], context)
     found = {"cold": "cold", "hot": consistency(device, hooked=False)}.get(seen.mode, "none")
     return Report(
         point="", volume=name, kind=choice.kind, synthetic=False,

@@ -16,8 +16,10 @@ class Progress(Protocol):
     def begin(self, label: str, total: int) -> None:
         """A stage of ``total`` bytes starts."""
 
-    def advance(self, done: int, changed: int = 0) -> None:
-        """``done`` more bytes, of which ``changed`` were stored or written. Any thread may call."""
+    def advance(self, done: int, changed: int | None = None) -> None:
+        """``done`` more bytes, of which ``changed`` were stored or written (None: that is not asked). Any thread may
+        call.
+        """
 
     def end(self) -> None:
         """The stage is over."""
@@ -29,7 +31,7 @@ class Quiet:
     def begin(self, label: str, total: int) -> None:
         """Nothing."""
 
-    def advance(self, done: int, changed: int = 0) -> None:
+    def advance(self, done: int, changed: int | None = None) -> None:
         """Nothing."""
 
     def end(self) -> None:

@@ -16,6 +16,7 @@ from blockbak.host.blockio import sync_directory
 from blockbak.repository.local import Repository
 
 _CONVERT_SECONDS = 24 * 3600
+_PREFIX = ".blockbak-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +65,10 @@ def _export(
     assert isinstance(planned, restore.Plan)  # noqa: S101 - a dry run gives one
     # By its id: what a name such as latest means may change on the way.
     request = replace(asked, point=f"{planned.volume}@{planned.point}")
+    for left in scratch.sweep(os.path.dirname(path), _PREFIX, ("raw", "raw.partial", "image")):
+        context.say(f"Removed {left}, which an export that was killed had left.")
     try:
-        with scratch.folder(os.path.dirname(path), ".blockbak-") as folder:
+        with scratch.folder(os.path.dirname(path), _PREFIX) as folder:
             raw = os.path.join(folder, "raw")
             done = restore.restore(repository, replace(request, target=raw), context)
             made = raw if file_format == "raw" else _convert(raw, os.path.join(folder, "image"), file_format, context)

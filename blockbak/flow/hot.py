@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
-from pathlib import Path
 
 from blockbak.errors import NotTogether, SetVoid, SnapshotError, SourceChangedSize
 from blockbak.flow.context import Context
@@ -35,6 +33,7 @@ FREEZE_SECONDS = 60.0
 HOOKS_FOLDER = "/etc/blockbak/hooks.d"
 _LIVE_PLACES = ("/", "/usr", "/etc", "/var", "/tmp", "/etc/lvm", "/var/log", "/run")  # noqa: S108 - looked at, not used
 """Where the commands that make snapshots, and what they wait for, read and write."""
+_LIVE_TREES = ("/usr/", "/etc/", "/var/log/", "/bin/", "/sbin/", "/lib")
 _RUN_DIGITS = 8
 _NOT_FROZEN = frozenset({"bcachefs", "btrfs"})
 """File systems that may have several devices: the kernel does not find them by one that it suspends."""
@@ -157,7 +156,7 @@ def check_together(members: Sequence[Member], origins: Sequence[LogicalVolume], 
     system = System()
     own = [
         (place, place)
-        for place in (*_LIVE_PLACES, *lvm.places(), *_program_places())
+        for place in (*_LIVE_PLACES, *_mounted_below(system), *lvm.places(), *usage.program_places())
         if os.path.lexists(place)
     ]  # fmt: skip
     kept = [(repository, "the repository"), (state, "blockbak's state directory")]
@@ -171,9 +170,9 @@ def check_together(members: Sequence[Member], origins: Sequence[LogicalVolume], 
             raise NotTogether(volume=origin.label, reason="it carries swap")
 
 
-def _program_places() -> list[str]:
-    """Where blockbak itself and its Python are."""
-    return [str(Path(__file__).resolve().parent.parent), sys.prefix, sys.base_prefix, sys.executable]
+def _mounted_below(system: System) -> list[str]:
+    """What is mounted somewhere in the trees that hold programs, settings and logs."""
+    return [line.target for line in system.mounts if line.target.startswith(_LIVE_TREES)]
 
 
 def suspend_order(devices: Sequence[Device], system: System) -> list[Device]:
@@ -221,7 +220,7 @@ def snapshots(
     Raises SnapshotError, NotTogether, UnsafeHook, CommandFailed, MissingProgram, with nothing left behind.
     """
     boot = System().boot
-    for line in settle(context):
+    for line in settle(context).told:
         context.say(line)
     scanners.ensure()
     origins = [origin_of(member.seen.device) for member in members]
@@ -293,7 +292,8 @@ def _take(
                     mapper.suspend(device.dm_name)
         _make(origins, rooms, options, run, made, rest, [name for name, _ in devices], context)
     if not rest.in_time:
-        raise SetVoid(reason="; ".join(rest.reasons) or "the deadline passed")
+        reasons = [one.removesuffix(".") for one in rest.reasons]
+        raise SetVoid(reason="; ".join(reasons) or "the deadline passed")
     return moment, rest
 
 

@@ -148,7 +148,7 @@ def new_volume(
     What lies past the part's end reads as zeros. ``watch`` is handed what must be asked while it is written.
     Raises CommandFailed, MapperFailed, TargetFailed, TargetSectorSize.
     """
-    for line in settle(context):
+    for line in settle(context).told:
         context.say(line)
     boot = System().boot
     with (

@@ -8,6 +8,7 @@ from blockbak.errors import BlockbakError
 from blockbak.host import device as devices
 from blockbak.host import lvm, usage
 from blockbak.host.device import Device
+from blockbak.host.occupants import everybody
 from blockbak.host.system import System
 from blockbak.host.usage import Use
 from blockbak.host.volumes import thin_pool_label
@@ -19,6 +20,7 @@ from blockbak.model.snapshot import LogicalVolume
 class Offer:
     """A device, what uses it, and how ``auto`` takes it: ``cold``, ``hot`` or ``refused``, and why.
 
+    ``occupants`` are the units and processes that use it or what is stacked on it, as far as we may know.
     ``thin_pool`` is ``vg/pool`` or empty; ``snapshot_room`` is None where there is no snapshot, or LVM does not
     tell.
     """
@@ -29,6 +31,7 @@ class Offer:
     reason: str
     thin_pool: str = ""
     snapshot_room: int | None = None
+    occupants: tuple[str, ...] = ()
 
 
 def offers() -> list[Offer]:
@@ -39,6 +42,7 @@ def offers() -> list[Offer]:
     by_uuid = {one.uuid: one for one in volumes}
     by_label = {one.label: one for one in volumes}
     names = [devices.identity(device, system) for device in found]
+    busy = everybody(system)
     told = []
     for device, name in zip(found, names, strict=True):
         known = by_uuid.get(device.lv_uuid)
@@ -49,7 +53,7 @@ def offers() -> list[Offer]:
         if sum(other.same_as(name) for other in names) > 1 and (twin := devices.find_twin(device, system)) is not None:
             # Whatever the mode: which of the two is meant cannot be told.
             one = replace(one, mode="refused", reason=f"{twin.path} carries the same identity; detach one of them")
-        told.append(one)
+        told.append(replace(one, occupants=busy.get(device.kname, ())))
     return told
 
 

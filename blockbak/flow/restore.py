@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from blockbak.errors import BadTarget, BlockbakError, Damage, Interrupted
+from blockbak.errors import BadTarget, BlockbakError, Damage, DamagedImage, Interrupted
 from blockbak.flow import grow
 from blockbak.flow.context import Context, never
 from blockbak.flow.into_lvm import NewVolume, new_volume, plan_volume, pool_of, twin_notes
@@ -375,7 +375,9 @@ def _carry_out(job: _Restoring, context: Context, clock: float) -> Report:
             raise Interrupted(state=f"{path} is not to be used (written: {shared.written_ranges()})") from error
         except BlockbakError as error:
             if method != "create":
-                error.add_note(f"{path} is not to be used as it is now (written: {shared.written_ranges()}).")
+                # Damage tells itself what was written.
+                so_far = "" if isinstance(error, DamagedImage) else f" (written: {shared.written_ranges()})"
+                error.add_note(f"{path} is not to be used as it is now{so_far}.")
             raise
         if job.growth is not None:
             grow.grow(job.growth, target)

@@ -29,6 +29,7 @@ from blockbak.host.device import Device
 from blockbak.model.chain import Image
 from blockbak.model.facts import Opening
 from blockbak.model.identity import Identity
+from blockbak.model.quiesce import RestOptions
 from blockbak.model.snapshot import LogicalVolume
 from blockbak.repository.local import NAME_RULE, Repository, Volume, usable_name
 
@@ -37,7 +38,8 @@ from blockbak.repository.local import NAME_RULE, Repository, Volume, usable_name
 class Request:
     """What a person asked for. ``kind`` and ``mode`` may be ``auto``; ``block_bytes`` None keeps the
     volume's, or takes the default. ``limit`` is the most bytes a second to read, None for no limit.
-    ``own_repository`` allows a hot volume to hold the repository.
+    ``own_repository`` allows a hot volume to hold the repository. ``rest`` says what may be done to bring the users
+    of a cold device to rest; None leaves them alone.
     """
 
     source: str
@@ -48,6 +50,7 @@ class Request:
     compress: str = "zstd"
     limit: int | None = None
     own_repository: bool = False
+    rest: RestOptions | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,15 +100,15 @@ class Source(Protocol):
 # --- the source ------------------------------------------------------------------------------------
 
 
-def resolve_mode(device: Device, mode: str) -> str:
+def resolve_mode(device: Device, mode: str, *, rest: bool = False) -> str:
     """``hot``, ``cold`` or ``live``; ``auto`` takes a logical volume in use hot, and what is not in use cold.
 
-    Raises SourceInUse where ``auto`` or ``cold`` meets a user, NotSnapshotable where ``hot`` meets no logical
-    volume.
+    With ``rest`` the users of a block device that is to be cold are brought to rest before it is read. Raises
+    SourceInUse where ``auto`` or ``cold`` meets a user, NotSnapshotable where ``hot`` meets no logical volume.
     """
     if mode == "hot" and not device.is_lv:
         raise NotSnapshotable(volume=device.label, reason="it is not a logical volume")
-    if mode in ("live", "hot"):
+    if mode in ("live", "hot") or (mode == "cold" and rest and device.is_block):
         return mode
     users = usage.users(device)
     if users and mode == "auto" and device.is_lv:
@@ -133,12 +136,16 @@ def check_source(device: Device, repository: Repository, request: Request, conte
         raise DuplicateIdentity(first=device.path, second=twin.path, identity=devices.identity(device))
 
 
-def volume_name(device: Device, identity: Identity, repository: Repository, host: str, asked: str | None) -> str:
-    """The volume that has this identity, or a new name for it; ``asked`` wins. Raises VolumeExists."""
+def volume_name(
+    device: Device, identity: Identity, repository: Repository, host: str, asked: str | None
+) -> tuple[str, str]:
+    """The volume that has this identity, or a new name for it; ``asked`` wins. With a new one, what the node was the
+    last time, in words, where it was another volume. Raises VolumeExists.
+    """
     if asked is not None:
         if not usable_name(asked):
             raise VolumeExists(volume=asked, reason=f"it takes {NAME_RULE}")
-        return asked
+        return asked, ""
     taken: dict[str, Opening | None] = {}
     claimed: set[str] = set()
     for volume in repository.volumes():
@@ -150,14 +157,17 @@ def volume_name(device: Device, identity: Identity, repository: Repository, host
             claimed.add(volume.name)
     for name, known in taken.items():
         if known is not None and known.is_of(identity, host):
-            return name
+            return name, ""
+    of_node = [known for known in taken.values() if known and (known.source, known.host) == (device.label, host)]
+    last = max(of_node, key=lambda known: known.created, default=None)
+    before = f"{device.label} was {last.identity}, volume {last.volume}, the last time" if last is not None else ""
     base = "".join(c if (c.isalnum() and c.isascii()) or c in "._-" else "-" for c in f"{host}-{_short_name(device)}")
     base = base.lstrip(".-")[:180] or "volume"
     number, name = 1, base
     while taken.get(name) is not None or name in claimed:
         number += 1
         name = f"{base}-{number}"
-    return name
+    return name, before
 
 
 def _is_own(image: Image, volume: Volume) -> bool:
@@ -197,12 +207,15 @@ class _Watch:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """The source as it was looked at, and what follows from that."""
+    """The source as it was looked at, and what follows from that. ``before`` says of a volume that is new what its
+    node was the last time, where it was another one.
+    """
 
     device: Device
     identity: Identity
     mode: str
     name: str
+    before: str = ""
 
 
 def look_at(path: str) -> Device:
@@ -226,19 +239,19 @@ def look(repository: Repository, request: Request, context: Context) -> Seen:
     """Look at the source. Raises every error of the source and refusal trees, VolumeExists."""
     device = look_at(request.source)
     check_source(device, repository, request, context)
-    mode = resolve_mode(device, request.mode)
+    mode = resolve_mode(device, request.mode, rest=request.rest is not None)
     identity = devices.identity(device)
-    name = volume_name(device, identity, repository, context.host, request.name)
-    return Seen(device, identity, mode, name)
+    name, before = volume_name(device, identity, repository, context.host, request.name)
+    return Seen(device, identity, mode, name, before)
 
 
 class AtRest:
     """A source read as it is: cold, which nothing else may use meanwhile, or live. Closed with ``close``."""
 
-    def __init__(self, seen: Seen, request: Request, context: Context) -> None:
+    def __init__(self, seen: Seen, request: Request, context: Context, *, exclusive: bool = True) -> None:
         self._seen = seen
         self.moment: datetime | None = None
-        self.reader = open_as_seen(seen, request, context)
+        self.reader = open_as_seen(seen, request, context, exclusive=exclusive and seen.mode == "cold")
         self._watch = _Watch(seen.device)
         self.circumstances = Circumstances(lvm_metadata=group_metadata(seen.device, context))
 
@@ -271,13 +284,13 @@ def group_metadata(device: Device, context: Context) -> str:
     return lvm.group_metadata(device.vg, context.run_dir) if device.is_lv else ""
 
 
-def open_as_seen(seen: Seen, request: Request, context: Context) -> SourceReader:
+def open_as_seen(seen: Seen, request: Request, context: Context, *, exclusive: bool) -> SourceReader:
     """Open what was looked at, and nothing else: a node is handed on, a file replaced, in a moment.
 
-    From here on it is held. Raises SourceVanished, SourceChangedSize, and what opening it raises.
+    With ``exclusive`` it is held from here on. Raises SourceVanished, SourceChangedSize, and what opening it raises.
     """
     device = seen.device
-    source = SourceReader(device.path, exclusive=seen.mode == "cold", kernel=context.kernel)
+    source = SourceReader(device.path, exclusive=exclusive, kernel=context.kernel)
     with ExitStack() as stack:
         stack.push(source)
         now = devices.look(request.source)

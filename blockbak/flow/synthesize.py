@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from blockbak.errors import ComposeFailed, Damage, NoSuchPoint, NoUsableParent
+from blockbak.errors import ComposeFailed, Damage, NoSuchPoint, NothingToMerge
 from blockbak.flow import workers
 from blockbak.flow.backup import Report as PointReport
 from blockbak.flow.backup import report
@@ -18,7 +18,7 @@ from blockbak.image.reader import ImageReader
 from blockbak.image.view import PointView
 from blockbak.image.writer import ImageWriter
 from blockbak.model.chain import Image, Point
-from blockbak.model.facts import DIFFERENTIAL, FULL, Closing, Kind, Opening
+from blockbak.model.facts import FULL, Closing, Kind, Opening
 from blockbak.repository.local import Repository, Volume
 
 
@@ -96,7 +96,7 @@ def _usable(volume: Volume, image: Image, chain: list[Image]) -> bool:
 def _deltas(view: PointView) -> PointView:
     """The layers above the full: together they say what a differential says."""
     if len(view.layers) == 1:
-        raise NoUsableParent(kind=DIFFERENTIAL, volume=view.top.opening.volume, reason="the point is a full itself")
+        raise NothingToMerge(volume=view.top.opening.volume, point=view.top.opening.point)
     return PointView(view.layers[1:])
 
 

@@ -186,8 +186,9 @@ def new_file(path: str, size: int, context: Context, *, overwrite: bool) -> Iter
     """
     partial = path + ".partial"
     if os.path.lexists(partial):
-        # Perhaps an interrupted restore left it, perhaps it is somebody's: it was not named.
-        if not overwrite or not os.path.isfile(partial):
+        # A restore that was killed left it, if it says so; else it may be somebody's, and was not named.
+        ours = context.kernel.is_marked(partial)
+        if not (overwrite or ours) or not os.path.isfile(partial):
             raise TargetExists(path=partial)
         with TargetWriter(partial, kernel=context.kernel):  # held by nobody, or it is refused
             context.kernel.unlink(partial)
@@ -195,8 +196,10 @@ def new_file(path: str, size: int, context: Context, *, overwrite: bool) -> Iter
     held = os.dup(writer.fd)  # the lock lasts until the file has its name
     try:
         with writer as target:
+            context.kernel.mark(target.fd)
             target.resize(size)
             yield target
+            context.kernel.unmark(target.fd)
         if not _is_named(held, partial):
             raise BadTarget(path=path, reason=f"{partial} was taken away meanwhile")
         context.kernel.rename(partial, path)

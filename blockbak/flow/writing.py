@@ -71,14 +71,13 @@ class _Job:
 
 
 class _Sections:
-    """Cuts the point into pieces, those that hold something of the part; a section whose index is damaged becomes a
-    flaw with ``keep_going``.
+    """Cuts the point into pieces, those that hold something of the part. With ``keep_going`` a section whose index is
+    damaged in one image is what newer images hold of it, and the rest a flaw.
     """
 
     def __init__(self, view: PointView, part: Part, *, keep_going: bool) -> None:
         self._view, self._part, self._keep_going = view, part, keep_going
         self.flaws: list[Flaw] = []
-        self.lost: list[tuple[int, int]] = []
 
     def pieces(self, wanted: npt.NDArray[np.bool_] | None = None) -> Iterator[_Job]:
         """The pieces in address order, or those of which ``wanted`` (bool per piece) is set."""
@@ -91,16 +90,9 @@ class _Sections:
                 continue
             if wanted is not None and not wanted[number * per_section : (number + 1) * per_section].any():
                 continue
-            try:
-                section = self._view.section(number)
-            except Damage as error:
-                if not self._keep_going:
-                    raise
-                self._flaw(begin, end, str(error), self._view.top.name)
-                self.lost.append((begin, end - begin))
-                continue
-            if not self._view.complete and wanted is None:
-                self._name_missing(section, begin)
+            section, damage = self._section(number)
+            if wanted is None and (damage is not None or not self._view.complete):
+                self._name_missing(section, begin, damage)
             blocks = geometry.section_blocks(number)
             for low in range(0, blocks, step):
                 start = begin + low * block
@@ -113,20 +105,32 @@ class _Sections:
         low, high = self._part.within(start, end)
         return low < high
 
-    def _flaw(self, start: int, end: int, reason: str, file: str) -> None:
-        low, high = self._part.within(start, end)
-        if low < high:
-            self.flaws.append(Flaw(low, high - low, reason, file))
+    def _section(self, number: int) -> tuple[SectionView, Damage | None]:
+        """A section, as far as it can be had, and the damage that was met. Raises it without ``keep_going``."""
+        damage: Damage | None = None
+        for above in range(len(self._view.layers)):
+            try:
+                return self._view.section(number, above=above), damage
+            except Damage as error:
+                if not self._keep_going:
+                    raise
+                damage = error
+        return self._view.section(number, above=len(self._view.layers)), damage
 
-    def _name_missing(self, section: SectionView, begin: int) -> None:
-        """Without the base, blocks that no newer image holds become zeros; each run of them is a flaw."""
+    def _name_missing(self, section: SectionView, begin: int, damage: Damage | None) -> None:
+        """Without the base, or with a damaged image, blocks that no newer image holds become zeros; each run of them
+        is a flaw.
+        """
         block, size = self._view.geometry.block_bytes, self._view.geometry.device_bytes
         lowest = self._view.layers[0].opening
         missing = f"{lowest.volume}/{lowest.parent}"
+        reason = "an image that is missing or damaged, or one below it, holds what was there"
+        if damage is not None:
+            missing, reason = str(damage.fields.get("file", missing)), str(damage)
         for low, high in _pairs(section.kinds == extent.ABSENT):
-            start, end = begin + low * block, min(begin + high * block, size)
-            reason = "an image that is missing or damaged, or one below it, holds what was there"
-            self._flaw(start, end, reason, missing)
+            start, end = self._part.within(begin + low * block, min(begin + high * block, size))
+            if start < end:
+                self.flaws.append(Flaw(start, end - start, reason, missing))
 
 
 class Writing:
@@ -194,8 +198,7 @@ class Writing:
         with self._guard:
             self.flaws += flaws
         if not self.keep_going:
-            reason = f"{flaws[0]} of the volume; written so far: {self.written_ranges()}"
-            raise DamagedImage(file=flaws[0].file, reason=reason)
+            raise DamagedImage(file=flaws[0].file, reason=f"{flaws[0]} of the volume")
 
     def written_ranges(self) -> str:
         """The ranges of the target that are complete, for people."""
@@ -293,9 +296,12 @@ def write_all(shared: Writing, context: Context) -> None:
     Raises DamagedImage, TargetFailed, TargetFull, Interrupted.
     """
     sections = _Sections(shared.view, shared.part, keep_going=shared.keep_going)
-    workers.run(sections.pieces(), lambda: _Writer(shared), workers=context.workers, check=context.check)
-    for start, length in sections.lost:
-        shared.target.zero(start, length)
+    try:
+        workers.run(sections.pieces(), lambda: _Writer(shared), workers=context.workers, check=context.check)
+    except DamagedImage as error:
+        # Known only now that all threads have ended.
+        reason = f"{error.fields['reason']}; written so far: {shared.written_ranges()}"
+        raise DamagedImage(file=error.fields["file"], reason=reason) from error
     shared.flaws += sections.flaws
 
 

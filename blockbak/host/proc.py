@@ -15,7 +15,11 @@ def unescape(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class MountLine:
-    """A line of /proc/self/mountinfo (proc(5)); ``options`` are the mount's and the file system's."""
+    """A line of /proc/self/mountinfo (proc(5)); ``options`` are the mount's and, after them, the file system's.
+
+    ``parent`` is the id of the mount below, ``root`` what of the file system is seen, ``tags`` are the optional
+    fields (``shared:7``, ``master:3``).
+    """
 
     id: int
     major: int
@@ -24,6 +28,14 @@ class MountLine:
     fstype: str
     source: str
     options: tuple[str, ...]
+    parent: int = 0
+    root: str = "/"
+    tags: tuple[str, ...] = ()
+
+    @property
+    def writable(self) -> bool:
+        """Whether the file system itself takes writes, whatever this mount of it does."""
+        return "ro" not in self.options[1:]
 
     def option(self, name: str) -> str:
         """The value of ``name=value``, or an empty string."""
@@ -59,6 +71,9 @@ def parse_mountinfo(text: str) -> tuple[MountLine, ...]:
                 fstype=right[0],
                 source=unescape(right[1]),
                 options=tuple(unescape(option) for option in options),
+                parent=int(left[1]),
+                root=unescape(left[3]),
+                tags=tuple(left[6:]),
             )
         )
     return tuple(found)

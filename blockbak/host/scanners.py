@@ -23,7 +23,8 @@ FOLDERS = (
     "/lib/udev/rules.d",
 )
 """udev(7): where rules lie, the first of a name wins."""
-_VOLATILE = "/run/udev/rules.d"
+_OURS = ("/etc/udev/rules.d", "/run/udev/rules.d")
+"""Where a run puts it: where it outlives the boot, if it can. LVM activates a snapshot that a crash left."""
 _LABEL, _LABEL_SECTORS = b"LABELONE", 4
 """LVM's mark of a physical volume, in one of its first sectors (lib/label/label.h)."""
 _WANTED = {"DM_UDEV_DISABLE_OTHER_RULES_FLAG": "1", "SYSTEMD_READY": "0", "UDISKS_IGNORE": "1"}
@@ -38,32 +39,43 @@ def ensure() -> bool:
     """The rule is in force afterwards; whether it had to be put there.
 
     A package puts it into udev's own folders; where it came without one (a virtual environment), it is put into
-    /run until the next boot. Without permission nothing happens: ``seen`` tells then.
+    /etc, or, where that takes no files, into /run until the next boot. Without permission nothing happens: ``seen``
+    tells then.
     """
     if not udev_runs():
         return False
     wanted = RULE_PATH.read_bytes()
     missing = [name for name in RULE_NAMES if not _in_force(name, wanted)]
-    try:
-        for name in missing:
-            os.makedirs(_VOLATILE, exist_ok=True)
-            fresh = Path(_VOLATILE, f".{name}.new")
-            fresh.write_bytes(wanted)
-            fresh.chmod(0o644)
-            fresh.replace(Path(_VOLATILE, name))
-        if missing:
-            run(["udevadm", "control", "--reload"])
-    except (OSError, BlockbakError):
+    if not missing:
         return False
-    return bool(missing)
+    for folder in _OURS:
+        try:
+            for name in missing:
+                _put(folder, name, wanted)
+            run(["udevadm", "control", "--reload"])
+        except (OSError, BlockbakError):
+            continue
+        return True
+    return False
+
+
+def _put(folder: str, name: str, text: bytes) -> None:
+    os.makedirs(folder, exist_ok=True)
+    fresh = Path(folder, f".{name}.new")
+    fresh.write_bytes(text)
+    fresh.chmod(0o644)
+    fresh.replace(Path(folder, name))
 
 
 def _in_force(name: str, wanted: bytes) -> bool:
-    """Whether udev has the rule, or somebody's own version of it: ``seen`` tells whether that does its work."""
+    """Whether udev has the rule, or somebody's own version of it: ``seen`` tells whether that does its work. One that
+    an older blockbak put there is none.
+    """
     for folder in FOLDERS:
         with contextlib.suppress(OSError):
             text = Path(folder, name).read_bytes()
-            return text == wanted or folder != _VOLATILE
+            by_us = folder in _OURS and text.partition(b"\n")[0] == wanted.partition(b"\n")[0]
+            return text == wanted or not by_us
     return False
 
 

@@ -7,11 +7,13 @@ making or undoing; what is surrounded hears them.
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 from blockbak.errors import BlockbakError, CommandFailed
@@ -44,8 +46,36 @@ def folder(parent: str, prefix: str) -> Iterator[str]:
     """
     with undisturbed() as through:
         path = tempfile.mkdtemp(prefix=prefix, dir=parent)
-        with _finally(lambda: shutil.rmtree(path)), through():
-            yield path
+        # Held while we live: ``sweep`` knows by it whose owner is dead.
+        held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with _finally(lambda: shutil.rmtree(path)), through():
+                yield path
+        finally:
+            os.close(held)
+
+
+def sweep(parent: str, prefix: str, files: Collection[str]) -> list[str]:
+    """Remove the directories that ``folder`` made in ``parent`` for processes that were killed; their paths.
+
+    Only our own with nothing but ``files`` in them, at least one, and nobody holding them: an empty one may have
+    been made a moment ago.
+    """
+    gone = []
+    for path in glob.glob(os.path.join(glob.escape(parent), glob.escape(prefix) + "*")):
+        with contextlib.suppress(OSError):
+            held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                names = set(os.listdir(held))
+                if names and names <= set(files) and os.fstat(held).st_uid == os.geteuid():
+                    shutil.rmtree(path)
+                    gone.append(path)
+            finally:
+                os.close(held)
+    return gone
 
 
 @contextmanager

@@ -366,7 +366,7 @@ def _mount_id(path: str) -> int | None:
 
 def without_deleted(file: str) -> str | None:
     """The name of a loop device's file, or None where the file has no name any more."""
-    return None if file.endswith(_DELETED) and not Path(file).exists() else file
+    return None if file.endswith(_DELETED) and not os.path.exists(file) else file
 
 
 def read_idly() -> None:

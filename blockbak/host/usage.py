@@ -12,6 +12,7 @@ import fcntl
 import os
 import stat
 import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -334,7 +335,7 @@ def _foundations(path: str, system: System) -> tuple[set[str], set[tuple[int, in
             line = system.mount_of(place)
             if line is not None:
                 starts = set(system.devices_of(line))
-                pending += _layers(line.fstype, line.source, line.options)
+                pending += layers(line.fstype, line.source, line.options)
             else:
                 starts = _by_number(place, system)
         for start in starts:
@@ -358,7 +359,12 @@ def _by_number(place: str, system: System) -> set[str]:
     return {system.name_of(os.major(number), os.minor(number))} - {""}
 
 
-def _layers(fstype: str, source: str, options: tuple[str, ...]) -> list[str]:
+def program_places() -> list[str]:
+    """Where blockbak itself and its Python are."""
+    return [str(Path(__file__).resolve().parent.parent), sys.prefix, sys.base_prefix, sys.executable]
+
+
+def layers(fstype: str, source: str, options: tuple[str, ...]) -> list[str]:
     """The paths that a file system without a device of its own is made of: overlay's, and FUSE's source."""
     if fstype.startswith("fuse"):
         return [source] if source.startswith("/") else []
@@ -481,4 +487,4 @@ def decide_mode(device: Device, uses: list[Use]) -> tuple[str, str]:
     told = "in use: " + ", ".join(map(str, uses))
     if device.is_lv:
         return "hot", told
-    return "refused", f"{told}; stop that, or --mode live"
+    return "refused", f"{told}; --mode cold brings it to rest, --mode live reads it as it is"

@@ -99,13 +99,15 @@ class PointView:
             digests[layer.sections["number"].astype(np.int64)] = layer.map_digests()
         return digests
 
-    def section(self, number: int, top: Section | None = None) -> SectionView:
-        """One section, composed; ``top`` is the newest layer's own, where it is at hand already.
+    def section(self, number: int, top: Section | None = None, *, above: int = 0) -> SectionView:
+        """One section, composed; ``top`` is the newest layer's own, where it is at hand already. The first ``above``
+        layers are left out, and what only they hold is ABSENT.
 
         Raises DamagedImage or UnreadableStore.
         """
-        parts = [layer.section(number) for layer in self.layers[:-1]]
-        parts.append(top or self.top.section(number))
+        asked = enumerate(self.layers[:-1])
+        parts = [layer.section(number) if index >= above else None for index, layer in asked]
+        parts.append((top or self.top.section(number)) if above < len(self.layers) else None)
         said = [index for index, part in enumerate(parts) if part is not None]
         if len(said) == 1:
             return self._alone(number, said[0], parts)

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 from blockbak.units import KIB, MIB, SECTOR, align_up
 
 PREFIX = "blockbak-"
+_OUR_MAPPING = re.compile(r"(?<!-)-blockbak--[0-9a-f]{8}(--\d+)?\Z")
 """How every snapshot of ours is named; the udev rule goes by it."""
 TAG = "blockbak"
 RUN_TAG, HOST_TAG, BOOT_TAG = "blockbak_run=", "blockbak_host=", "blockbak_boot="
@@ -116,6 +117,11 @@ class LogicalVolume:
 
     def _tagged(self, key: str) -> str:
         return next((tag.removeprefix(key) for tag in self.tags if tag.startswith(key)), "")
+
+
+def is_our_mapping(name: str) -> bool:
+    """Whether a device-mapper name is that of a snapshot of ours: a run's id, and a number in a set, follow."""
+    return _OUR_MAPPING.search(name) is not None
 
 
 def dm_name(group: str, name: str) -> str:

@@ -112,6 +112,16 @@ def test_truncate_sets_the_size_either_way(kernel, opened):
     assert read(kernel, fd, 0, 5000) == bytes(5000)
 
 
+def test_room_is_taken_and_what_is_there_stays(kernel, opened):
+    path, fd, _ = opened
+    kernel.truncate(fd, 0)
+    write(kernel, fd, 0, b"here")
+    kernel.allocate(fd, 1 << 16)
+    assert os.stat(path).st_size == 1 << 16
+    assert os.stat(path).st_blocks * 512 >= 1 << 16
+    assert read(kernel, fd, 0, 1 << 16) == b"here".ljust(1 << 16, b"\0")
+
+
 def test_rename_never_replaces(kernel, tmp_path):
     old, new = str(tmp_path / "old"), str(tmp_path / "new")
     for path, content in ((old, "old"), (new, "new")):

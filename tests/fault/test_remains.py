@@ -8,7 +8,7 @@ import pytest
 from blockbak.errors import Damage
 from blockbak.flow import restore
 from tests.host.stage import flip, record_at
-from tests.scene import BLOCK, SIZE, Scene, write_at
+from tests.scene import BLOCK, SIZE, VOLUME, Scene, write_at
 from tests.volumes import SECTION
 
 FIRST, LAST = (0, SECTION), (SECTION, SIZE)
@@ -102,3 +102,16 @@ def test_where_no_image_opens_the_first_damage_is_told(scene):
     assert str(raised.value) == str(told.value)
     assert not scene.target.exists()
     assert not scene.partial.exists()
+
+
+def test_what_newer_images_hold_is_kept_where_an_older_ones_index_is_damaged(scene):
+    gone(full)(scene)
+    record(lambda one: one.where / f"{one.names[1]}.incremental.zst", 0)(scene)
+    done = keep_going(scene)
+    lost = [(0, 20 * BLOCK), (70 * BLOCK, SECTION)]
+    assert [(flaw.start, flaw.start + flaw.length) for flaw in done.flaws] == lost
+    assert {flaw.file for flaw in done.flaws} == {f"{VOLUME}/{scene.names[1]}.incremental.zst"}
+    right = bytearray(scene.held[scene.names[-1]])
+    for start, end in lost:
+        right[start:end] = bytes(end - start)
+    assert scene.target.read_bytes() == right

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -16,7 +17,7 @@ import pytest
 
 from blockbak.errors import NoSuchSource, NotABlockSource
 from blockbak.host import device, usage
-from blockbak.host.system import System
+from blockbak.host.system import System, without_deleted
 from tests.host.stage import LOCKERS, MIB, locking, md_superblock, mounted, partitioned, pv_label, run, settle
 
 
@@ -206,6 +207,16 @@ def test_a_loop_device_on_a_device_is_that_device(loop):
         assert usage.carries(device.look(disk.path), upper)
     finally:
         run("losetup", "--detach", upper)
+
+
+def test_a_file_that_cannot_even_be_asked_for_names_nothing_any_more(monkeypatch):
+    """On a FUSE or NFS that is dead: one loop device over it must not keep all others from being backed up."""
+
+    def dead(path, **_):
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected", str(path))
+
+    monkeypatch.setattr(os, "stat", dead)
+    assert without_deleted("/gone/nbd (deleted)") is None
 
 
 def test_a_deleted_file_names_nothing_any_more(loop):

@@ -303,7 +303,8 @@ def test_another_file_under_the_same_node_is_another_volume(program, source, tmp
                 assert str(source) in str(made["notes"])
                 assert (made["volume"], made["sequence"]) == ("disk", 3)
             else:
-                made = must_be_full(program, node, "the volume has no point yet")
+                before = f"{node} was file {source}, volume {first['volume']}, the last time"
+                made = must_be_full(program, node, f"the volume has no point yet; {before}")
                 assert made["volume"] != first["volume"]
                 assert made["sequence"] == 1
         with attached(source, node=node):

@@ -157,6 +157,14 @@ def test_a_partial_that_was_not_named_is_somebody_elses(chain, program, tmp_path
     program.restore(chain.last, target)
     assert chain.held[2].wrong(target) is None
     assert not partial.exists()
+    # A restore that was killed leaves one that says whose it is: nobody has to be asked again.
+    target.unlink()
+    partial.write_bytes(b"half of it")
+    os.setxattr(partial, "user.blockbak", b"unfinished")
+    program("restore", chain.last, target)
+    assert chain.held[2].wrong(target) is None
+    assert os.listxattr(target) == []
+    assert not partial.exists()
     # An existing target is written as it is, so a partial beside it is none of its business.
     partial.write_bytes(b"mine")
     program.restore(chain.points[0]["point"], target)

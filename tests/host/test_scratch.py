@@ -209,3 +209,20 @@ def test_making_a_file_system_can_be_stopped(as_root, tmp_path):
             patch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
             with pytest.raises(ValueError, match="stop"):
                 scratch.make_ext4(node, stop)
+
+
+# --- what the killed leave ---------------------------------------------------------------------
+
+
+def test_only_what_the_killed_left_is_swept(tmp_path):
+    dead, empty, foreign = (tmp_path / f".blockbak-{name}" for name in ("dead", "empty", "foreign"))
+    for path in (dead, empty, foreign):
+        path.mkdir(0o700)
+    (dead / "raw.partial").write_bytes(b"half")
+    (foreign / "raw").write_bytes(b"whole")
+    (foreign / "letter").write_bytes(b"mine")
+    with scratch.folder(str(tmp_path), ".blockbak-") as alive:
+        Path(alive, "raw").write_bytes(b"at work")
+        assert scratch.sweep(str(tmp_path), ".blockbak-", ("raw", "raw.partial")) == [str(dead)]
+        assert Path(alive, "raw").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".blockbak-empty", ".blockbak-foreign"]

@@ -21,7 +21,16 @@ def tree(top):
 
 CLASSES = {one.__name__: one for one in tree(errors.BlockbakError)}
 # These group others and say nothing of their own.
-GROUPS = {"BlockbakError", "Failed", "SourceError", "RepositoryError", "SnapshotError", "Damage", "Refused"}
+GROUPS = {
+    "RestError",
+    "BlockbakError",
+    "Failed",
+    "SourceError",
+    "RepositoryError",
+    "SnapshotError",
+    "Damage",
+    "Refused",
+}
 
 
 def fields_of(one):

@@ -109,6 +109,21 @@ def test_a_volume_that_lvm_writes_its_archive_to_is_never_suspended(monkeypatch)
         hot.check_together([member], [FIRST], "/repository", "/state")
 
 
+@pytest.mark.parametrize("where", ["/var/log/journal", "/usr/sbin", "/etc/ssl"])
+def test_a_volume_that_is_mounted_among_programs_and_logs_is_never_suspended(monkeypatch, where):
+    system = SimpleNamespace(mounts=[SimpleNamespace(target=where), SimpleNamespace(target="/var/lib/db")], swaps=())
+    monkeypatch.setattr(hot, "System", lambda: system)
+    monkeypatch.setattr(hot.lvm, "places", list)
+    monkeypatch.setattr(hot.os.path, "lexists", lambda _: True)
+    member = hot.Member(SimpleNamespace(device=None), "")
+    monkeypatch.setattr(hot.usage, "carries", lambda device, path, _: path == where)
+    with pytest.raises(NotTogether, match=f"it carries {where}"):
+        hot.check_together([member], [FIRST], "/repository", "/state")
+    # The data of a server are no such place.
+    monkeypatch.setattr(hot.usage, "carries", lambda device, path, _: path == "/var/lib/db")
+    hot.check_together([member], [FIRST], "/repository", "/state")
+
+
 def test_a_snapshot_is_watched_though_no_file_can_be_opened(monkeypatch):
     def no_more(_):
         raise OSError(24, "Too many open files")

@@ -344,6 +344,14 @@ def test_our_snapshots_are_hidden(group, number, part):
     assert hidden(group, f"{plan.PREFIX}{'0badc0de'[:_RUN_DIGITS]}{number}", part)
 
 
+def test_a_mapping_of_ours_is_known_by_its_name():
+    ours = [plan.dm_name("my-vg", f"blockbak-0badc0de{number}") for number in ("", "-1", "-12")]
+    assert all(plan.is_our_mapping(name) for name in ours)
+    others = ("blockbak", "blockbak-data", "blockbak-cafe", "blockbak-0badc0de2", "x-blockbak-0badc0de")
+    assert not any(plan.is_our_mapping(plan.dm_name("vg", name)) for name in others)
+    assert not any(plan.is_our_mapping(f"{name}-cow") for name in ours)
+
+
 @pytest.mark.parametrize(
     ("group", "name"),
     [("vg", "blockbak"), ("vg", "blockbak-data"), ("vg", "old-blockbak-store"), ("vg", "blockbak-cafe"),

@@ -15,7 +15,7 @@ from tests.vm.hot import as_disk, check_gone, check_point, noise, pause_reading,
 from tests.volumes import fingerprint
 
 RULES = ("12-blockbak.rules", "57-blockbak.rules")
-VOLATILE = Path("/run/udev/rules.d")
+VOLATILE, LASTING = Path("/run/udev/rules.d"), Path("/etc/udev/rules.d")
 
 
 def udev(path):
@@ -56,7 +56,8 @@ def test_mounted_volumes_thick_and_thin(group, ext4, repository, run_blockbak, t
     mounted = [ext4(as_disk(path)) for path in (thick, thin)]
     # A package may have put the rule there; a plain installation has not.
     for rule in RULES:
-        VOLATILE.joinpath(rule).unlink(missing_ok=True)
+        for folder in (VOLATILE, LASTING):
+            folder.joinpath(rule).unlink(missing_ok=True)
     run("udevadm", "control", "--reload")
     points = {}
     for turn, (kind, size, room) in enumerate((("full", "8M", 8 * MIB), ("incremental", "50%", 16 * MIB))):
@@ -79,8 +80,8 @@ def test_mounted_volumes_thick_and_thin(group, ext4, repository, run_blockbak, t
             assert (point["kind"], point["mode"], point["consistency"]) == (kind, "hot", "filesystem")
             points[point["point"], point["volume"]] = content
         check_gone(group)
-    # The rule is in force now, until the next boot.
-    assert all((VOLATILE / rule).exists() for rule in RULES)
+    # The rule is in force now, and will be at the next boot, when LVM finds what a crash may have left.
+    assert all((LASTING / rule).exists() for rule in RULES)
     for (point, _), content in points.items():
         check_point(run_blockbak, point, tmp_path, content)
 
