@@ -186,6 +186,11 @@ class AmbiguousPoint(RepositoryError):
     advice = "Give more of the name, or VOLUME@latest."
 
 
+class NoSuchPartition(RepositoryError):
+    message = "Point {point} has no partition {number}; it has: {there}."
+    advice = "'blockbak show {point}' lists its partitions."
+
+
 class NoGroupMetadata(RepositoryError):
     message = "Point {point} holds no volume group's metadata: it is not of a logical volume, or LVM told none."
 
@@ -491,6 +496,11 @@ class TargetSectorSize(Refused):
         "it would not be readable there."
     )
     advice = "Restore it to a file, or to a device with {need}-byte sectors."
+
+
+class CannotGrow(Refused):
+    message = "The GPT cannot be moved to the end of {path}: {reason}."
+    advice = "Restore without --grow, then look at the table with 'sgdisk --verify'."
 
 
 class TargetExists(Refused):

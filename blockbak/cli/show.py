@@ -103,18 +103,18 @@ def _partitions(about: dict[str, Any]) -> None:
             known = systems["0"]
             render.line(f"{'file system:':15}{known['type']} {known['label']} {known['uuid']}".rstrip())
         return
-    render.line(f"{'partitions:':15}{table['scheme']} {table['disk_id']}")
+    scheme = table["scheme"] + (" with a hybrid MBR" if table["hybrid"] else "")
+    sectors = f"{table['sector_bytes']}-byte sectors"
+    render.line(f"{'partitions:':15}{' '.join([scheme, *filter(None, [table['disk_id']])])}, {sectors}")
+    for note in table["notes"]:
+        render.line(f"{'table note:':15}{note}")
+    if not table["partitions"]:
+        return
     rows = []
     for one in table["partitions"]:
         known = systems.get(str(one["number"]), {})
-        rows.append(
-            [
-                one["number"],
-                one["start"],
-                render.size(one["length"]),
-                one["name"],
-                known.get("type", ""),
-                known.get("label", ""),
-            ]
-        )
-    render.table(["number", "start", "size", "name", "file system", "label"], rows, numeric=["start", "size"])
+        size, kind = render.size(one["length"]), one["type_name"] or one["type"]
+        told = [known.get(key, "") for key in ("type", "label", "uuid")]
+        rows.append([one["number"], one["start"], size, kind, one["name"], one["uuid"], *told])
+    columns = ["number", "start", "size", "type", "name", "PARTUUID", "file system", "label", "UUID"]
+    render.table(columns, rows, numeric=["start", "size"], spare=["PARTUUID", "UUID", "name"])

@@ -17,7 +17,8 @@ from blockbak.model import extent
 from blockbak.model.chain import Image
 from blockbak.model.extent import BAD, HOLE, KIND_NAMES, Extents
 from blockbak.model.filesystem import Filesystem, filesystem
-from blockbak.model.partition import PartitionTable
+from blockbak.model.partition import PartitionTable, inside
+from blockbak.model.partition_types import type_name
 from blockbak.repository.local import Repository
 
 
@@ -105,11 +106,7 @@ def _filesystems(view: PointView, table: PartitionTable | None) -> dict[str, Fil
     found: dict[str, Filesystem] = {}
     places = [(0, 0, size)] if table is None else [(one.number, one.start, one.length) for one in table.partitions]
     for number, start, length in places:
-
-        def inside(offset: int, count: int, start: int = start, length: int = length) -> bytes:
-            return read(start + offset, min(count, length - offset)) if 0 <= offset < length else b""
-
-        known = filesystem(inside, length)
+        known = filesystem(inside(read, start, length), length)
         if known is not None:
             found[str(number)] = known
     return found
@@ -141,6 +138,11 @@ def as_document(report: Report) -> dict[str, Any]:
         "extent_bytes": report.extent_bytes,
         "extent_count": report.extent_count,
         "extents": report.extents,
-        "partition_table": asdict(report.partition_table) if report.partition_table else None,
+        "partition_table": _table_document(report.partition_table) if report.partition_table else None,
         "filesystems": {number: asdict(known) for number, known in report.filesystems.items()},
     }
+
+
+def _table_document(table: PartitionTable) -> dict[str, Any]:
+    partitions = [{**asdict(one), "type_name": type_name(one.type)} for one in table.partitions]
+    return {**asdict(table), "partitions": partitions}

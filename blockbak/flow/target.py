@@ -19,13 +19,14 @@ from blockbak.errors import (
     TargetUnsafe,
 )
 from blockbak.flow.context import Context
-from blockbak.flow.points import partition_table
+from blockbak.flow.part import table_within
 from blockbak.flow.source import activation_needed
 from blockbak.host import device as devices
 from blockbak.host import lvm, usage
 from blockbak.host.blockio import TargetWriter, read_error, sync_directory
 from blockbak.host.device import Device
 from blockbak.image.view import PointView
+from blockbak.model.part import Part
 from blockbak.repository.local import Repository, repository_above
 from blockbak.units import align_down
 
@@ -61,6 +62,7 @@ def check_target(
     path: str,
     target: Device | None,
     view: PointView,
+    part: Part,
     repository: Repository,
     context: Context,
     *,
@@ -81,7 +83,7 @@ def check_target(
     if system := usage.holds_running_system(target):
         raise TargetHolds(path=path, what=f"the running system ({system})")
     users = usage.users(target)
-    if not view.top.opening.surely_of(devices.identity(target), context.host):
+    if not is_itself(target, view, part, context, surely=True):
         # A disk of an inactive volume group may be rolled back onto itself; any other may not be lost to it.
         users += usage.memberships(target)
     if usage.is_inner(target):
@@ -93,23 +95,38 @@ def check_target(
         way = "Remove the snapshot first, or restore to a new volume with --create-lv."
         raise TargetUnsafe(path=path, reason=reason, way=way)
     if target.is_block:
-        _check_device(path, target, view)
+        _check_device(path, target, view, part)
     if not overwrite:
         raise TargetExists(path=path)
 
 
-def _check_device(path: str, target: Device, view: PointView) -> None:
+def _check_device(path: str, target: Device, view: PointView, part: Part) -> None:
     """Size and sectors of a device. Raises BadTarget, TargetTooSmall, TargetSectorSize."""
     if target.read_only:
         raise BadTarget(path=path, reason="it is read-only")
-    need = view.geometry.device_bytes
+    need = part.length
     # What is left over behind the last whole sector cannot be written.
     room = align_down(target.size, target.logical_sector)
     if room < need:
         raise TargetTooSmall(path=path, have=room, need=need)
-    have, want = target.logical_sector, view.top.opening.logical_sector
-    if have != want and partition_table(view) is not None:
-        raise TargetSectorSize(path=path, have=have, need=want)
+    have, table = target.logical_sector, table_within(view, part)
+    if table is not None and have != table.sector_bytes:
+        raise TargetSectorSize(path=path, have=have, need=table.sector_bytes)
+
+
+def is_itself(target: Device, view: PointView, part: Part, context: Context, *, surely: bool) -> bool:
+    """Whether the target is what the part was taken of: the volume, or the same partition of it. ``surely`` is for
+    where a mistake would cost data.
+    """
+    opening, device = view.top.opening, target
+    if part.partition:
+        place = (target.partition_number, target.start, target.size)
+        disk = devices.disk_of(target)
+        if disk is None or place != (part.partition, part.start, part.length):
+            return False
+        device = disk
+    known = opening.surely_of if surely else opening.is_of
+    return known(devices.identity(device), context.host)
 
 
 def is_stored(path: str, repository: Repository) -> bool:
@@ -140,19 +157,19 @@ def is_stored(path: str, repository: Repository) -> bool:
 
 @contextlib.contextmanager
 def existing(
-    given: str, known: Device, view: PointView, repository: Repository, context: Context
+    given: str, known: Device, view: PointView, part: Part, repository: Repository, context: Context
 ) -> Iterator[TargetWriter]:
     """A target that was there when it was looked at as ``known``, open, and nobody else's; a file gets the
-    volume's size. Raises BadTarget if it has become another one since, and what ``check_target`` raises.
+    part's size. Raises BadTarget if it has become another one since, and what ``check_target`` raises.
     """
     with TargetWriter(known.path, kernel=context.kernel) as target:
         # Between the look at it and now a node may have been handed on, a link turned, a file been mounted.
         now = look_at_target(given)
         if now is None or _marks(now) != _marks(known) or not target.is_of(known.path, known.file_id):
             raise BadTarget(path=given, reason="it is not what it was a moment ago")
-        check_target(given, now, view, repository, context, overwrite=True)
+        check_target(given, now, view, part, repository, context, overwrite=True)
         if not target.is_block:
-            target.resize(view.geometry.device_bytes)
+            target.resize(part.length)
         yield target
 
 

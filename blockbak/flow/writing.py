@@ -13,9 +13,11 @@ from blockbak.errors import Damage, DamagedImage, TargetFailed, VerificationFail
 from blockbak.flow import workers
 from blockbak.flow.context import Context, never
 from blockbak.host.blockio import PIECE_BYTES, TargetWriter, aligned
+from blockbak.host.placed import PlacedTarget
 from blockbak.image.view import Flaw, PointView, SectionView
 from blockbak.model import extent, hashmap
 from blockbak.model.extent import BAD
+from blockbak.model.part import Part
 from blockbak.units import KIB, MIB
 
 _ZERO_RUN = 256 * KIB
@@ -23,16 +25,23 @@ _ZERO_RUN = 256 * KIB
 _SAMPLED_SECTIONS, _SAMPLED_BLOCKS = 8, 8
 
 
-def mostly_equal(view: PointView, target: TargetWriter) -> bool:
-    """Does a sample of the target already hold the point? Then reading it first is the quicker way."""
+def mostly_equal(view: PointView, part: Part, target: TargetWriter) -> bool:
+    """Does a sample of the target already hold the part? Then reading it first is the quicker way."""
     geometry, equal, seen = view.geometry, 0, 0
+    placed = PlacedTarget(target, part)
     buffer = aligned(geometry.block_bytes)
-    for number in np.unique(np.linspace(0, geometry.sections - 1, _SAMPLED_SECTIONS).astype(int)).tolist():
+    cut = [at // geometry.block_bytes for at in part.cut(geometry.block_bytes, geometry.device_bytes)]
+    first, last = part.start // geometry.section_bytes, max(part.end - 1, part.start) // geometry.section_bytes
+    for number in np.unique(np.linspace(first, last, _SAMPLED_SECTIONS).astype(int)).tolist():
         try:
             section = view.section(number)
         except Damage:
             continue  # only where the restore goes on without it
-        stored = np.flatnonzero(section.stored)
+        begin = number * geometry.section_bytes
+        belongs = part.blocks(begin, geometry.block_bytes, len(section.kinds))
+        stored = np.flatnonzero(section.stored & belongs)
+        # A block that lies on the target in part has no row that it could be compared with.
+        stored = stored[~np.isin(stored + number * hashmap.BLOCKS_PER_SECTION, cut)]
         if not len(stored):
             continue
         picks = np.unique(np.linspace(0, len(stored) - 1, _SAMPLED_BLOCKS).astype(int))
@@ -40,10 +49,10 @@ def mostly_equal(view: PointView, target: TargetWriter) -> bool:
             block = number * hashmap.BLOCKS_PER_SECTION + index
             length = geometry.block_length(block)
             start = block * geometry.block_bytes
-            if start + length > target.size:
+            if start + length > placed.end:
                 return False
             try:
-                target.read(start, buffer, length)
+                placed.read(start, buffer, length)
             except TargetFailed:
                 return False  # a sector that cannot be read may well be written
             row = np.frombuffer(hashmap.digest(buffer[:length]), "<u8")
@@ -62,21 +71,23 @@ class _Job:
 
 
 class _Sections:
-    """Cuts the point into pieces. With ``keep_going`` a section whose index is damaged in one image is what newer
-    images hold of it, and the rest a flaw.
+    """Cuts the point into pieces, those that hold something of the part. With ``keep_going`` a section whose index is
+    damaged in one image is what newer images hold of it, and the rest a flaw.
     """
 
-    def __init__(self, view: PointView, *, keep_going: bool) -> None:
-        self._view, self._keep_going = view, keep_going
+    def __init__(self, view: PointView, part: Part, *, keep_going: bool) -> None:
+        self._view, self._part, self._keep_going = view, part, keep_going
         self.flaws: list[Flaw] = []
 
     def pieces(self, wanted: npt.NDArray[np.bool_] | None = None) -> Iterator[_Job]:
-        """All pieces in address order, or those of which ``wanted`` (bool per piece) is set."""
+        """The pieces in address order, or those of which ``wanted`` (bool per piece) is set."""
         geometry, block = self._view.geometry, self._view.geometry.block_bytes
         step = PIECE_BYTES // block
         per_section = geometry.section_bytes // PIECE_BYTES
         for number in range(geometry.sections):
             begin, end = geometry.section_range(number)
+            if not self._holds(begin, end):
+                continue
             if wanted is not None and not wanted[number * per_section : (number + 1) * per_section].any():
                 continue
             section, damage = self._section(number)
@@ -85,8 +96,14 @@ class _Sections:
             blocks = geometry.section_blocks(number)
             for low in range(0, blocks, step):
                 start = begin + low * block
+                if not self._holds(start, min(start + PIECE_BYTES, end)):
+                    continue
                 if wanted is None or wanted[start // PIECE_BYTES]:
                     yield _Job(section, low, min(step, blocks - low), start, min(PIECE_BYTES, end - start))
+
+    def _holds(self, start: int, end: int) -> bool:
+        low, high = self._part.within(start, end)
+        return low < high
 
     def _section(self, number: int) -> tuple[SectionView, Damage | None]:
         """A section, as far as it can be had, and the damage that was met. Raises it without ``keep_going``."""
@@ -111,18 +128,22 @@ class _Sections:
         if damage is not None:
             missing, reason = str(damage.fields.get("file", missing)), str(damage)
         for low, high in _pairs(section.kinds == extent.ABSENT):
-            start, end = begin + low * block, min(begin + high * block, size)
-            self.flaws.append(Flaw(start, end - start, reason, missing))
+            start, end = self._part.within(begin + low * block, min(begin + high * block, size))
+            if start < end:
+                self.flaws.append(Flaw(start, end - start, reason, missing))
 
 
 class Writing:
-    """What the workers of one restore share. ``permit`` is asked before each piece is written, and may raise."""
+    """What the workers of one restore share. ``permit`` is asked before each piece is written, and may raise.
+    ``flaws`` are in the volume's bytes, of the part alone.
+    """
 
     def __init__(
-        self, view: PointView, target: TargetWriter, method: str, context: Context, *, keep_going: bool,
+        self, view: PointView, part: Part, target: TargetWriter, method: str, context: Context, *, keep_going: bool,
         permit: Callable[[], None] = never,
     ) -> None:  # fmt: skip
-        self.view, self.target, self.method, self.context = view, target, method, context
+        self.view, self.part, self.method, self.context = view, part, method, context
+        self.target = PlacedTarget(target, part)
         self.permit = permit
         self.keep_going = keep_going
         self.flaws: list[Flaw] = []
@@ -139,10 +160,39 @@ class Writing:
             # What was not written into a new file, or thin volume, is a hole; what did not differ was just read.
             self.touched[index] |= written > 0 or self.method == "write"
             self.written_bytes += written
-        self.context.progress.advance(job.length, written)
+        self.context.progress.advance(self.bytes_of(job), written)
+
+    def bytes_of(self, job: _Job) -> int:
+        """How many bytes of a piece belong to the part."""
+        low, high = self.part.within(job.start, job.start + job.length)
+        return high - low
+
+    def belongs(self, job: _Job) -> npt.NDArray[np.bool_]:
+        """The blocks of a piece that hold something of the part."""
+        return self.part.blocks(job.start, self.view.geometry.block_bytes, job.blocks)
+
+    def completed(self, job: _Job, data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """``data``, read from the target, with what lies outside of the part put to its blocks: the point's rows are
+        of whole ones. Where the point is damaged there they will differ.
+        """
+        geometry = self.view.geometry
+        for at in self.part.cut(geometry.block_bytes, geometry.device_bytes):
+            if not job.start <= at < job.start + job.length:
+                continue
+            begin = (at - job.start) // geometry.window_bytes * geometry.window_bytes
+            window = np.zeros(min(geometry.window_bytes, job.length - begin), np.uint8)
+            self.view.read(job.section, job.low + begin // geometry.block_bytes, window)
+            low, high = self.part.within(at, min(at + geometry.block_bytes, job.start + job.length))
+            block = slice(at - job.start, min(at - job.start + geometry.block_bytes, job.length))
+            own = data[low - job.start : high - job.start].copy()
+            data[block] = window[block.start - begin : block.stop - begin]
+            data[low - job.start : high - job.start] = own
+        return data
 
     def damaged(self, flaws: list[Flaw]) -> None:
         """Content that is not good: noted with ``keep_going``, else the end."""
+        ranges = [(*self.part.within(flaw.start, flaw.start + flaw.length), flaw) for flaw in flaws]
+        flaws = [Flaw(low, high - low, flaw.reason, flaw.file) for low, high, flaw in ranges if low < high]
         if not flaws:
             return
         with self._guard:
@@ -151,13 +201,12 @@ class Writing:
             raise DamagedImage(file=flaws[0].file, reason=f"{flaws[0]} of the volume")
 
     def written_ranges(self) -> str:
-        """The ranges that are complete, for people."""
+        """The ranges of the target that are complete, for people."""
         starts, ends = extent.true_runs(self.done)
-        size = self.view.geometry.device_bytes
-        pairs = [
-            f"{start * PIECE_BYTES} to {min(end * PIECE_BYTES, size)}"
-            for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
-        ]
+        pairs = []
+        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+            low, high = self.part.within(start * PIECE_BYTES, end * PIECE_BYTES)
+            pairs.append(f"{low - self.part.start} to {high - self.part.start}")
         return ", ".join(pairs) or "nothing"
 
 
@@ -170,8 +219,9 @@ class _Writer:
         self._block = shared.view.geometry.block_bytes
 
     def __call__(self, job: _Job) -> None:
-        differ = self._shared.method == "differ"
-        wanted = self._differing(job) if differ else np.ones(job.blocks, bool)
+        wanted = self._shared.belongs(job)
+        if self._shared.method == "differ":
+            wanted &= self._differing(job)
         self._shared.account(job, self._write(job, wanted) if wanted.any() else 0)
 
     def _differing(self, job: _Job) -> npt.NDArray[np.bool_]:
@@ -181,6 +231,7 @@ class _Writer:
         data = self._buffer[: job.length]
         try:
             self._shared.target.read(job.start, self._buffer, job.length)
+            self._shared.completed(job, data)
         except TargetFailed:
             # A disk gives a sector that it cannot read another place when it is written.
             return np.ones(job.blocks, bool)
@@ -206,13 +257,11 @@ class _Writer:
         written = 0
         for low, high in _pairs(wanted & ~zero):
             part = data[low * block : high * block]
-            target.write(job.start + low * block, part)
-            written += len(part)
+            written += target.write(job.start + low * block, part)
         if self._shared.method != "create":
             for low, high in _pairs(zero):
                 length = min(high * block, job.length) - low * block
-                target.zero(job.start + low * block, length)
-                written += length
+                written += target.zero(job.start + low * block, length)
         return written
 
     def _read(self, job: _Job, wanted: npt.NDArray[np.bool_], data: npt.NDArray[np.uint8]) -> None:
@@ -246,7 +295,7 @@ def write_all(shared: Writing, context: Context) -> None:
 
     Raises DamagedImage, TargetFailed, TargetFull, Interrupted.
     """
-    sections = _Sections(shared.view, keep_going=shared.keep_going)
+    sections = _Sections(shared.view, shared.part, keep_going=shared.keep_going)
     try:
         workers.run(sections.pieces(), lambda: _Writer(shared), workers=context.workers, check=context.check)
     except DamagedImage as error:
@@ -269,24 +318,25 @@ def read_back(shared: Writing, context: Context) -> int:
 
         def compare(job: _Job) -> None:
             target.read(job.start, buffer, job.length)
-            data = buffer[: job.length]
+            data = shared.completed(job, buffer[: job.length])
             rows = hashmap.digest_blocks(data, block, hashmap.nonzero_blocks(data, block))
             unequal = hashmap.changed_rows(rows, job.section.rows[job.low : job.low + job.blocks])
-            unequal &= ~extent.touched(damaged, job.start, block, job.blocks)
+            unequal &= shared.belongs(job) & ~extent.touched(damaged, job.start, block, job.blocks)
             differing.extend((np.flatnonzero(unequal) * block + job.start).tolist())
-            compared.append(job.length)
-            context.progress.advance(job.length)
+            compared.append(shared.bytes_of(job))
+            context.progress.advance(shared.bytes_of(job))
 
         return compare
 
-    sections = _Sections(view, keep_going=shared.keep_going)
+    sections = _Sections(view, shared.part, keep_going=shared.keep_going)
     context.progress.begin("reading back", int(shared.touched.sum()) * PIECE_BYTES)
     try:
         workers.run(sections.pieces(shared.touched), make, workers=context.workers, check=context.check)
     finally:
         context.progress.end()
     if differing:
-        raise VerificationFailed(path=target.path, blocks=len(differing), first=min(differing))
+        first, _ = shared.part.within(min(differing), view.geometry.device_bytes)
+        raise VerificationFailed(path=target.path, blocks=len(differing), first=first - shared.part.start)
     return sum(compared)
 
 

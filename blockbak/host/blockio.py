@@ -383,12 +383,13 @@ class TargetWriter(_Opened):
             raise TargetFailed(action=action, path=self.path, reason=error.strerror) from error
 
     def write(self, offset: int, data: Bytes) -> None:
-        """Write all of ``data`` (page-aligned memory) at ``offset`` (a multiple of the sector)."""
-        whole = align_down(len(data), max(self.physical if not self.is_block else 0, self.logical))
+        """Write all of ``data`` (page-aligned memory) at ``offset``; whole sectors go past the page cache."""
+        unit = max(self.physical if not self.is_block else 0, self.logical)
+        whole = align_down(len(data), unit)
         done = 0
         with self._failing(f"Writing byte {offset} of"):
             while done < len(data):
-                direct = self.direct and done < whole and not done % self.logical
+                direct = self.direct and done < whole and not (offset + done) % unit
                 fd, end = (self.fd, whole) if direct else (self._buffered(), len(data))
                 count = self.kernel.pwritev(fd, [memoryview(data)[done:end]], offset + done)
                 if count == 0:
