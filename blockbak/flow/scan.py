@@ -10,13 +10,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
 from blockbak.errors import SourceVanished
 from blockbak.flow import workers
 from blockbak.flow.context import Context
-from blockbak.host.blockio import PIECE_BYTES, SourceReader, aligned
+from blockbak.host.blockio import PIECE_BYTES, Bytes, SourceReader, aligned
 from blockbak.image import codec
 from blockbak.image.view import PointView, SectionView
 from blockbak.image.writer import ImageWriter, Piece, encode_windows
@@ -35,11 +36,67 @@ be in another one.
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class Job:
+    """Consecutive blocks of one section, the ``number``-th piece in address order; ``hole``: zeros, unread."""
+
     number: int
     first_block: int
     blocks: int
     hole: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a worker read of a job: ``kinds`` (uint8) and map ``rows`` of its blocks, ``bad`` extents in volume
+    bytes, and the bytes themselves, in a buffer that is used again; none for a hole.
+    """
+
+    number: int
+    first_block: int
+    kinds: Kinds
+    bad: Extents
+    rows: Rows
+    data: Bytes
+
+
+class Sink(Protocol):
+    """Where a scan goes."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """How the volume divides."""
+
+    def hand(self) -> Callable[[Found], None]:
+        """What one worker calls with each piece that it read."""
+
+    def stop(self) -> None:
+        """Release workers that wait for each other: another one failed."""
+
+
+class _ImageSink:
+    """Into an image."""
+
+    def __init__(self, writer: ImageWriter, compress: str, *, whole: bool) -> None:
+        self.geometry = writer.geometry
+        self._writer, self._compress, self._whole = writer, compress, whole
+
+    def hand(self) -> Callable[[Found], None]:
+        """A worker with a compressor of its own."""
+        encoder = codec.encoder(self._compress)
+
+        def take(found: Found) -> None:
+            frames = []
+            if (found.kinds == DATA).any():
+                frames = encode_windows(
+                    found.data, found.kinds, found.first_block, self.geometry, encoder, whole=self._whole
+                )
+            self._writer.add(Piece(found.number, found.first_block, found.kinds, found.bad, found.rows, frames))
+
+        return take
+
+    def stop(self) -> None:
+        """The image will not be finished."""
+        self._writer.stop()
 
 
 class ParentMap:
@@ -63,7 +120,7 @@ class ParentMap:
             return found
 
 
-def _jobs(geometry: Geometry, source: SourceReader) -> Iterator[_Job]:
+def jobs(geometry: Geometry, source: SourceReader) -> Iterator[Job]:
     """Pieces in address order; a section that lies wholly in a hole of an image file is one piece."""
     number, data_at = 0, 0
     block, step = geometry.block_bytes, PIECE_BYTES // geometry.block_bytes
@@ -73,14 +130,14 @@ def _jobs(geometry: Geometry, source: SourceReader) -> Iterator[_Job]:
         if data_at < start or section == 0:
             data_at = source.next_data(start)
         if data_at >= end:
-            yield _Job(number, first, blocks, hole=True)
+            yield Job(number, first, blocks, hole=True)
             number += 1
             continue
         for low in range(0, blocks, step):
             begin, count = start + low * block, min(step, blocks - low)
             if data_at < begin:
                 data_at = source.next_data(begin)
-            yield _Job(number, first + low, count, hole=data_at >= min(begin + count * block, end))
+            yield Job(number, first + low, count, hole=data_at >= min(begin + count * block, end))
             number += 1
 
 
@@ -126,27 +183,26 @@ class Pace:
 
 
 class Scanner:
-    """One worker's hands: its buffer and its compressor."""
+    """One worker's hands: its buffer, and where it puts what it read."""
 
     def __init__(
         self,
         source: SourceReader,
-        writer: ImageWriter,
+        sink: Sink,
         parent: ParentMap | None,
-        compress: str,
         account: Callable[[int, int, int], None],
         lost: Callable[[int], None],
         pace: Pace,
     ) -> None:
         self._pace = pace
-        self._source, self._writer, self._parent = source, writer, parent
-        self._geometry = writer.geometry
-        self._encoder = codec.encoder(compress)
+        self._source, self._parent = source, parent
+        self._geometry = sink.geometry
+        self._take = sink.hand()
         self._buffer = aligned(PIECE_BYTES)
         self._account, self._lost = account, lost
 
-    def __call__(self, job: _Job) -> None:
-        """Take one piece from the source to the image."""
+    def __call__(self, job: Job) -> None:
+        """Take one piece from the source to the sink."""
         geometry = self._geometry
         start = job.first_block * geometry.block_bytes
         length = min(job.blocks * geometry.block_bytes, geometry.device_bytes - start)
@@ -168,10 +224,7 @@ class Scanner:
             kinds = np.where(nonzero, np.uint8(DATA), np.uint8(ZERO))
         if self._parent is not None:
             kinds[~changes(rows, bad, self._parent.section(section), low, geometry)] = ABSENT
-        frames = []
-        if (kinds == DATA).any():
-            frames = encode_windows(data, kinds, job.first_block, geometry, self._encoder, whole=self._parent is None)
-        self._writer.add(Piece(job.number, job.first_block, kinds, bad, rows, frames))
+        self._take(Found(job.number, job.first_block, kinds, bad, rows, data))
         changed = int(np.count_nonzero(kinds)) * geometry.block_bytes
         self._account(0 if job.hole else length, length, changed)
 
@@ -188,6 +241,15 @@ def scan(
     bytes to read a second.
 
     Raises SourceVanished, NoSpace, StoreFailed, DamagedImage (of the parent), Interrupted.
+    """
+    return scan_into(source, _ImageSink(writer, compress, whole=parent is None), context, limit, parent)
+
+
+def scan_into(
+    source: SourceReader, sink: Sink, context: Context, limit: int | None = None, parent: PointView | None = None
+) -> int:
+    """Read the source into any sink; bytes that were read. Raises SourceVanished, DamagedImage (of the parent),
+    Interrupted, and what the sink raises.
     """
     known = None if parent is None else ParentMap(parent, context.workers + _SECTIONS_BESIDE)
     guard = threading.Lock()
@@ -216,10 +278,10 @@ def scan(
             raise SourceVanished(path=source.path, reason=f"not one sector of {size} could be read")
 
     workers.run(
-        _jobs(writer.geometry, source),
-        lambda: Scanner(source, writer, known, compress, account, lost, pace),
+        jobs(sink.geometry, source),
+        lambda: Scanner(source, sink, known, account, lost, pace),
         workers=context.workers,
         check=context.check,
-        stop=writer.stop,
+        stop=sink.stop,
     )
     return total
