@@ -228,7 +228,9 @@ class NoSnapshotRoom(SnapshotError):
 
 class NoPoolRoom(SnapshotError):
     message = "Thin pool {pool} is {used} % full ({what}): a snapshot of {volume} could fill it."
-    advice = "Extend the pool with lvextend, or free room in it."
+    advice = (
+        "Extend the pool with 'lvextend -L +SIZE {pool}' (metadata: '--poolmetadatasize +SIZE'), or free room in it."
+    )
 
 
 class NotSnapshotable(SnapshotError):
