@@ -372,6 +372,31 @@ class PoolFilling(Failed):
     advice = "Extend the pool with lvextend, then restore again."
 
 
+class NotReadBack(Failed):
+    message = "{path} does not read back as it was written, in bytes {ranges}."
+    advice = "The target cannot be trusted: its disk, cable or memory may be failing."
+
+
+class NoSidecar(Failed):
+    message = "{path} has no sidecar {sidecar}: it was never finished, or blockbak did not make it."
+    advice = "Nothing tells whether it is whole. Make it again with 'blockbak cold', or bring its sidecar back."
+
+
+class NoSuchImage(Failed):
+    message = "{path} cannot be read as a raw image: {reason}."
+    advice = "A word with a slash in it, or with a sidecar beside it, is a raw image's name; a point has none."
+
+
+class PipeFailed(Failed):
+    message = "Standard output took {written} bytes of the image and no more: {reason}."
+    advice = "What the other end has is incomplete; do not use it."
+
+
+class StreamFailed(Failed):
+    message = "Standard input cannot be restored: {reason}."
+    advice = "What the target holds is incomplete; do not use it."
+
+
 class VerificationFailed(Failed):
     message = "{path} does not read back as it was written: {blocks} blocks differ, the first at byte {first}."
     advice = "The target cannot be trusted: its disk, cable or memory may be failing."
@@ -422,6 +447,21 @@ class Misplaced(Damage):
     )
 
 
+class DamagedSidecar(Damage):
+    message = "The sidecar {file} is damaged: {reason}."
+    advice = "Bring it back from a copy: without it nothing tells whether its image is whole."
+
+
+class DamagedRawImage(Damage):
+    message = "The raw image {file} is damaged: {reason}."
+    advice = "'blockbak verify' names the damaged ranges. Another copy of it, with this sidecar, would do."
+
+
+class DamagedStream(Damage):
+    message = "What came from standard input is not what the sidecar {file} tells of: {reason}."
+    advice = "What the target holds is incomplete or wrong; do not use it."
+
+
 class DamagedRepository(Damage):
     message = "{file} is damaged: {reason}."
     advice = "Bring it back from a copy; rescue.py beside it restores without it."
@@ -465,6 +505,16 @@ class SourceInUse(Refused):
 class SourceHoldsRepository(Refused):
     message = "{path} holds {what}: an image of it would contain itself."
     advice = "Keep the repository on another disk."
+
+
+class SourceHoldsImage(Refused):
+    message = "{path} holds {file}: the image would contain itself."
+    advice = "Write the image to a file on another disk."
+
+
+class ImageInRepository(Refused):
+    message = "{path} lies in the repository {repository}, where only blockbak's own files belong."
+    advice = "Write it elsewhere, or make a point of the device with 'blockbak backup'."
 
 
 class TargetInUse(Refused):

@@ -19,6 +19,8 @@ PAGES = Path(__file__).parent.parent / "docs" / "man"
 FILES = [
     ("REPO/VOLUME/POINT.KIND.zst", "An image. A full is a plain zstd stream of the whole volume."),
     ("REPO/VOLUME/POINT.KIND.json", "Its manifest: the commit record, readable by people and by jq."),
+    ("FILE.json", "Beside a raw image FILE: its sidecar, which tells whether it is whole."),
+    ("FILE.mapfile", "Beside a raw image, or a restored file: what could not be read or restored, for ddrescue."),
     ("REPO/RESTORE.txt, REPO/rescue.py", "How to restore without blockbak, and the script that does."),
     (
         "/var/lib/blockbak",

@@ -19,21 +19,12 @@ def _block_size(_: click.Context, __: click.Parameter, value: str | None) -> int
         return None
     from blockbak.flow.backup import check_block_size
 
-    size = _bytes(value, "4K to 1M")
+    size = common.parsed_bytes(value, "4K to 1M")
     try:
         check_block_size(size)
     except BadBlockSize as error:
         raise click.BadParameter("take a power of two from 4K to 1M") from error
     return size
-
-
-def _bytes(value: str, advice: str) -> int:
-    from blockbak.units import parse_size
-
-    try:
-        return parse_size(value)
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} is not a size; take {advice}") from error
 
 
 def _store_size(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
@@ -48,23 +39,6 @@ def _store_size(_: click.Context, __: click.Parameter, value: str | None) -> str
         size = 0
     if size <= 0:
         raise click.BadParameter(f"{value!r} is neither a size like 20G nor a share like 15%")
-    return value
-
-
-def _rate(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
-    if value is None:
-        return None
-    rate = _bytes(value, "50M for 50 MiB a second")
-    if rate < 64 << 10:
-        raise click.BadParameter("take at least 64K")
-    return rate
-
-
-def _name(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
-    from blockbak.repository.local import NAME_RULE, usable_name
-
-    if value is not None and not usable_name(value):
-        raise click.BadParameter(f"{value!r} is no name for a volume: it takes {NAME_RULE}")
     return value
 
 
@@ -107,7 +81,7 @@ def summary(report: Report) -> str:
     help="hot: a logical volume, from a snapshot. cold: its users are brought to rest first, and everything is put "
     "back. live: as it is, consistency none. auto: hot for a logical volume in use, cold for what is not in use.",
 )
-@click.option("--name", callback=_name, metavar="VOLUME", help="The volume's name in the repository.")
+@click.option("--name", callback=common.volume_name, metavar="VOLUME", help="The volume's name in the repository.")
 @click.option(
     "--block-size",
     "block_bytes",
@@ -152,7 +126,7 @@ def summary(report: Report) -> str:
     metavar="SECONDS",
     help="After this the volumes go on, whatever happens, and no point is made.",
 )
-@click.option("--limit", callback=_rate, metavar="SIZE", help="Read at most so many bytes a second.")
+@click.option("--limit", callback=common.rate, metavar="SIZE", help="Read at most so many bytes a second.")
 @click.option("--idle", is_flag=True, help="Read only when nobody else wants the disk, as far as its scheduler can.")
 @common.reading_options
 @click.option(

@@ -150,6 +150,49 @@ def repository_options(function: F) -> F:
     return repository_option(json_option(wait_option(function)))
 
 
+def parsed_bytes(value: str, advice: str) -> int:
+    """Bytes named by a word; ``advice`` is what to take instead of one that names none."""
+    from blockbak.units import parse_size
+
+    try:
+        return parse_size(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not a size; take {advice}") from error
+
+
+def rate(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    """Bytes a second."""
+    if value is None:
+        return None
+    rate = parsed_bytes(value, "50M for 50 MiB a second")
+    if rate < 64 << 10:
+        raise click.BadParameter("take at least 64K")
+    return rate
+
+
+def volume_name(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """A word that may be a volume's name."""
+    from blockbak.repository.local import NAME_RULE, usable_name
+
+    if value is not None and not usable_name(value):
+        raise click.BadParameter(f"{value!r} is no name for a volume: it takes {NAME_RULE}")
+    return value
+
+
+def known_repository(named: str | None) -> Repository | None:
+    """The repository as ``open_repository`` finds it, for a verb that can do without; None where none is named, or
+    where the one of BLOCKBAK_REPO is not there now.
+    """
+    if named or click.get_current_context().obj:
+        return open_repository(named)
+    if not os.environ.get("BLOCKBAK_REPO"):
+        return None
+    try:
+        return open_repository(None)
+    except NotARepository:
+        return None
+
+
 def open_repository(named: str | None) -> Repository:
     """The repository named here, before the verb, or by BLOCKBAK_REPO. Raises NoRepositoryNamed and what
     opening it raises.

@@ -21,6 +21,8 @@ VERBS = {
     "devices": "What can be backed up, and what uses it.",
     "init": "Make a repository.",
     "backup": "Make a restore point of each source.",
+    "cold": "Make a raw image of a device, with a sidecar that tells whether it is whole.",
+    "adopt": "Make a raw image a restore point.",
     "list": "The restore points of a repository.",
     "show": "One restore point, with its extents and partitions.",
     "restore": "Bring a point back onto a device or into a file.",

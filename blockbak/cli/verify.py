@@ -20,7 +20,8 @@ def _share(_: click.Context, __: click.Parameter, value: str) -> float:
 
 @click.command(
     epilog="\b\nExamples:\n  blockbak -r /srv/backup verify\n  blockbak -r /srv/backup verify web@latest\n"
-    "  blockbak -r /srv/backup verify --sample 5%",
+    "  blockbak -r /srv/backup verify --sample 5%\n"
+    "  blockbak verify /srv/images/sdb.img",
 )
 @click.argument("points", nargs=-1, metavar="[POINT...]")
 @click.option(
@@ -43,17 +44,30 @@ def command(
 ) -> None:
     """Check the named points with all images they need, or everything: every stored byte.
 
+    A word with a slash, or the name of a file with a sidecar beside it, is a raw image, which is checked against
+    its sidecar; that needs no repository.
+
     Exit status 4 if damage was found, 1 if all that is wrong is that an image is of a newer blockbak.
     Partial files, orphans and half-done deletions are mentioned and are no damage.
     """
     import random
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
-    from blockbak.flow.verify import verify
+    from blockbak.flow import rawcheck
+    from blockbak.flow.verify import Report, verify
 
-    opened = common.open_repository(repository)
+    raw = [word for word in points if rawcheck.is_raw(word)]
+    named = [word for word in points if word not in raw]
+    pick = random.SystemRandom().random
+    opened = common.open_repository(repository) if named or not raw else None
     with common.world(wait) as world:
-        report = verify(opened, points, world, share=share, pick=random.SystemRandom().random)
+        clock = world.timer()
+        verdicts = rawcheck.verify_raw(raw, world, share=share, pick=pick)
+        seconds = round(world.timer() - clock, 3) if raw else 0.0
+        report = Report(verdicts, [], seconds)
+        if opened is not None:
+            of_points = verify(opened, named, world, share=share, pick=pick)
+            report = replace(of_points, images=[*verdicts, *of_points.images], seconds=seconds + of_points.seconds)
     if as_json:
         document: dict[str, object] = {
             "ok": report.ok, "images": [asdict(verdict) for verdict in report.images],
@@ -67,7 +81,8 @@ def command(
     for verdict in report.images:
         for flaw in verdict.damage:
             where = f"bytes {flaw.start} to {flaw.start + flaw.length}: " if flaw.length else ""
-            render.say(f"{verdict.volume}/{verdict.file}: {where}{flaw.reason}")
+            what = f"{verdict.volume}/{verdict.file}" if verdict.volume else verdict.file
+            render.say(f"{what}: {where}{flaw.reason}")
     if not as_json:
         bad = sum(not verdict.ok and not verdict.newer for verdict in report.images)
         newer = sum(verdict.newer for verdict in report.images)

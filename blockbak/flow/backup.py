@@ -12,6 +12,7 @@ from blockbak.errors import (
     BadBlockSize,
     BlockbakError,
     Damage,
+    DamagedRawImage,
     Interrupted,
     NewerFormat,
     NotTogether,
@@ -235,7 +236,7 @@ def backup(
 
 
 @dataclass(slots=True)
-class _Held:
+class Held:
     """A volume that is locked, and the source whose point it gets."""
 
     request: Request
@@ -261,7 +262,7 @@ def _backup_group(
         return
     clock = context.timer()
     with ExitStack() as stack:
-        held: list[_Held] = []
+        held: list[Held] = []
         for request in requests:
             try:
                 held.append(_hold(repository, request, context, stack))
@@ -324,7 +325,7 @@ def _check_request(request: Request) -> None:
         require()
 
 
-def _hold(repository: Repository, request: Request, context: Context, stack: ExitStack) -> _Held:
+def _hold(repository: Repository, request: Request, context: Context, stack: ExitStack) -> Held:
     """Look at a source, and lock its volume until ``stack`` is closed."""
     _check_request(request)
     seen = look(repository, request, context)
@@ -339,13 +340,13 @@ def _hold(repository: Repository, request: Request, context: Context, stack: Exi
             again = look(repository, request, context)
             if again.name == seen.name:
                 stack.push(holding.pop_all())
-                return _Held(request, again, volume, lock)
+                return Held(request, again, volume, lock)
         seen = again
 
 
 def _read_held(
     repository: Repository,
-    held: Sequence[_Held],
+    held: Sequence[Held],
     hot: HotOptions,
     clock: float,
     context: Context,
@@ -356,7 +357,7 @@ def _read_held(
     with ExitStack() as stack:
         sources = stack.enter_context(snapshots(members, hot, repository.path, context)) if members else ()
         waiting = Waiting(sources, context.say)
-        context = replace(context, check=_both(context.check, waiting.look))
+        context = replace(context, check=both(context.check, waiting.look))
         for one in held:
             left = ""
             if hot.freeze_with and one.seen.mode != "hot":
@@ -367,12 +368,12 @@ def _read_held(
                     source = waiting.next()
                     try:
                         source.check()
-                        report = _locked(repository, one, source, context)
+                        report = make_point(repository, one, source, context)
                     finally:
                         left = source.release()
                 else:
                     with _at_rest(one, repository, context) as source_at_rest:
-                        report = _locked(repository, one, source_at_rest, context)
+                        report = make_point(repository, one, source_at_rest, context)
             except BlockbakError as error:
                 if left:
                     error.add_note(left)
@@ -386,7 +387,7 @@ def _read_held(
             clock = context.timer()
 
 
-def _at_rest(held: _Held, repository: Repository, context: Context) -> AbstractContextManager[AtRest]:
+def _at_rest(held: Held, repository: Repository, context: Context) -> AbstractContextManager[AtRest]:
     """The source as it is; a cold device brought to rest first, where that was asked for."""
     seen, request = held.seen, held.request
     if seen.mode == "cold" and request.rest is not None and seen.device.is_block:
@@ -399,8 +400,10 @@ def _newest(volume: Volume) -> str:
     return points[-1].id if points else ""
 
 
-def _locked(repository: Repository, held: _Held, source: Source, context: Context) -> Report:
-    """Make one point in a volume that is held, of a source that is open."""
+def make_point(repository: Repository, held: Held, source: Source, context: Context, root: str = "") -> Report:
+    """Make one point in a volume that is held, of a source that is open. Its hash map must have the ``root`` that is
+    given, if one is: else DamagedRawImage is raised, and there is no point.
+    """
     request, volume, seen = held.request, held.volume, held.seen
     held.lock.claim(str(seen.identity))
     catalog = volume.catalog()
@@ -415,7 +418,7 @@ def _locked(repository: Repository, held: _Held, source: Source, context: Contex
         # Durable before the image that carries it: it must not be used again, whatever becomes of the image.
         held.lock.remember(sequence)
         block = _block_bytes(request, view, points)
-        return _make(_Making(repository, held, source, chosen, view, sequence, block), context)
+        return _make(_Making(repository, held, source, chosen, view, sequence, block, root), context)
 
 
 def _choose(
@@ -478,16 +481,17 @@ def _planned(repository: Repository, seen: Seen, request: Request, context: Cont
 @dataclass(frozen=True, slots=True)
 class _Making:
     """A point that is about to be made in a volume that is held: of what, which kind, on which parent (None for
-    a full).
+    a full). Its map must have the ``root``, where that is not empty.
     """
 
     repository: Repository
-    held: _Held
+    held: Held
     source: Source
     choice: Choice
     parent: PointView | None
     sequence: int
     block_bytes: int
+    root: str
 
 
 def _opening(job: _Making, moment: datetime, context: Context) -> Opening:
@@ -512,7 +516,7 @@ def _read(job: _Making, writer: ImageWriter, context: Context) -> tuple[int, Set
     unused = _unused(job, context) if request.used_only else Unused()
     reader.retries, reader.strict = request.retries, request.strict
     # An area that cannot be read may keep a worker for minutes.
-    reader.doubt = _both(reader.doubt, context.check)
+    reader.doubt = both(reader.doubt, context.check)
     context.progress.begin(f"{job.held.volume.name} {job.choice.kind}", reader.size)
     try:
         read_bytes = scan(reader, writer, job.parent, request.compress, context, request.limit, unused.extents)
@@ -542,12 +546,14 @@ def _make(job: _Making, context: Context) -> Report:
     for line in notes:
         context.say(line)
     started, clock = context.now(), context.timer()
-    context = replace(context, check=_both(context.check, job.source.check))
+    context = replace(context, check=both(context.check, job.source.check))
     opening = _opening(job, job.source.moment or started, context)
     file = volume.free_name(opening.point, opening.kind)
     with volume.begin(file) as partial:
         writer = ImageWriter(partial, opening, job.parent.claimed_digests() if job.parent else None)
         read_bytes, settled = _read(job, writer, context)
+        if job.root and writer.root != job.root:
+            raise DamagedRawImage(file=job.source.reader.path, reason="it does not have its sidecar's root")
         counts = writer.counts
         notes += settled.notes
         if counts.by_kind[BAD]:
@@ -572,7 +578,9 @@ def _make(job: _Making, context: Context) -> Report:
     )
 
 
-def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
+def both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
+    """One check of two."""
+
     def check() -> None:
         first()
         second()

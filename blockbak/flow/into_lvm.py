@@ -19,7 +19,7 @@ from blockbak.errors import (
 )
 from blockbak.flow.context import Context
 from blockbak.flow.leftovers import settle
-from blockbak.flow.part import physical_volumes, table_within
+from blockbak.flow.target import Incoming
 from blockbak.host import device as devices
 from blockbak.host import lvm, runs, volumes
 from blockbak.host.blockio import PIECE_BYTES, TargetWriter
@@ -29,7 +29,9 @@ from blockbak.host.volumes import PoolWatch
 from blockbak.image.view import PointView
 from blockbak.model import snapshot as plan
 from blockbak.model import twins
+from blockbak.model.filesystem import PhysicalVolume, physical_volume
 from blockbak.model.part import Part
+from blockbak.model.partition import inside
 from blockbak.units import align_down, align_up
 
 _RUN_DIGITS = 8
@@ -72,7 +74,9 @@ def plan_volume(label: str, pool: str, view: PointView, part: Part, context: Con
     if lvm.named(group_name, name) is not None:
         raise VolumeNameTaken(volume=f"{group_name}/{name}")
     size = align_up(part.length, group.lvm_extent)
-    wanted = NewVolume(group_name, name, size, pool, _check_sectors(label, group.disks, view, part), blank=False)
+    wanted = NewVolume(
+        group_name, name, size, pool, _check_sectors(label, group.disks, Incoming.of(view, part)), blank=False
+    )
     if not pool:
         if group.free < size:
             raise NoVolumeRoom(place=f"Volume group {group_name}", free=group.free, volume=wanted.label, needed=size)
@@ -97,13 +101,13 @@ def _check_pool(wanted: NewVolume, view: PointView, part: Part, context: Context
     return blank
 
 
-def _check_sectors(label: str, disks: tuple[str, ...], view: PointView, part: Part) -> int:
+def _check_sectors(label: str, disks: tuple[str, ...], incoming: Incoming) -> int:
     """The largest sector of a group's disks: a volume may come to lie on any. Raises TargetSectorSize."""
     found = [0]
     for disk in disks:
         with contextlib.suppress(SourceError):  # one that is missing
             found.append(devices.look(disk).logical_sector)
-    have, table = max(found), table_within(view, part)
+    have, table = max(found), incoming.table()
     if have and table is not None and have != table.sector_bytes:
         raise TargetSectorSize(path=label, have=have, need=table.sector_bytes)
     return have
@@ -156,7 +160,7 @@ def new_volume(
         volumes.new_volume(run, wanted.group, wanted.name, wanted.size, wanted.pool) as path,
         TargetWriter(path, kernel=context.kernel) as target,
     ):
-        _check_sectors(wanted.label, (path,), view, part)
+        _check_sectors(wanted.label, (path,), Incoming.of(view, part))
         if wanted.pool:
             watch(PoolWatch(devices.look(path), _on_the_way(context)))
         if not wanted.blank:
@@ -167,14 +171,15 @@ def new_volume(
         yield target
 
 
-def pool_of(target: Device, view: PointView, part: Part, path: str, context: Context) -> PoolWatch | None:
-    """What watches the pool of a thin target; None for any other. Raises TargetUnsafe where the part surely
-    does not fit into the pool: all its other volumes would fail with it.
+def pool_of(target: Device, needs: Callable[[int], int], path: str, context: Context) -> PoolWatch | None:
+    """What watches the pool of a thin target; None for any other. ``needs`` tells the bytes that the content takes
+    at least where room is given so many at a time. Raises TargetUnsafe where it surely does not fit into the pool:
+    all its other volumes would fail with it.
     """
     if not volumes.thin_pool(target):
         return None
     watch = PoolWatch(target, _on_the_way(context))
-    short = watch.short(taken(view, watch.unit, part))
+    short = watch.short(needs(watch.unit))
     if short is not None:
         free, needed = short
         reason = f"thin pool {watch.label} has {free} bytes free, at least {needed} are needed"
@@ -185,9 +190,9 @@ def pool_of(target: Device, view: PointView, part: Part, path: str, context: Con
 # --- physical volumes twice ---------------------------------------------------------------------------------
 
 
-def twin_notes(target: Device, view: PointView, part: Part) -> list[str]:
+def twin_notes(target: Device, incoming: Incoming) -> list[str]:
     """What to say before a physical volume that is here already is written to another device."""
-    copies = physical_volumes(view, part)
+    copies = _physical_volumes(incoming)
     if not copies or target.is_lv or not target.is_block:
         return []
     system = System()
@@ -196,3 +201,12 @@ def twin_notes(target: Device, view: PointView, part: Part) -> list[str]:
         family |= system.below(name)
     present = lvm.physical_volumes(family, system)
     return [line for one in copies for line in twins.warnings(one, present, target.label)]
+
+
+def _physical_volumes(incoming: Incoming) -> list[PhysicalVolume]:
+    """Those in the content: itself, or in its partitions."""
+    table = incoming.table()
+    places = [(0, incoming.size)]
+    places += [(one.start, one.length) for one in table.partitions] if table else []
+    found = [physical_volume(inside(incoming.read, start, length)) for start, length in places]
+    return [one for one in found if one is not None]

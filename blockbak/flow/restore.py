@@ -13,12 +13,12 @@ import numpy as np
 from blockbak.errors import BadTarget, BlockbakError, Damage, DamagedImage, Interrupted
 from blockbak.flow import grow
 from blockbak.flow.context import Context, never
-from blockbak.flow.into_lvm import NewVolume, new_volume, plan_volume, pool_of, twin_notes
+from blockbak.flow.into_lvm import NewVolume, new_volume, plan_volume, pool_of, taken, twin_notes
 from blockbak.flow.mapfile import Mapfile, mapfile
 from blockbak.flow.part import find_partition, whole
 from blockbak.flow.points import Opened, find, newer_orphans, open_point, open_reader
-from blockbak.flow.target import check_target, existing, is_itself, look_at_target, new_file
-from blockbak.flow.writing import Writing, mostly_equal, read_back, write_all
+from blockbak.flow.target import Incoming, check_target, existing, is_itself, look_at_target, new_file
+from blockbak.flow.writing import PointContent, Writing, mostly_equal, read_back, write_all
 from blockbak.host import volumes
 from blockbak.host.blockio import TargetWriter
 from blockbak.host.device import Device
@@ -122,16 +122,16 @@ def _surviving(view: PointView) -> Summary:
     return Summary(min(stored, view.geometry.device_bytes), extent.coalesce(np.concatenate(bad)))
 
 
-def _method(view: PointView, part: Part, target: Device | None, pool: PoolWatch | None, context: Context) -> str:
+def _method(wanted: _Wanted, target: Device | None, pool: PoolWatch | None, context: Context) -> str:
     """How the target will be written."""
     if target is None:
         return "create"
     if pool is not None:
         return "differ"  # zeros that are written where a thin volume holds nothing would take room
-    if is_itself(target, view, part, context, surely=False):
+    if is_itself(target, wanted.incoming, context, surely=False):
         return "differ"
     with TargetWriter(target.path, kernel=context.kernel) as opened:
-        return "differ" if mostly_equal(view, part, opened) else "write"
+        return "differ" if mostly_equal(wanted.opened.view, wanted.part, opened) else "write"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +142,11 @@ class _Wanted:
     part: Part
     partition: Partition | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def incoming(self) -> Incoming:
+        """It, as what is to lie on a target."""
+        return Incoming.of(self.opened.view, self.part)
 
     @property
     def bad(self) -> Extents:
@@ -180,11 +185,11 @@ def _plan(
 ) -> Plan:  # fmt: skip
     opened, part = wanted.opened, wanted.part
     opening, notes = opened.view.top.opening, list(wanted.notes)
-    if target is not None and is_itself(target, opened.view, part, context, surely=True):
+    if target is not None and is_itself(target, wanted.incoming, context, surely=True):
         itself = "the partition" if part.partition else "the volume"
         notes.append(f"The target is {itself} itself: it is rolled back.")
     elif target is not None:
-        notes += twin_notes(target, opened.view, part)
+        notes += twin_notes(target, wanted.incoming)
     if target is not None and target.is_block and target.size > part.length and growth is None:
         notes.append(f"The target is larger by {target.size - part.length} bytes; they are left alone.")
     if target is not None and not target.is_block and target.size > part.length:
@@ -304,9 +309,10 @@ def restore(repository: Repository, request: Request, context: Context, *, dry_r
         else:
             target = look_at_target(request.target)
             overwrite = request.overwrite or dry_run
-            check_target(request.target, target, view, part, repository, context, overwrite=overwrite)
-            pool = pool_of(target, view, part, request.target, context) if target is not None else None
-        method = _method(view, part, target, pool, context)
+            check_target(request.target, target, wanted.incoming, repository, context, overwrite=overwrite)
+            if target is not None:
+                pool = pool_of(target, lambda unit: taken(view, unit, part), request.target, context)
+        method = _method(wanted, target, pool, context)
         growth, told = _growth(wanted, request, target, new)
         planned = _plan(wanted, request, target, new, method, growth, context)
         planned.notes.extend(told)
@@ -366,9 +372,10 @@ def _carry_out(job: _Restoring, context: Context, clock: float) -> Report:
         blank = method == "create" and (job.new is None or job.new.blank)
         writing = "create" if blank else "differ" if method == "differ" else "write"
         permit = pools[0].check if pools else never
-        shared = Writing(job.view, part, target, writing, context, keep_going=request.keep_going, permit=permit)
+        content = PointContent(job.view, part, keep_going=request.keep_going)
+        shared = Writing(content, target, writing, context, part=part, permit=permit)
         try:
-            verified = _fill(shared, request, part.length, context)
+            verified = _fill(content, shared, request, context)
         except Interrupted as error:
             if method == "create":
                 raise
@@ -400,7 +407,7 @@ def _open(job: _Restoring, context: Context, pools: list[PoolWatch]) -> Abstract
         return new_volume(job.new, job.view, job.part, context, pools.append)
     if job.target is None:
         return new_file(job.path, job.part.length, context, overwrite=job.request.overwrite)
-    return existing(job.request.target, job.target, job.view, job.part, job.repository, context)
+    return existing(job.request.target, job.target, job.wanted.incoming, job.repository, context)
 
 
 def _mapfile(job: _Restoring) -> AbstractContextManager[Mapfile]:
@@ -409,12 +416,8 @@ def _mapfile(job: _Restoring) -> AbstractContextManager[Mapfile]:
     return mapfile(job.request.mapfile, job.path, f"{beside}.mapfile", job.repository)
 
 
-def _fill(shared: Writing, request: Request, size: int, context: Context) -> int:
+def _fill(content: PointContent, shared: Writing, request: Request, context: Context) -> int:
     """Write everything, flush it, read it back; bytes compared."""
-    context.progress.begin("restoring", size)
-    try:
-        write_all(shared, context)
-    finally:
-        context.progress.end()
+    write_all(shared, context)
     shared.target.flush()
-    return read_back(shared, context) if request.verify else 0
+    return read_back(content, shared, context) if request.verify else 0

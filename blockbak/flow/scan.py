@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -36,17 +37,72 @@ be in another one.
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
-    """A piece. ``zero``: a hole of an image file, which reads as zeros. ``unused`` is a bool per block, None where
-    every block is in use; ``turn`` counts the pieces of which anything is read.
+class Job:
+    """Consecutive blocks of one section, the ``number``-th piece in address order. ``zero``: a hole of an image file,
+    which reads as zeros. ``unused`` is a bool per block, None where every block is in use; ``turn`` counts the pieces
+    of which anything is read.
     """
 
     number: int
     first_block: int
     blocks: int
-    turn: int
+    turn: int = 0
     zero: bool = False
     unused: Mask | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a worker read of a job: ``kinds`` (uint8) and map ``rows`` of its blocks, ``bad`` extents in volume
+    bytes, and the bytes themselves, in a buffer that is used again; none for a hole.
+    """
+
+    number: int
+    first_block: int
+    kinds: Kinds
+    bad: Extents
+    rows: Rows
+    data: Bytes
+
+
+class Sink(Protocol):
+    """Where a scan goes."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """How the volume divides."""
+
+    def hand(self) -> Callable[[Found], None]:
+        """What one worker calls with each piece that it read."""
+
+    def stop(self) -> None:
+        """Release workers that wait for each other: another one failed."""
+
+
+class _ImageSink:
+    """Into an image."""
+
+    def __init__(self, writer: ImageWriter, compress: str, *, whole: bool) -> None:
+        self.geometry = writer.geometry
+        self._writer, self._compress, self._whole = writer, compress, whole
+
+    def hand(self) -> Callable[[Found], None]:
+        """A worker with a compressor of its own."""
+        encoder = codec.encoder(self._compress)
+
+        def take(found: Found) -> None:
+            frames = []
+            if (found.kinds == DATA).any():
+                frames = encode_windows(
+                    found.data, found.kinds, found.first_block, self.geometry, encoder, whole=self._whole
+                )
+            self._writer.add(Piece(found.number, found.first_block, found.kinds, found.bad, found.rows, frames))
+
+        return take
+
+    def stop(self) -> None:
+        """The image will not be finished."""
+        self._writer.stop()
 
 
 class ParentMap:
@@ -70,10 +126,11 @@ class ParentMap:
             return found
 
 
-def _jobs(geometry: Geometry, source: SourceReader, unused: Extents) -> Iterator[_Job]:
+def jobs(geometry: Geometry, source: SourceReader, unused: Extents | None = None) -> Iterator[Job]:
     """Pieces in address order; a section of which nothing is read is one piece."""
     number = turn = data_at = 0
     block, step = geometry.block_bytes, PIECE_BYTES // geometry.block_bytes
+    unused = extent.empty() if unused is None else unused
     starts = extent.starts_of(unused)
     for section in range(geometry.sections):
         start, end = geometry.section_range(section)
@@ -83,7 +140,7 @@ def _jobs(geometry: Geometry, source: SourceReader, unused: Extents) -> Iterator
         if data_at < start or section == 0:
             data_at = source.next_data(start)
         if data_at >= end or (mask is not None and mask.all()):
-            yield _Job(number, first, blocks, turn, zero=data_at >= end, unused=mask)
+            yield Job(number, first, blocks, turn, zero=data_at >= end, unused=mask)
             number += 1
             continue
         for low in range(0, blocks, step):
@@ -92,7 +149,7 @@ def _jobs(geometry: Geometry, source: SourceReader, unused: Extents) -> Iterator
                 data_at = source.next_data(begin)
             part = None if mask is None or not mask[low : low + count].any() else mask[low : low + count]
             zero = data_at >= min(begin + count * block, end)
-            yield _Job(number, first + low, count, turn, zero, part)
+            yield Job(number, first + low, count, turn, zero, part)
             number += 1
             turn += not zero and (part is None or not part.all())
 
@@ -151,27 +208,26 @@ class Pace:
 
 
 class Scanner:
-    """One worker's hands: its buffer and its compressor."""
+    """One worker's hands: its buffer, and where it puts what it read."""
 
     def __init__(
         self,
         source: SourceReader,
-        writer: ImageWriter,
+        sink: Sink,
         parent: ParentMap | None,
-        compress: str,
         account: Callable[[int, int, int], None],
         lost: Callable[[int], None],
         pace: Pace,
     ) -> None:
         self._pace = pace
-        self._source, self._writer, self._parent = source, writer, parent
-        self._geometry = writer.geometry
-        self._encoder = codec.encoder(compress)
+        self._source, self._parent = source, parent
+        self._geometry = sink.geometry
+        self._take = sink.hand()
         self._buffer = aligned(PIECE_BYTES)
         self._account, self._lost = account, lost
 
-    def __call__(self, job: _Job) -> None:
-        """Take one piece from the source to the image."""
+    def __call__(self, job: Job) -> None:
+        """Take one piece from the source to the sink."""
         geometry = self._geometry
         start = job.first_block * geometry.block_bytes
         length = min(job.blocks * geometry.block_bytes, geometry.device_bytes - start)
@@ -194,14 +250,11 @@ class Scanner:
             kinds[job.unused] = HOLE
         if self._parent is not None:
             kinds[~changes(rows, bad, self._parent.section(section), low, geometry, job.unused)] = ABSENT
-        frames = []
-        if (kinds == DATA).any():
-            frames = encode_windows(data, kinds, job.first_block, geometry, self._encoder, whole=self._parent is None)
-        self._writer.add(Piece(job.number, job.first_block, kinds, bad, rows, frames))
+        self._take(Found(job.number, job.first_block, kinds, bad, rows, data))
         changed = int(np.count_nonzero(kinds)) * geometry.block_bytes
         self._account(read_bytes, length, changed)
 
-    def _read(self, job: _Job, start: int, data: Bytes) -> tuple[Extents, int]:
+    def _read(self, job: Job, start: int, data: Bytes) -> tuple[Extents, int]:
         """Fill ``data`` from ``start`` on, with zeros where nothing is in use; what could not be read, and the bytes
         that were asked for.
         """
@@ -234,6 +287,20 @@ def scan(
 
     Raises SourceVanished, SourceUnreadable, NoSpace, StoreFailed, DamagedImage (of the parent), Interrupted.
     """
+    return scan_into(source, _ImageSink(writer, compress, whole=parent is None), context, limit, parent, unused)
+
+
+def scan_into(
+    source: SourceReader,
+    sink: Sink,
+    context: Context,
+    limit: int | None = None,
+    parent: PointView | None = None,
+    unused: Extents | None = None,
+) -> int:
+    """Read the source into any sink; bytes that were read. Raises SourceVanished, SourceUnreadable, DamagedImage (of
+    the parent), Interrupted, and what the sink raises.
+    """
     known = None if parent is None else ParentMap(parent, context.workers + _SECTIONS_BESIDE)
     guard = threading.Lock()
     total = 0
@@ -246,7 +313,7 @@ def scan(
 
     pace = Pace(limit, context.timer, time.sleep, context.check)
     unread: set[int] = set()
-    places = np.linspace(0, writer.geometry.device_bytes - 1, _PLACES_ASKED).astype(int).tolist()
+    places = np.linspace(0, sink.geometry.device_bytes - 1, _PLACES_ASKED).astype(int).tolist()
 
     def lost(turn: int) -> None:
         """A disk that fell off its bus answers every read with an error: it would be asked for each sector."""
@@ -264,10 +331,10 @@ def scan(
         raise SourceVanished(path=source.path, reason=reason)
 
     workers.run(
-        _jobs(writer.geometry, source, extent.empty() if unused is None else unused),
-        lambda: Scanner(source, writer, known, compress, account, lost, pace),
+        jobs(sink.geometry, source, unused),
+        lambda: Scanner(source, sink, known, account, lost, pace),
         workers=context.workers,
         check=context.check,
-        stop=writer.stop,
+        stop=sink.stop,
     )
     return total

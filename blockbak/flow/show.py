@@ -16,7 +16,7 @@ from blockbak.image.view import PointView
 from blockbak.model import extent
 from blockbak.model.chain import Image
 from blockbak.model.extent import BAD, HOLE, KIND_NAMES, Extents
-from blockbak.model.filesystem import Filesystem, filesystem
+from blockbak.model.filesystem import Filesystem, Read, filesystem
 from blockbak.model.partition import PartitionTable, inside
 from blockbak.model.partition_types import type_name
 from blockbak.repository.local import Repository
@@ -54,7 +54,7 @@ def show(repository: Repository, name: str, context: Context, *, extents_max: in
                 {"start": int(row["start"]), "length": int(row["length"]), "kind": KIND_NAMES[int(row["kind"])]}
                 for row in kept
             ],
-            partition_table=table, filesystems=_filesystems(view, table),
+            partition_table=table, filesystems=filesystems_in(reader(view), table, view.geometry.device_bytes),
         )  # fmt: skip
 
 
@@ -100,9 +100,10 @@ def _extents(view: PointView, most: int, context: Context) -> tuple[dict[str, in
     return sums, count, kept[:most]
 
 
-def _filesystems(view: PointView, table: PartitionTable | None) -> dict[str, Filesystem]:
-    read = reader(view)
-    size = view.geometry.device_bytes
+def filesystems_in(read: Read, table: PartitionTable | None, size: int) -> dict[str, Filesystem]:
+    """What lies in each partition of ``table``, by its number; in the ``size`` bytes themselves, as ``0``, where there
+    is no table.
+    """
     found: dict[str, Filesystem] = {}
     places = [(0, 0, size)] if table is None else [(one.number, one.start, one.length) for one in table.partitions]
     for number, start, length in places:

@@ -122,16 +122,17 @@ def resolve_mode(device: Device, mode: str, *, rest: bool = False) -> str:
     return "cold"
 
 
-def check_source(device: Device, repository: Repository, request: Request, context: Context) -> None:
-    """Refuse a source that would contain its own image. Raises SourceEmpty, SourceHoldsRepository,
-    DuplicateIdentity.
+def check_source(device: Device, repository: Repository | None, request: Request, context: Context) -> None:
+    """Refuse a source that would contain its own image; ``repository`` is the one that is known of, if any. Raises
+    SourceEmpty, SourceHoldsRepository, DuplicateIdentity.
 
     A snapshot does not change while the state directory is written, so the volume that holds it can be taken hot.
     """
     hot = device.is_lv and request.mode in ("auto", "hot")
     if device.size == 0:
         raise SourceEmpty(path=device.path)
-    if usage.carries(device, repository.path) and not (hot and request.own_repository):
+    held = repository is not None and usage.carries(device, repository.path)
+    if held and not (hot and request.own_repository):
         raise SourceHoldsRepository(path=device.path, what="the repository")
     if not hot and usage.carries(device, context.state_dir):
         raise SourceHoldsRepository(path=device.path, what="blockbak's state directory")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from blockbak.errors import (
     BadTarget,
@@ -18,17 +19,49 @@ from blockbak.errors import (
     TargetTooSmall,
     TargetUnsafe,
 )
-from blockbak.flow.context import Context
-from blockbak.flow.part import table_within
+from blockbak.flow.context import Context, never
+from blockbak.flow.points import reader
 from blockbak.flow.source import activation_needed
 from blockbak.host import device as devices
 from blockbak.host import lvm, usage
 from blockbak.host.blockio import TargetWriter, read_error, sync_directory
 from blockbak.host.device import Device
 from blockbak.image.view import PointView
+from blockbak.model import partition
+from blockbak.model.facts import Opening
+from blockbak.model.filesystem import Read
 from blockbak.model.part import Part
+from blockbak.model.partition import PartitionTable
 from blockbak.repository.local import Repository, repository_above
 from blockbak.units import align_down
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """What is to lie on a target: what its header says of it, and ``read(offset, length)`` of its content; or, where
+    that cannot be read beforehand, the partition table that it is said to have. ``part`` is what of the volume it is
+    (None: all), and ``read`` then counts from its first byte.
+    """
+
+    opening: Opening
+    read: Read
+    said_table: PartitionTable | None = None
+    part: Part | None = None
+
+    @classmethod
+    def of(cls, view: PointView, part: Part | None = None) -> Incoming:
+        """A point, or a part of it; what is damaged of it reads as zeros."""
+        read = reader(view) if part is None else partition.inside(reader(view), part.start, part.length)
+        return cls(view.top.opening, read, part=part)
+
+    @property
+    def size(self) -> int:
+        """Bytes of it."""
+        return self.opening.device_bytes if self.part is None else self.part.length
+
+    def table(self) -> PartitionTable | None:
+        """The partition table in it, if there is one."""
+        return self.said_table or partition.parse(self.read, self.opening.logical_sector, self.size, guess=True)
 
 
 def look_at_target(path: str) -> Device | None:
@@ -61,29 +94,30 @@ def look_at_target(path: str) -> Device | None:
 def check_target(
     path: str,
     target: Device | None,
-    view: PointView,
-    part: Part,
-    repository: Repository,
+    incoming: Incoming,
+    repository: Repository | None,
     context: Context,
     *,
     overwrite: bool,
 ) -> None:
-    """Refuse every target that must not be written. Raises a Refused, naming the reason."""
+    """Refuse every target that must not be written; ``repository`` is the one that is known of, if any. Raises a
+    Refused, naming the reason.
+    """
     for place in (path, *(usage.files_below(target) if target else ())):
-        if repository_above(os.path.realpath(place)) or is_stored(place, repository):
+        if repository_above(os.path.realpath(place)) or (repository is not None and is_stored(place, repository)):
             raise TargetHolds(path=path, what="a part of a repository")
     if target is None:
         return
-    for place, what in (
-        (repository.path, "the repository"),
-        (context.state_dir, "blockbak's state directory"),
-    ):
+    places = [(context.state_dir, "blockbak's state directory")]
+    if repository is not None:
+        places.insert(0, (repository.path, "the repository"))
+    for place, what in places:
         if usage.carries(target, place):
             raise TargetHolds(path=path, what=what)
     if system := usage.holds_running_system(target):
         raise TargetHolds(path=path, what=f"the running system ({system})")
     users = usage.users(target)
-    if not is_itself(target, view, part, context, surely=True):
+    if not is_itself(target, incoming, context, surely=True):
         # A disk of an inactive volume group may be rolled back onto itself; any other may not be lost to it.
         users += usage.memberships(target)
     if usage.is_inner(target):
@@ -95,31 +129,31 @@ def check_target(
         way = "Remove the snapshot first, or restore to a new volume with --create-lv."
         raise TargetUnsafe(path=path, reason=reason, way=way)
     if target.is_block:
-        _check_device(path, target, view, part)
+        _check_device(path, target, incoming)
     if not overwrite:
         raise TargetExists(path=path)
 
 
-def _check_device(path: str, target: Device, view: PointView, part: Part) -> None:
+def _check_device(path: str, target: Device, incoming: Incoming) -> None:
     """Size and sectors of a device. Raises BadTarget, TargetTooSmall, TargetSectorSize."""
     if target.read_only:
         raise BadTarget(path=path, reason="it is read-only")
-    need = part.length
+    need = incoming.size
     # What is left over behind the last whole sector cannot be written.
     room = align_down(target.size, target.logical_sector)
     if room < need:
         raise TargetTooSmall(path=path, have=room, need=need)
-    have, table = target.logical_sector, table_within(view, part)
+    have, table = target.logical_sector, incoming.table()
     if table is not None and have != table.sector_bytes:
         raise TargetSectorSize(path=path, have=have, need=table.sector_bytes)
 
 
-def is_itself(target: Device, view: PointView, part: Part, context: Context, *, surely: bool) -> bool:
-    """Whether the target is what the part was taken of: the volume, or the same partition of it. ``surely`` is for
+def is_itself(target: Device, incoming: Incoming, context: Context, *, surely: bool) -> bool:
+    """Whether the target is what the content was taken of: the volume, or the same partition of it. ``surely`` is for
     where a mistake would cost data.
     """
-    opening, device = view.top.opening, target
-    if part.partition:
+    opening, part, device = incoming.opening, incoming.part, target
+    if part is not None and part.partition:
         place = (target.partition_number, target.start, target.size)
         disk = devices.disk_of(target)
         if disk is None or place != (part.partition, part.start, part.length):
@@ -157,19 +191,19 @@ def is_stored(path: str, repository: Repository) -> bool:
 
 @contextlib.contextmanager
 def existing(
-    given: str, known: Device, view: PointView, part: Part, repository: Repository, context: Context
+    given: str, known: Device, incoming: Incoming, repository: Repository | None, context: Context
 ) -> Iterator[TargetWriter]:
     """A target that was there when it was looked at as ``known``, open, and nobody else's; a file gets the
-    part's size. Raises BadTarget if it has become another one since, and what ``check_target`` raises.
+    content's size. Raises BadTarget if it has become another one since, and what ``check_target`` raises.
     """
     with TargetWriter(known.path, kernel=context.kernel) as target:
         # Between the look at it and now a node may have been handed on, a link turned, a file been mounted.
         now = look_at_target(given)
         if now is None or _marks(now) != _marks(known) or not target.is_of(known.path, known.file_id):
             raise BadTarget(path=given, reason="it is not what it was a moment ago")
-        check_target(given, now, view, part, repository, context, overwrite=True)
+        check_target(given, now, incoming, repository, context, overwrite=True)
         if not target.is_block:
-            target.resize(part.length)
+            target.resize(incoming.size)
         yield target
 
 
@@ -179,8 +213,11 @@ def _marks(device: Device) -> tuple[object, ...]:
 
 
 @contextlib.contextmanager
-def new_file(path: str, size: int, context: Context, *, overwrite: bool) -> Iterator[TargetWriter]:
+def new_file(
+    path: str, size: int, context: Context, *, overwrite: bool, ready: Callable[[], None] = never
+) -> Iterator[TargetWriter]:
     """A file of ``size`` bytes, written as ``path.partial``; it gets its name when all went well, and else goes.
+    ``ready`` is called between: who flushes the file first may clear the name for it there.
 
     Raises TargetExists, TargetInUse, BadTarget.
     """
@@ -202,6 +239,7 @@ def new_file(path: str, size: int, context: Context, *, overwrite: bool) -> Iter
             context.kernel.unmark(target.fd)
         if not _is_named(held, partial):
             raise BadTarget(path=path, reason=f"{partial} was taken away meanwhile")
+        ready()
         context.kernel.rename(partial, path)
         sync_directory(os.path.dirname(path), context.kernel)
     except OSError as error:

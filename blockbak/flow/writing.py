@@ -1,10 +1,11 @@
-"""Writes a point to an open target, piece by piece, and reads it back."""
+"""Writes content to an open target, piece by piece, and reads a point back from there."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ from blockbak.host.placed import PlacedTarget
 from blockbak.image.view import Flaw, PointView, SectionView
 from blockbak.model import extent, hashmap
 from blockbak.model.extent import BAD
+from blockbak.model.hashmap import Geometry, Mask, Rows
 from blockbak.model.part import Part
 from blockbak.units import KIB, MIB
 
@@ -62,24 +64,75 @@ def mostly_equal(view: PointView, part: Part, target: TargetWriter) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
-    section: SectionView
-    low: int
-    blocks: int
+class Job:
+    """A piece of the content, in volume bytes: at most ``PIECE_BYTES``, from a multiple of it. ``part`` is what the
+    content itself knows of it.
+    """
+
     start: int
     length: int
+    blocks: int
+    part: Any
 
 
-class _Sections:
-    """Cuts the point into pieces, those that hold something of the part. With ``keep_going`` a section whose index is
+class Hand(Protocol):
+    """One worker's way to the content."""
+
+    def look(self, job: Job) -> tuple[Mask, Rows]:
+        """Which blocks of a piece have bytes to be fetched, the others being zeros; and the map rows of all."""
+
+    def fetch(self, job: Job, wanted: Mask, data: npt.NDArray[np.uint8]) -> list[Flaw]:
+        """Fill the wanted blocks of ``data`` (the piece's bytes); others may be filled too. What was not good is
+        zeros there, and told.
+        """
+
+
+class Content(Protocol):
+    """What is written. With ``keep_going`` what is damaged of it is zeros, and ``flaws`` are told by ``pieces``."""
+
+    keep_going: bool
+    flaws: list[Flaw]
+
+    @property
+    def geometry(self) -> Geometry:
+        """How it divides."""
+
+    def pieces(self) -> Iterator[Job]:
+        """All of it in address order. Called once."""
+
+    def hand(self) -> Hand:
+        """For one more worker."""
+
+    def stop(self) -> None:
+        """Give no more pieces, and wait for none: another worker failed."""
+
+
+class PointContent:
+    """A point, cut into pieces, those that hold something of the part. With ``keep_going`` a section whose index is
     damaged in one image is what newer images hold of it, and the rest a flaw.
     """
 
     def __init__(self, view: PointView, part: Part, *, keep_going: bool) -> None:
-        self._view, self._part, self._keep_going = view, part, keep_going
+        self._view, self._part, self.keep_going = view, part, keep_going
         self.flaws: list[Flaw] = []
 
-    def pieces(self, wanted: npt.NDArray[np.bool_] | None = None) -> Iterator[_Job]:
+    @property
+    def geometry(self) -> Geometry:
+        """That of the point."""
+        return self._view.geometry
+
+    def again(self) -> PointContent:
+        """The same from the beginning."""
+        return PointContent(self._view, self._part, keep_going=self.keep_going)
+
+    def hand(self) -> Hand:
+        """What reads its frames."""
+        return _PointHand(self._view)
+
+    def stop(self) -> None:
+        """Nothing is waited for."""
+
+    def pieces(self, wanted: npt.NDArray[np.bool_] | None = None) -> Iterator[Job]:
         """The pieces in address order, or those of which ``wanted`` (bool per piece) is set."""
         geometry, block = self._view.geometry, self._view.geometry.block_bytes
         step = PIECE_BYTES // block
@@ -99,7 +152,8 @@ class _Sections:
                 if not self._holds(start, min(start + PIECE_BYTES, end)):
                     continue
                 if wanted is None or wanted[start // PIECE_BYTES]:
-                    yield _Job(section, low, min(step, blocks - low), start, min(PIECE_BYTES, end - start))
+                    count = min(step, blocks - low)
+                    yield Job(start, min(PIECE_BYTES, end - start), count, _Part(section, low))
 
     def _holds(self, start: int, end: int) -> bool:
         low, high = self._part.within(start, end)
@@ -112,7 +166,7 @@ class _Sections:
             try:
                 return self._view.section(number, above=above), damage
             except Damage as error:
-                if not self._keep_going:
+                if not self.keep_going:
                     raise
                 damage = error
         return self._view.section(number, above=len(self._view.layers)), damage
@@ -133,60 +187,100 @@ class _Sections:
                 self.flaws.append(Flaw(start, end - start, reason, missing))
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Where a piece of a point lies: its section, and the piece's first block in it."""
+
+    section: SectionView
+    low: int
+
+
+class _PointHand:
+    """Reads the frames of a point; every block is checked against its row."""
+
+    def __init__(self, view: PointView) -> None:
+        self._view = view
+        self._block = view.geometry.block_bytes
+
+    def look(self, job: Job) -> tuple[Mask, Rows]:
+        """From the index."""
+        part: _Part = job.part
+        blocks = slice(part.low, part.low + job.blocks)
+        return part.section.stored[blocks], part.section.rows[blocks]
+
+    def fetch(self, job: Job, wanted: Mask, data: npt.NDArray[np.uint8]) -> list[Flaw]:
+        """Fill the windows of ``data`` that hold wanted blocks."""
+        view, part, found = self._view, job.part, []
+        per_window = view.geometry.window_bytes // self._block
+        held = np.logical_or.reduceat(wanted, np.arange(0, len(wanted), per_window))
+        for low, high in _pairs(held):
+            piece = data[low * per_window * self._block : high * per_window * self._block]
+            flaws = view.read(part.section, part.low + low * per_window, piece)
+            # What the target holds already needs nothing of a damaged frame.
+            found += [one for flaw in flaws for one in _wanted_of(flaw, wanted, job.start, self._block)]
+        return found
+
+
 class Writing:
     """What the workers of one restore share. ``permit`` is asked before each piece is written, and may raise.
-    ``flaws`` are in the volume's bytes, of the part alone.
+    Of a content that is ``endless`` nobody knows how long it will be. ``part`` is what of it is written (None: all),
+    and ``flaws`` are of that alone, in the volume's bytes.
     """
 
     def __init__(
-        self, view: PointView, part: Part, target: TargetWriter, method: str, context: Context, *, keep_going: bool,
-        permit: Callable[[], None] = never,
+        self, content: Content, target: TargetWriter, method: str, context: Context, *, part: Part | None = None,
+        permit: Callable[[], None] = never, endless: bool = False,
     ) -> None:  # fmt: skip
-        self.view, self.part, self.method, self.context = view, part, method, context
-        self.target = PlacedTarget(target, part)
+        self.part = part or Part(0, content.geometry.device_bytes)
+        self.content, self.method, self.context = content, method, context
+        self.target = PlacedTarget(target, self.part)
         self.permit = permit
-        self.keep_going = keep_going
+        self.size = content.geometry.device_bytes
         self.flaws: list[Flaw] = []
         self.written_bytes = 0
-        self.done = np.zeros(-(-view.geometry.device_bytes // PIECE_BYTES), bool)
+        self.done = np.zeros(1 if endless else -(-self.size // PIECE_BYTES), bool)
         self.touched = np.zeros(len(self.done), bool)
         self._guard = threading.Lock()
 
-    def account(self, job: _Job, written: int) -> None:
+    def account(self, job: Job, written: int) -> None:
         """A piece is on the target."""
         index = job.start // PIECE_BYTES
         with self._guard:
+            if index >= len(self.done):
+                more = np.zeros(index + 1, bool)
+                self.done = np.concatenate((self.done, more))
+                self.touched = np.concatenate((self.touched, more))
             self.done[index] = True
             # What was not written into a new file, or thin volume, is a hole; what did not differ was just read.
             self.touched[index] |= written > 0 or self.method == "write"
             self.written_bytes += written
         self.context.progress.advance(self.bytes_of(job), written)
 
-    def bytes_of(self, job: _Job) -> int:
+    def bytes_of(self, job: Job) -> int:
         """How many bytes of a piece belong to the part."""
         low, high = self.part.within(job.start, job.start + job.length)
         return high - low
 
-    def belongs(self, job: _Job) -> npt.NDArray[np.bool_]:
+    def belongs(self, job: Job) -> Mask:
         """The blocks of a piece that hold something of the part."""
-        return self.part.blocks(job.start, self.view.geometry.block_bytes, job.blocks)
+        return self.part.blocks(job.start, self.content.geometry.block_bytes, job.blocks)
 
-    def completed(self, job: _Job, data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """``data``, read from the target, with what lies outside of the part put to its blocks: the point's rows are
-        of whole ones. Where the point is damaged there they will differ.
+    def completed(self, hand: Hand, job: Job, data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """``data``, read from the target, with what lies outside of the part put to its blocks: the rows are of whole
+        ones. Where the content is damaged there they will differ.
         """
-        geometry = self.view.geometry
+        geometry, end = self.content.geometry, job.start + job.length
         for at in self.part.cut(geometry.block_bytes, geometry.device_bytes):
-            if not job.start <= at < job.start + job.length:
+            if not job.start <= at < end:
                 continue
-            begin = (at - job.start) // geometry.window_bytes * geometry.window_bytes
-            window = np.zeros(min(geometry.window_bytes, job.length - begin), np.uint8)
-            self.view.read(job.section, job.low + begin // geometry.block_bytes, window)
-            low, high = self.part.within(at, min(at + geometry.block_bytes, job.start + job.length))
-            block = slice(at - job.start, min(at - job.start + geometry.block_bytes, job.length))
-            own = data[low - job.start : high - job.start].copy()
-            data[block] = window[block.start - begin : block.stop - begin]
-            data[low - job.start : high - job.start] = own
+            block_end = min(at + geometry.block_bytes, end)
+            wanted = np.zeros(job.blocks, bool)
+            wanted[(at - job.start) // geometry.block_bytes] = True
+            whole = np.zeros(job.length, np.uint8)
+            hand.fetch(job, wanted, whole)
+            low, high = self.part.within(at, block_end)
+            whole[low - job.start : high - job.start] = data[low - job.start : high - job.start]
+            data[at - job.start : block_end - job.start] = whole[at - job.start : block_end - job.start]
         return data
 
     def damaged(self, flaws: list[Flaw]) -> None:
@@ -197,7 +291,7 @@ class Writing:
             return
         with self._guard:
             self.flaws += flaws
-        if not self.keep_going:
+        if not self.content.keep_going:
             raise DamagedImage(file=flaws[0].file, reason=f"{flaws[0]} of the volume")
 
     def written_ranges(self) -> str:
@@ -215,37 +309,38 @@ class _Writer:
 
     def __init__(self, shared: Writing) -> None:
         self._shared = shared
+        self._hand = shared.content.hand()
         self._buffer = aligned(PIECE_BYTES)
-        self._block = shared.view.geometry.block_bytes
+        self._block = shared.content.geometry.block_bytes
 
-    def __call__(self, job: _Job) -> None:
+    def __call__(self, job: Job) -> None:
+        stored, rows = self._hand.look(job)
         wanted = self._shared.belongs(job)
         if self._shared.method == "differ":
-            wanted &= self._differing(job)
-        self._shared.account(job, self._write(job, wanted) if wanted.any() else 0)
+            wanted &= self._differing(job, rows)
+        self._shared.account(job, self._write(job, stored, wanted) if wanted.any() else 0)
 
-    def _differing(self, job: _Job) -> npt.NDArray[np.bool_]:
+    def _differing(self, job: Job, known: Rows) -> Mask:
         """Blocks of the piece that the target does not hold already. BAD ranges hold no promise, but
         their row is that of the zeros a restore puts there.
         """
         data = self._buffer[: job.length]
         try:
             self._shared.target.read(job.start, self._buffer, job.length)
-            self._shared.completed(job, data)
+            self._shared.completed(self._hand, job, data)
         except TargetFailed:
             # A disk gives a sector that it cannot read another place when it is written.
             return np.ones(job.blocks, bool)
         nonzero = hashmap.nonzero_blocks(data, self._block)
         rows = hashmap.digest_blocks(data, self._block, nonzero)
-        return hashmap.changed_rows(rows, job.section.rows[job.low : job.low + job.blocks])
+        return hashmap.changed_rows(rows, known)
 
-    def _write(self, job: _Job, wanted: npt.NDArray[np.bool_]) -> int:
+    def _write(self, job: Job, stored: Mask, wanted: Mask) -> int:
         """Write the wanted blocks; bytes that now hold the point because of it."""
         block, target = self._block, self._shared.target
-        stored = job.section.stored[job.low : job.low + job.blocks]
         data = self._buffer[: job.length]
         if (stored & wanted).any():
-            self._read(job, wanted & stored, data)
+            self._shared.damaged(self._hand.fetch(job, wanted & stored, data))
         zero = wanted & ~stored
         if target.is_block and self._shared.method != "create":
             # Short runs of zeros go with the data around them.
@@ -263,17 +358,6 @@ class _Writer:
                 length = min(high * block, job.length) - low * block
                 written += target.zero(job.start + low * block, length)
         return written
-
-    def _read(self, job: _Job, wanted: npt.NDArray[np.bool_], data: npt.NDArray[np.uint8]) -> None:
-        """Fill the windows of ``data`` that hold wanted blocks."""
-        view = self._shared.view
-        per_window = view.geometry.window_bytes // self._block
-        held = np.logical_or.reduceat(wanted, np.arange(0, len(wanted), per_window))
-        for low, high in _pairs(held):
-            part = data[low * per_window * self._block : high * per_window * self._block]
-            flaws = view.read(job.section, job.low + low * per_window, part)
-            # What the target holds already needs nothing of a damaged frame.
-            self._shared.damaged([one for flaw in flaws for one in _wanted_of(flaw, wanted, job.start, self._block)])
 
 
 def _wanted_of(flaw: Flaw, wanted: npt.NDArray[np.bool_], first_byte: int, block: int) -> Iterator[Flaw]:
@@ -293,34 +377,42 @@ def _pairs(mask: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
 def write_all(shared: Writing, context: Context) -> None:
     """Bring every piece to the target; with ``keep_going`` what cannot be had is in ``shared.flaws`` then.
 
-    Raises DamagedImage, TargetFailed, TargetFull, Interrupted.
+    Raises DamagedImage, TargetFailed, TargetFull, Interrupted, and what the content raises.
     """
-    sections = _Sections(shared.view, shared.part, keep_going=shared.keep_going)
+    content = shared.content
+    context.progress.begin("restoring", min(shared.part.length, shared.size))
     try:
-        workers.run(sections.pieces(), lambda: _Writer(shared), workers=context.workers, check=context.check)
+        workers.run(
+            content.pieces(),
+            lambda: _Writer(shared),
+            workers=context.workers,
+            check=context.check,
+            stop=content.stop,
+        )
     except DamagedImage as error:
         # Known only now that all threads have ended.
         reason = f"{error.fields['reason']}; written so far: {shared.written_ranges()}"
         raise DamagedImage(file=error.fields["file"], reason=reason) from error
-    shared.flaws += sections.flaws
+    finally:
+        context.progress.end()
+    shared.flaws += content.flaws
 
 
-def read_back(shared: Writing, context: Context) -> int:
+def read_back(content: PointContent, shared: Writing, context: Context) -> int:
     """Read what was written past the page cache and compare; bytes compared. Raises VerificationFailed."""
-    view, target = shared.view, shared.target
-    block = view.geometry.block_bytes
+    target, block = shared.target, content.geometry.block_bytes
     damaged = extent.table([f.start for f in shared.flaws], [f.start + f.length for f in shared.flaws], BAD)
     differing: list[int] = []
     compared: list[int] = []
 
-    def make() -> Callable[[_Job], None]:
-        buffer = aligned(PIECE_BYTES)
+    def make() -> Callable[[Job], None]:
+        buffer, hand = aligned(PIECE_BYTES), content.hand()
 
-        def compare(job: _Job) -> None:
+        def compare(job: Job) -> None:
             target.read(job.start, buffer, job.length)
-            data = shared.completed(job, buffer[: job.length])
+            data = shared.completed(hand, job, buffer[: job.length])
             rows = hashmap.digest_blocks(data, block, hashmap.nonzero_blocks(data, block))
-            unequal = hashmap.changed_rows(rows, job.section.rows[job.low : job.low + job.blocks])
+            unequal = hashmap.changed_rows(rows, hand.look(job)[1])
             unequal &= shared.belongs(job) & ~extent.touched(damaged, job.start, block, job.blocks)
             differing.extend((np.flatnonzero(unequal) * block + job.start).tolist())
             compared.append(shared.bytes_of(job))
@@ -328,14 +420,13 @@ def read_back(shared: Writing, context: Context) -> int:
 
         return compare
 
-    sections = _Sections(view, shared.part, keep_going=shared.keep_going)
     context.progress.begin("reading back", int(shared.touched.sum()) * PIECE_BYTES)
     try:
-        workers.run(sections.pieces(shared.touched), make, workers=context.workers, check=context.check)
+        workers.run(content.again().pieces(shared.touched), make, workers=context.workers, check=context.check)
     finally:
         context.progress.end()
     if differing:
-        first, _ = shared.part.within(min(differing), view.geometry.device_bytes)
+        first = max(min(differing), shared.part.start)
         raise VerificationFailed(path=target.path, blocks=len(differing), first=first - shared.part.start)
     return sum(compared)
 

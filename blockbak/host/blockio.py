@@ -668,12 +668,18 @@ class PartialFile:
             # Which side failed is not told: reading and writing by ourselves will name it.
             return 0
 
-    def seal(self) -> None:
-        """Flush, close, rename to the final name (never replacing), flush the directory."""
+    def harden(self) -> None:
+        """Flush and close: nothing of it but its name can be lost. Only once."""
         with self._failing("made durable"):
             self._kernel.fsync(self.fd)
             fd, self.fd = self.fd, -1
             self._kernel.close(fd)
+
+    def seal(self) -> None:
+        """Harden it if that was not done, rename to the final name (never replacing), flush the directory."""
+        if self.fd >= 0:
+            self.harden()
+        with self._failing("made durable"):
             self._kernel.rename(self.path, self.final)
             self.path = ""
             sync_directory(os.path.dirname(self.final), self._kernel)

@@ -6,18 +6,14 @@ byte of it can change unnoticed, white space included.
 
 from __future__ import annotations
 
-import hashlib
-import re
-
 import msgspec
 
 from blockbak.errors import DamagedManifest, NewerFormat
+from blockbak.model import selfdigest
 from blockbak.model.chain import Image
 from blockbak.model.facts import Closing, Opening
 
 VERSION = 1
-_BLANK = "0" * 64
-_DIGEST = re.compile(rb'"sha256": "([0-9a-f]{64})"\n}\n\Z')
 
 
 class _Version(msgspec.Struct):
@@ -34,7 +30,7 @@ class Manifest(msgspec.Struct):
     sections: int
     opening: Opening
     closing: Closing
-    sha256: str = _BLANK
+    sha256: str = selfdigest.BLANK
 
 
 def encode(image: Image) -> bytes:
@@ -44,9 +40,7 @@ def encode(image: Image) -> bytes:
     )
     members = {name: getattr(manifest, name) for name in Manifest.__struct_fields__}
     members["closing"] = image.closing.as_json()
-    blank = msgspec.json.format(msgspec.json.encode(members), indent=2) + b"\n"
-    digest = hashlib.sha256(blank).hexdigest().encode()
-    return blank[: -len(_BLANK) - 4] + digest + blank[-4:]
+    return selfdigest.encoded(members)
 
 
 def decode(data: bytes, file: str) -> Image:
@@ -55,12 +49,8 @@ def decode(data: bytes, file: str) -> Image:
     The digest is checked first: a flipped version byte is damage, not a newer program. Raises
     DamagedManifest or NewerFormat.
     """
-    found = _DIGEST.search(data)
-    if not found:
-        raise DamagedManifest(file=file, reason="it does not end with its digest")
-    blank = data[: found.start(1)] + _BLANK.encode() + data[found.end(1) :]
-    if hashlib.sha256(blank).hexdigest().encode() != found[1]:
-        raise DamagedManifest(file=file, reason="its digest does not match")
+    if reason := selfdigest.flaw(data):
+        raise DamagedManifest(file=file, reason=reason)
     try:
         version = msgspec.json.decode(data, type=_Version).blockbak_manifest
         if version != VERSION:

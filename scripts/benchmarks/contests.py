@@ -254,6 +254,31 @@ def none(bench: Bench) -> None:
     )
 
 
+def _raw_blockbak(bench: Bench) -> Sample:
+    path = bench.path("cold.img")
+    try:
+        sample = bench.blockbak("cold", bench.work.device, path)
+        return replace(sample, stored=sample.facts["stored_bytes"])
+    finally:
+        for end in ("", ".json"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path + end)
+
+
+def raw(bench: Bench) -> None:
+    """A raw file with a sidecar, against the plainest copy."""
+    flags = ["iflag=direct", "conv=sparse", *(["oflag=direct"] if bench.direct_writes else [])]
+    dd = ("dd", f"if={bench.work.device}", f"of={bench.path('peer.out')}", _DD, *flags, "status=none")
+    bench.contest(
+        "full, raw",
+        {
+            "blockbak": lambda: _raw_blockbak(bench),
+            "dd conv=sparse": lambda: _to_file(bench, dd, pipe=False),
+            "dd of=/dev/null": lambda: _read_once(bench),
+        },
+    )
+
+
 # --- changed little or nothing ---------------------------------------------------------------------
 
 
@@ -486,6 +511,7 @@ def hash_map(bench: Bench) -> None:
 CONTESTS: dict[str, Callable[[Bench], None]] = {
     "full": full,
     "none": none,
+    "raw": raw,
     "changes": changes,
     "synthesize": compose,
     "restore": restore,

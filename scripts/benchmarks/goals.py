@@ -88,7 +88,7 @@ def _number(work: str, value: float, unit: str, goal: tuple[float, float] | floa
 
 def is_fast(bench: Bench) -> bool:
     """Whether the device is one at memory speed."""
-    for contest in ("changes", "rollback of 1 %"):
+    for contest in ("changes", "rollback of 1 %", "full, raw"):
         if bench.has(contest, "dd of=/dev/null"):
             return bench.work.size / bench.get(contest, "dd of=/dev/null").median() > _FAST_DEVICE
     return False
@@ -115,6 +115,16 @@ def _none(bench: Bench) -> Iterator[Row]:
     name = "full, none"
     if bench.has(name, "blockbak"):
         yield _pair(f"{name}", bench.get(name, "blockbak"), bench.get(name, "dd conv=sparse"), (1.5, 1.1))
+
+
+def _raw(bench: Bench) -> Iterator[Row]:
+    name = "full, raw"
+    if not bench.has(name, "blockbak"):
+        return
+    ours, dd = bench.get(name, "blockbak"), bench.get(name, "dd conv=sparse")
+    fast = is_fast(bench)
+    yield _pair(f"{name}, {'memory speed' if fast else 'a disk'}", ours, dd, 1.5 if fast else (1.1, 1.0))
+    yield _number(f"{name}, CPU per GiB", ours.median("cpu") * GIB / bench.work.size, "s", None)
 
 
 def _changes(bench: Bench) -> Iterator[Row]:
@@ -238,5 +248,5 @@ def is_blockbak(series: Series) -> bool:
 
 def rows(bench: Bench) -> list[Row]:
     """Every goal that this run can judge."""
-    parts = (_full, _none, _changes, _synthetic, _back, _rest)
+    parts = (_full, _none, _raw, _changes, _synthetic, _back, _rest)
     return [row for part in parts for row in part(bench)]

@@ -35,6 +35,7 @@ def stock(temporary_files: Path, tmp_path_factory: pytest.TempPathFactory) -> St
     overwrite(source, SECTORS - 9, 9, 3)
     web.append(point(source, "web", "differential"))
     ok("-r", path, "synthesize", "web")
+    ok("cold", source, source.with_name("web.raw"))
     return Stock(path, source, tuple(web), point(other, "db", "full"), held)
 
 

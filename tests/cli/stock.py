@@ -18,7 +18,7 @@ SECTORS = 4001
 @dataclass(frozen=True)
 class Stock:
     """A repository with the volume `web` (full, incremental, differential; the last also as a synthetic full)
-    and `db` (one full). ``held`` is what each point must restore to; ``source`` is `web`'s.
+    and `db` (one full). ``held`` is what each point must restore to; ``source`` is `web`'s, ``raw`` a raw image of it.
     """
 
     path: Path
@@ -26,6 +26,10 @@ class Stock:
     web: tuple[str, ...]
     db: str
     held: dict[str, bytes] = field(repr=False)
+
+    @property
+    def raw(self) -> Path:
+        return self.source.with_name("web.raw")
 
     @property
     def oldest(self) -> str:

@@ -68,6 +68,11 @@ VERBS = [
     Verb("devices", lambda stock, place: [], surplus=["x"], on_repository=False),
     Verb("init", lambda stock, place: [str(place / "new")], missing=[], surplus=["a", "b"], on_repository=False),
     Verb("backup", lambda stock, place: [str(stock.source), "--name", "web"], missing=[]),
+    Verb(
+        "cold", lambda stock, place: [str(stock.source), str(place / "out")],
+        missing=["x"], surplus=["x", "b", "c"], on_repository=False,
+    ),
+    Verb("adopt", lambda stock, place: [str(stock.raw), "--name", "web"], missing=[], surplus=["x", "b"]),
     Verb("list", lambda stock, place: [], surplus=["web", "b"], volume=["{}"]),
     Verb("show", lambda stock, place: [stock.newest], missing=[], surplus=["a", "b"], point=["{}"]),
     Verb(
@@ -212,7 +217,9 @@ def test_a_surplus_argument_is_a_wrong_command_line(verb: Verb) -> None:
         ["verify", "--sample", "0%"], ["verify", "--sample", "101%"], ["verify", "--sample", "few"],
         ["verify", "--sample", "nan%"], ["show", "--extents", "-1", "p"], ["synthesize", "--kind", "incremental", "v"],
         ["demo", "--size", "1M"], ["demo", "--size", "much"], ["demo", "--dir", "/no/such/place"],
-        ["list", "--wait", "1"],
+        ["list", "--wait", "1"], ["cold", "x", "y", "--sidecar", "z"],
+        ["cold", "x", "y", "--limit", "1K"], ["adopt", "x", "--name", "../y"], ["restore", "-", "--create-lv", "v/l"],
+        ["restore", "./x", "y", "--keep-going"], ["restore", "./x", "y", "--sidecar", "z"],
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -559,7 +566,7 @@ def test_at_a_terminal_standard_output_stays_clean(verb: Verb, repo: Stock, tmp_
         ended = screen.end()
     assert ended.status == 0, str(ended)
     assert isinstance(ended.document, dict | list)
-    if verb.name in ("backup", "restore", "verify", "synthesize", "export"):
+    if verb.name in ("backup", "restore", "verify", "synthesize", "export", "cold", "adopt"):
         assert b"%|" in ended.err, f"no progress: {ended}"
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from blockbak.errors import TargetInUse
-from blockbak.flow.part import whole
-from blockbak.flow.target import check_target
+from blockbak.flow.target import Incoming, check_target
 from blockbak.host import device as devices
 from blockbak.host import usage
 from blockbak.host.device import look
@@ -407,7 +406,7 @@ def test_a_member_of_a_group_is_not_lost_to_what_once_had_its_node(loop, program
     view = PointView([images.build(images.Memory(), about, content)])
     repository = Repository(str(program.repository))
     with contextlib.nullcontext() if same else pytest.raises(TargetInUse, match="part of volume group vg-data"):
-        check_target(disk.path, target, view, whole(view), repository, world, overwrite=True)
+        check_target(disk.path, target, Incoming.of(view), repository, world, overwrite=True)
 
 
 def test_a_smaller_target_is_refused_and_a_larger_one_is_not(loop, program, point):

@@ -35,7 +35,7 @@ def shown_commands() -> list[str]:
 
 @pytest.mark.parametrize("line", shown_commands())
 def test_every_command_line_shown_can_be_parsed(line: str) -> None:
-    words = shlex.split(line.replace("…", ""), comments=True)[1:]
+    words = shlex.split(line.replace("…", "").partition(" | ")[0], comments=True)[1:]
     if words[:1] == ["-r"]:
         words = words[2:]
     verb = command(words[0])

@@ -13,6 +13,7 @@ import pytest
 from blake3 import blake3
 
 from blockbak.image import format as fmt
+from blockbak.image import sidecar
 from blockbak.image.codec import StoreEncoder
 from blockbak.model import extent, hashmap
 from blockbak.model.facts import Closing, Opening
@@ -112,7 +113,10 @@ def test_kinds_of_extents():
 
 # --- JSON -----------------------------------------------------------------------------------------
 
-WORDS = {str: "text", int: "integer", bool: "true or false", float: "number", list[str]: "list of texts"}
+WORDS = {
+    str: "text", int: "integer", bool: "true or false", float: "number", list[str]: "list of texts",
+    list[sidecar.Range]: "list of objects",
+}  # fmt: skip
 
 
 def word(hint: object) -> str:
@@ -124,7 +128,7 @@ def word(hint: object) -> str:
     return WORDS.get(hint, "object")
 
 
-@pytest.mark.parametrize("kind", [Opening, Identity, Closing, manifest.Manifest])
+@pytest.mark.parametrize("kind", [Opening, Identity, Closing, manifest.Manifest, sidecar.Sidecar])
 def test_keys_and_types_of_json(kind):
     (rows,) = tables(part(f"### `{kind.__name__}`"))
     hints = get_type_hints(kind)
