@@ -11,6 +11,7 @@ from blockbak.errors import ATTENTION
 
 if TYPE_CHECKING:
     from blockbak.flow.raw import Plan, Report
+    from blockbak.model.quiesce import RestOptions
 
 _STREAM = "-"
 
@@ -34,6 +35,7 @@ def summary(report: Report) -> str:
 @click.command(
     epilog="\b\nExamples:\n"
     "  blockbak cold /dev/sdb /srv/images/sdb.img\n"
+    "  blockbak cold --stop-users --dry-run /dev/sdb /srv/images/sdb.img\n"
     "  blockbak cold --limit 50M --idle vg/home home.img\n"
     "  blockbak cold --sidecar sdb.json /dev/sdb - | ssh other blockbak restore - sdb.img\n"
     "  blockbak verify ./home.img",
@@ -44,18 +46,21 @@ def summary(report: Report) -> str:
 @click.option("--sidecar", type=common.PATH, metavar="PATH", help="Where FILE is '-': write the sidecar there.")
 @click.option("--limit", callback=common.rate, metavar="SIZE", help="Read at most so many bytes a second.")
 @click.option("--idle", is_flag=True, help="Read only when nobody else wants the disk, as far as its scheduler can.")
+@common.retrying_options
 @click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
+@common.rest_options
 @common.repository_option
 @common.json_option
 @click.pass_context
 def command(
     context: click.Context, device: str, file: str, overwrite: bool, sidecar: str | None, limit: int | None,
-    idle: bool, dry_run: bool, repository: str | None, as_json: bool,
+    idle: bool, retries: int, strict: bool, dry_run: bool, rest: RestOptions, repository: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Make a raw image of DEVICE, as dd would, in FILE: sparse, and with digests of all of it in FILE.json, so that
     'verify', 'restore' and 'adopt' know whether it is whole.
 
-    With '-' for FILE the bytes go to standard output, for a pipe. DEVICE must not be in use. What cannot be read is
+    Whoever uses DEVICE is brought to rest first, as with 'backup --mode cold', and everything is put back: see
+    --dry-run. With '-' for FILE the bytes go to standard output, for a pipe. What cannot be read is
     zeros in the image, and named in the sidecar and in FILE.mapfile; exit 3. A repository that is named must not lie
     on DEVICE.
     """
@@ -71,7 +76,7 @@ def command(
     if streams and not dry_run and pipes.is_terminal(1):
         raise click.UsageError("An image is not written to a terminal: give a pipe, or the name of a file.")
     known = common.known_repository(repository)
-    request = flow.Request(device, file, overwrite, limit, sidecar)
+    request = flow.Request(device, file, overwrite, limit, sidecar, rest, retries, strict)
     if idle:
         read_idly()
     with common.world() as world:
@@ -92,6 +97,8 @@ def _show_plan(plan: Plan, *, as_json: bool) -> None:
     where = "standard output" if plan.path == _STREAM else plan.path
     tell = render.say if plan.path == _STREAM else render.line
     tell(f"{plan.source}: would make a raw image of it in {where}, {render.size(plan.device_bytes)} to read.")
+    for line in plan.rest:
+        tell(line)
     for path in plan.replaces:
         tell(f"{path} exists; --yes would replace it.")
 

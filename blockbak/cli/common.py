@@ -103,7 +103,12 @@ _used_only_option = click.option(
 
 def reading_options(function: F) -> F:
     """How a source is read: the arguments ``retries``, ``strict`` and ``used_only``."""
-    return _retries_option(_strict_option(_used_only_option(function)))
+    return retrying_options(_used_only_option(function))
+
+
+def retrying_options(function: F) -> F:
+    """What is done about unreadable sectors: the arguments ``retries`` and ``strict``."""
+    return _retries_option(_strict_option(function))
 
 
 _REST = (

@@ -139,7 +139,7 @@ class RestedSource(AtRest):
     @property
     def stopped(self) -> list[str]:
         """What was done to bring it to rest, in sentences."""
-        return self._prepared.plan.told()
+        return list(self._rest.done) if self._rest is not None else []
 
     def _settle_down(self, made: Plan) -> None:
         """Everything that was written is on the device, and whatever nothing holds any more is held."""
