@@ -104,6 +104,11 @@ class SourceVanished(SourceError):
     advice = "No point was made. Look at the kernel's log, then run again."
 
 
+class SourceUnreadable(SourceError):
+    message = "{path} cannot be read at byte {byte}, sector {sector} of {sector_bytes} bytes ({reason})."
+    advice = "No point was made; earlier ones are untouched. Without --strict the rest is read, and the loss is named."
+
+
 class SourceChangedSize(SourceError):
     message = "{path} changed its size while it was read: {before} bytes became {after}."
     advice = "No point was made. Run again when nothing resizes it."
@@ -181,6 +186,11 @@ class AmbiguousPoint(RepositoryError):
     advice = "Give more of the name, or VOLUME@latest."
 
 
+class NoSuchPartition(RepositoryError):
+    message = "Point {point} has no partition {number}; it has: {there}."
+    advice = "'blockbak show {point}' lists its partitions."
+
+
 class NoGroupMetadata(RepositoryError):
     message = "Point {point} holds no volume group's metadata: it is not of a logical volume, or LVM told none."
 
@@ -250,7 +260,9 @@ class NoSnapshotRoom(SnapshotError):
 
 class NoPoolRoom(SnapshotError):
     message = "Thin pool {pool} is {used} % full ({what}): a snapshot of {volume} could fill it."
-    advice = "Extend the pool with lvextend, or free room in it."
+    advice = (
+        "Extend the pool with 'lvextend -L +SIZE {pool}' (metadata: '--poolmetadatasize +SIZE'), or free room in it."
+    )
 
 
 class NotSnapshotable(SnapshotError):
@@ -571,6 +583,11 @@ class TargetSectorSize(Refused):
         "it would not be readable there."
     )
     advice = "Restore it to a file, or to a device with {need}-byte sectors."
+
+
+class CannotGrow(Refused):
+    message = "The GPT cannot be moved to the end of {path}: {reason}."
+    advice = "Restore without --grow, then look at the table with 'sgdisk --verify'."
 
 
 class TargetExists(Refused):

@@ -27,13 +27,14 @@ package_of() {
         mkfs.ext4 | mke2fs | debugfs) echo e2fsprogs ;;
         mkfs.xfs) echo xfsprogs ;;
         mkfs.btrfs) echo btrfs-progs ;;
-        losetup | mount | umount) echo mount ;;
+        losetup | mount | umount | swapon) echo mount ;;
         mkfs.vfat) echo dosfstools ;;
         sfdisk) echo fdisk ;;
         sgdisk) echo gdisk ;;
-        partx | mkswap | blkid | blkdiscard | unshare) echo util-linux ;;
+        partx | mkswap | blkid | blkdiscard | unshare | nsenter | fsfreeze) echo util-linux ;;
         qemu-img) echo qemu-utils ;;
         udevadm) echo udev ;;
+        systemctl) echo systemd ;;
         zstd) echo zstd ;;
         ddrescuelog) echo gddrescue ;;
         nbdkit) echo nbdkit ;;
@@ -41,6 +42,8 @@ package_of() {
         fusermount3) echo fuse3 ;;
         lvcreate) echo lvm2 ;;
         partclone.ext4) echo partclone ;;
+        mkfs.ntfs) echo ntfs-3g ;;
+        mcopy) echo mtools ;;
         borg) echo borgbackup ;;
         restic) echo restic ;;
         qemu-system-x86_64) echo qemu-system-x86 ;;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -51,8 +52,8 @@ def never() -> None:
 
 
 class Moments:
-    """Counts what is done that lasts, and kills this process at the ``at``-th moment: each is one just before a
-    call, or one just after it.
+    """Counts what is done that lasts, and kills this process just before the ``at``-th of it: which is just after
+    the one before.
     """
 
     def __init__(self, at: int) -> None:
@@ -67,9 +68,7 @@ class Moments:
         if "show" in argv:  # looks, and changes nothing
             return runner.run(argv, **how)
         self.pass_()
-        done = runner.run(argv, **how)
-        self.pass_()
-        return done
+        return runner.run(argv, **how)
 
 
 class CountedKernel(Kernel):
@@ -87,7 +86,6 @@ class CountedKernel(Kernel):
     def unlink(self, path: str) -> None:
         self._moments.pass_()
         super().unlink(path)
-        self._moments.pass_()
 
 
 def in_child(act: Callable[[], None]) -> int:
@@ -250,8 +248,17 @@ def _detach_all_of(file: str) -> None:
 
 def _remove_loop(node: str) -> None:
     fd = os.open("/dev/loop-control", os.O_RDWR)
+    deadline = time.monotonic() + 10
     try:
-        fcntl.ioctl(fd, 0x4C81, int(node.removeprefix("/dev/loop")))  # linux/loop.h, LOOP_CTL_REMOVE
+        while True:
+            try:
+                fcntl.ioctl(fd, 0x4C81, int(node.removeprefix("/dev/loop")))  # linux/loop.h, LOOP_CTL_REMOVE
+            except OSError as error:  # whoever lists loop devices opens each for a moment
+                if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+            else:
+                return
     finally:
         os.close(fd)
 

@@ -11,6 +11,7 @@ import sys
 
 RUNS = ("active", "activating", "reloading")
 STOPPED_WITH = ("RequiredBy", "RequisiteOf", "BoundBy", "ConsistsOf", "PropagatesStopTo")
+STARTED_WITH = ("Wants", "Requires", "BindsTo", "Upholds")
 
 
 class FakeSystemd:
@@ -111,10 +112,13 @@ class FakeSystemd:
         self.units = units
         return status
 
-    def start(self, names: list[str]) -> int:
+    def start(self, names: list[str], *, alone: bool = False) -> int:
         status = 0
         units = self.units
-        for name in map(self._real, names):
+        pending = [self._real(name) for name in names]
+        for name in pending:  # grows as it is walked
+            if not alone and units[name]["state"] not in RUNS:
+                pending += [one for key in STARTED_WITH for one in units[name].get(key, "").split()]
             failed = units[name].get("when_started") == "fail"
             units[name]["state"] = "failed" if failed else "active"
             status = 1 if failed else status
@@ -129,7 +133,9 @@ class FakeSystemd:
         if verb == "show":
             wanted = next(one for one in words if one.startswith("--property=")).partition("=")[2]
             return self.show(wanted.split(","), names)
-        return {"stop": self.stop, "start": self.start}[verb](names)
+        if verb == "stop":
+            return self.stop(names)
+        return self.start(names, alone="--job-mode=ignore-dependencies" in words)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,8 @@ def summary(report: Report) -> str:
     told = [f"{render.size(report.read_bytes)}{of} read"]
     if report.bad_bytes:
         told[0] += f" but for {render.size(report.bad_bytes)} that could not be"
+    if report.hole_bytes and report.kind == "full":
+        told.append(f"{render.size(report.hole_bytes)} left out as unused")
     if report.kind != "full":
         told.append(f"{render.size(report.changed_bytes)} changed")
     told += [f"{render.size(report.stored_bytes)} stored", f"consistency {report.consistency}"]
@@ -127,6 +129,7 @@ def summary(report: Report) -> str:
 )
 @click.option("--limit", callback=common.rate, metavar="SIZE", help="Read at most so many bytes a second.")
 @click.option("--idle", is_flag=True, help="Read only when nobody else wants the disk, as far as its scheduler can.")
+@common.reading_options
 @click.option(
     "--holds-repository",
     is_flag=True,
@@ -140,8 +143,8 @@ def command(
     context: click.Context, sources: tuple[str, ...], kind: str, mode: str, name: str | None,
     block_bytes: int | None, compress: str, snapshot_size: str | None, snapshot_limit: str | None,
     freeze_with: tuple[str, ...], freeze_deadline: float, together: bool, together_deadline: float, limit: int | None,
-    idle: bool, holds_repository: bool, dry_run: bool, rest: RestOptions, repository: str | None, as_json: bool,
-    wait: float,
+    idle: bool, retries: int, strict: bool, used_only: bool, holds_repository: bool, dry_run: bool, rest: RestOptions,
+    repository: str | None, as_json: bool, wait: float,
 ) -> None:  # fmt: skip
     """Make a restore point of each SOURCE: a disk, partition, logical volume or image file.
 
@@ -164,8 +167,12 @@ def command(
     told = _Told(as_json, dry_run)
     resting = rest if mode == "cold" else None
     requests = [
-        Request(source, kind, mode, name, block_bytes, compress, limit, holds_repository, resting) for source in sources
-    ]
+        Request(
+            source, kind, mode, name, block_bytes, compress, limit, holds_repository, resting,
+            retries=retries, strict=strict, used_only=used_only,
+        )
+        for source in sources
+    ]  # fmt: skip
     hot = HotOptions(
         size=snapshot_size, limit=snapshot_limit, freeze_with=freeze_with, freeze_seconds=freeze_deadline,
         together=together, together_seconds=together_deadline,
@@ -203,7 +210,8 @@ class _Told:
             if (result.attention or self._dry_run) and note not in self._said:
                 render.say(note)
         if result.bad_bytes:
-            render.say(f"'blockbak show {result.volume}@{result.point}' names what could not be read.")
+            named = f"'blockbak show {result.volume}@{result.point}' names what could not be read"
+            render.say(f"{named}; --mapfile puts it in ddrescue's form.")
         if not self._as_json:
             render.line(_would(result) if self._dry_run else summary(result))
 

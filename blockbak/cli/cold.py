@@ -11,6 +11,7 @@ from blockbak.errors import ATTENTION
 
 if TYPE_CHECKING:
     from blockbak.flow.raw import Plan, Report
+    from blockbak.model.quiesce import RestOptions
 
 _STREAM = "-"
 
@@ -34,6 +35,7 @@ def summary(report: Report) -> str:
 @click.command(
     epilog="\b\nExamples:\n"
     "  blockbak cold /dev/sdb /srv/images/sdb.img\n"
+    "  blockbak cold --stop-users --dry-run /dev/sdb /srv/images/sdb.img\n"
     "  blockbak cold --limit 50M --idle vg/home home.img\n"
     "  blockbak cold --sidecar sdb.json /dev/sdb - | ssh other blockbak restore - sdb.img\n"
     "  blockbak verify ./home.img\n"
@@ -46,21 +48,23 @@ def summary(report: Report) -> str:
 @click.option("--limit", callback=common.rate, metavar="SIZE", help="Read at most so many bytes a second.")
 @click.option("--idle", is_flag=True, help="Read only when nobody else wants the disk, as far as its scheduler can.")
 @nextboot.options
+@common.retrying_options
 @click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
+@common.rest_options
 @common.repository_option
 @common.json_option
 @click.pass_context
 def command(
     context: click.Context, device: str | None, file: str | None, overwrite: bool, sidecar: str | None,
     limit: int | None, idle: bool, at_next_boot: bool, cancel: bool, name: str | None, time_limit: int | None,
-    dry_run: bool, repository: str | None, as_json: bool,
+    retries: int, strict: bool, dry_run: bool, rest: RestOptions, repository: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Make a raw image of DEVICE, as dd would, in FILE: sparse, and with digests of all of it in FILE.json, so that
     'verify', 'restore' and 'adopt' know whether it is whole.
 
-    With '-' for FILE the bytes go to standard output, for a pipe. DEVICE must not be in use. What cannot be read is
-    zeros in the image, and named in the sidecar and in FILE.mapfile; exit 3. A repository that is named must not lie
-    on DEVICE.
+    Whoever uses DEVICE is brought to rest first, as with 'backup --mode cold', and everything is put back: see
+    --dry-run. With '-' for FILE the bytes go to standard output, for a pipe. What cannot be read is zeros in the image,
+    and named in the sidecar and in FILE.mapfile; exit 3. A repository that is named must not lie on DEVICE.
 
     The disk of the running system cannot be brought to rest. With --at-next-boot and a repository on another local disk
     (ext4, XFS or btrfs) instead of FILE, initramfs-tools' initramfs images it before it is mounted, shows how far it
@@ -69,8 +73,7 @@ def command(
     blockbak=off on the kernel's command line passes it over.
     """
     if at_next_boot:
-        if file is not None or overwrite or sidecar is not None or limit is not None or idle:
-            raise click.UsageError("--at-next-boot images into the repository: no FILE, nor what goes with one.")
+        nextboot.check_alone(context)
         nextboot.run(device, repository, cancel=cancel, name=name, limit=time_limit, dry_run=dry_run, as_json=as_json)
         return
     if cancel or name is not None or time_limit is not None:
@@ -78,22 +81,14 @@ def command(
     if device is None or file is None:
         raise click.UsageError("Missing argument: give the DEVICE and the FILE, or '-'.")
     _image(
-        context,
-        device,
-        file,
-        overwrite,
-        sidecar,
-        limit,
-        idle=idle,
-        dry_run=dry_run,
-        repository=repository,
-        as_json=as_json,
-    )
+        context, device, file, overwrite, sidecar, limit, retries, rest, strict=strict, idle=idle, dry_run=dry_run,
+        repository=repository, as_json=as_json,
+    )  # fmt: skip
 
 
 def _image(
-    context: click.Context, device: str, file: str, overwrite: bool, sidecar: str | None, limit: int | None, *,
-    idle: bool, dry_run: bool, repository: str | None, as_json: bool,
+    context: click.Context, device: str, file: str, overwrite: bool, sidecar: str | None, limit: int | None,
+    retries: int, rest: RestOptions, *, strict: bool, idle: bool, dry_run: bool, repository: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """A raw image."""
     from blockbak.flow import raw as flow
@@ -108,7 +103,7 @@ def _image(
     if streams and not dry_run and pipes.is_terminal(1):
         raise click.UsageError("An image is not written to a terminal: give a pipe, or the name of a file.")
     known = common.known_repository(repository)
-    request = flow.Request(device, file, overwrite, limit, sidecar)
+    request = flow.Request(device, file, overwrite, limit, sidecar, rest, retries, strict)
     if idle:
         read_idly()
     with common.world() as world:
@@ -129,6 +124,8 @@ def _show_plan(plan: Plan, *, as_json: bool) -> None:
     where = "standard output" if plan.path == _STREAM else plan.path
     tell = render.say if plan.path == _STREAM else render.line
     tell(f"{plan.source}: would make a raw image of it in {where}, {render.size(plan.device_bytes)} to read.")
+    for line in plan.rest:
+        tell(line)
     for path in plan.replaces:
         tell(f"{path} exists; --yes would replace it.")
 

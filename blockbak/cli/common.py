@@ -87,6 +87,30 @@ compress_option = click.option(
 )  # fmt: skip
 
 
+_retries_option = click.option(
+    "--retries", type=click.IntRange(0, 1000), default=1, show_default=True, metavar="N",
+    help="Ask so often again for a sector that cannot be read, once the rest around it is read.",
+)  # fmt: skip
+_strict_option = click.option(
+    "--strict", is_flag=True, help="Make no image if a sector cannot be read [finish, name it, exit 3]."
+)
+_used_only_option = click.option(
+    "--used-only", is_flag=True,
+    help="Leave out what ext2 to ext4, XFS, btrfs, vfat and NTFS file systems do not use, as partclone tells it. "
+    "Restored, it is zeros. The default is every byte.",
+)  # fmt: skip
+
+
+def reading_options(function: F) -> F:
+    """How a source is read: the arguments ``retries``, ``strict`` and ``used_only``."""
+    return retrying_options(_used_only_option(function))
+
+
+def retrying_options(function: F) -> F:
+    """What is done about unreadable sectors: the arguments ``retries`` and ``strict``."""
+    return _retries_option(_strict_option(function))
+
+
 _REST = (
     click.option("--stop", multiple=True, metavar="UNIT", help="Cold: stop this systemd unit meanwhile; repeatable."),
     click.option("--stop-users", is_flag=True, help="Cold: stop the units whose processes use the device."),

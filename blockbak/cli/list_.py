@@ -29,6 +29,7 @@ def _as_dict(point: Point, lost: set[str]) -> dict[str, object]:
         "set_id": closing.set_id,
         "device_bytes": opening.device_bytes,
         "changed_bytes": closing.changed_bytes,
+        "hole_bytes": closing.hole_bytes,
         "bad_bytes": closing.bad_bytes,
         "root": closing.root,
         "restorable": point.id not in lost,
@@ -58,6 +59,7 @@ def _row(point: Point) -> list[object]:
         render.size(first.opening.device_bytes),
         render.size(sum(image.image_bytes for image in point.images)),
         first.closing.consistency
+        + (f", {render.size(first.closing.hole_bytes)} left out" if first.closing.hole_bytes else "")
         + (f", {render.size(first.closing.bad_bytes)} unreadable" if first.closing.bad_bytes else ""),
     ]
 

@@ -49,6 +49,18 @@ def options(function: F) -> F:
     return function
 
 
+_MINE = ("device", "at_next_boot", "cancel", "time_limit", "name", "dry_run", "repository", "as_json")
+
+
+def check_alone(context: click.Context) -> None:
+    """Raise UsageError for whatever belongs to an image that is made now."""
+    given = click.core.ParameterSource.COMMANDLINE
+    others = [name for name in context.params if name not in _MINE and context.get_parameter_source(name) is given]
+    if others:
+        names = ", ".join(one.get_error_hint(context) for one in context.command.params if one.name in others)
+        raise click.UsageError(f"--at-next-boot images into the repository, and does not take {names}.")
+
+
 def run(
     device: str | None,
     repository: str | None,

@@ -24,13 +24,18 @@ _METHODS = {
 
 def describe(plan: Plan) -> list[str]:
     """The plan for people, before anything is written."""
-    what = f"{plan.point} of {plan.volume}, {render.size(plan.device_bytes)}"
+    what = f"{_what(plan)}, {render.size(plan.device_bytes)}"
     how = _METHODS[plan.method]
     if plan.created_lv:
         place = f"thin pool {plan.thin_pool}" if plan.thin_pool else f"volume group {plan.created_lv.split('/')[0]}"
         size = f"{render.size(plan.target_bytes)} ({plan.target_bytes} bytes)"
         how = f"a new logical volume of {size} is made in {place}"
     return [f"{what}, to {plan.target}: {how}.", f"From {', '.join(plan.images)}.", *plan.notes]
+
+
+def _what(plan: Plan) -> str:
+    part = f"partition {plan.partition.number} of " if plan.partition else ""
+    return f"{part}{plan.point} of {plan.volume}"
 
 
 def _confirm(target: str) -> None:
@@ -49,6 +54,8 @@ def _confirm(target: str) -> None:
     "  blockbak -r /srv/backup restore web@latest /dev/sdc --yes\n"
     "  blockbak -r /srv/backup restore web@2026-05-01T03:00 disk.img\n"
     "  blockbak -r /srv/backup restore db@latest --create-lv vg/db-restored\n"
+    "  blockbak -r /srv/backup restore web@latest root.img --partition 2\n"
+    "  blockbak -r /srv/backup restore web@latest /dev/sdd --grow --yes\n"
     "  blockbak restore /srv/images/sdb.img /dev/sdc --yes\n"
     "  ssh other blockbak cold /dev/sdb - | blockbak restore - /dev/sdc --yes",
 )
@@ -58,9 +65,13 @@ def _confirm(target: str) -> None:
     "--create-lv",
     type=common.PATH,
     metavar="VG/NAME",
-    help="Make a new logical volume, as large as the point, instead of writing to TARGET.",
+    help="Make a new logical volume, as large as what is restored, instead of writing to TARGET.",
 )
 @click.option("--thin-pool", type=common.PATH, metavar="POOL", help="Make it a thin one, in this pool of VG.")
+@click.option("--partition", type=click.IntRange(min=1), metavar="NUMBER",
+              help="Restore only this partition of a whole disk; 'blockbak show POINT' lists them.")  # fmt: skip
+@click.option("--grow", is_flag=True,
+              help="On a larger disk move the GPT's backup to its end, once the volume is written.")  # fmt: skip
 @click.option("--yes", "overwrite", is_flag=True, help="Overwrite TARGET if it exists.")
 @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Read back what was written.")
@@ -79,10 +90,11 @@ def _confirm(target: str) -> None:
 @click.pass_context
 def command(
     context: click.Context, point: str, target: str | None, create_lv: str | None, thin_pool: str | None,
-    overwrite: bool, dry_run: bool, verify: bool, verify_first: bool, keep_going: bool, mapfile: str | None,
-    sidecar: str | None, repository: str | None, as_json: bool, wait: float,
+    partition: int | None, grow: bool, overwrite: bool, dry_run: bool, verify: bool, verify_first: bool,
+    keep_going: bool, mapfile: str | None, sidecar: str | None, repository: str | None, as_json: bool, wait: float,
 ) -> None:  # fmt: skip
-    """Bring POINT back onto the device, or into the file, TARGET; or into a new logical volume.
+    """Bring POINT, or one partition of it, back onto the device, or into the file, TARGET; or into a new logical
+    volume.
 
     POINT is an id, a unique beginning of one, latest, VOLUME@latest or VOLUME@TIME: the newest made in or before
     that second, minute or day, in UTC where no zone is given. Index and structure
@@ -104,17 +116,20 @@ def command(
         raise click.UsageError("Name one of the two: TARGET, or --create-lv VG/NAME.")
     if thin_pool is not None and create_lv is None:
         raise click.UsageError("--thin-pool is where --create-lv makes its volume, so it takes that too.")
+    if grow and partition is not None:
+        raise click.UsageError("--grow moves the backup of a whole disk's GPT; --partition restores no table.")
     if sidecar is not None and point != _STREAM:
         raise click.UsageError("A file's sidecar lies beside it: --sidecar takes '-' for POINT.")
     if point == _STREAM or rawcheck.is_raw(point):
-        if target is None or keep_going:
-            raise click.UsageError("--create-lv and --keep-going are for points of a repository.")
+        if target is None or keep_going or partition is not None or grow:
+            words = "--create-lv, --partition, --grow and --keep-going"
+            raise click.UsageError(f"{words} are for points of a repository.")
         _raw(context, point, target, overwrite, dry_run, verify, sidecar, repository, as_json)
         return
     opened = common.open_repository(repository)
     request = Request(
         point, target or "", overwrite, verify, verify_first, keep_going, mapfile, create_lv,
-        thin_pool,
+        thin_pool, partition or 0, grow,
     )  # fmt: skip
     try:
         with common.world(wait) as world:
@@ -236,6 +251,5 @@ def summary(done: Report) -> str:
     if done.verified_bytes:
         told.append(f"{render.size(done.verified_bytes)} read back and equal")
     return (
-        f"Restored {done.plan.point} of {done.plan.volume} to {done.plan.target} "
-        f"in {render.seconds(done.seconds)}{but}: {', '.join(told)}."
+        f"Restored {_what(done.plan)} to {done.plan.target} in {render.seconds(done.seconds)}{but}: {', '.join(told)}."
     )

@@ -57,20 +57,24 @@ def _group(about: dict[str, Any]) -> list[tuple[str, str]]:
               metavar="N", help="List at most so many extents in the JSON document.")  # fmt: skip
 @click.option("--lvm-metadata", is_flag=True,
               help="Print only the volume group's metadata as it was, which vgcfgrestore takes.")  # fmt: skip
+@click.option("--mapfile", is_flag=True,
+              help="Print only what could not be read, as a mapfile that ddrescue takes.")  # fmt: skip
 @common.repository_options
 def command(
-    point: str, extents_max: int, lvm_metadata: bool, repository: str | None, as_json: bool, wait: float
+    point: str, extents_max: int, lvm_metadata: bool, mapfile: bool, repository: str | None, as_json: bool, wait: float
 ) -> None:
     """One point: where it is from, what holds it, its extents, partitions and file systems."""
     from blockbak.flow import show as flow
 
+    if lvm_metadata and mapfile:
+        raise click.UsageError("--lvm-metadata and --mapfile each print one thing only.")
     opened = common.open_repository(repository)
     if lvm_metadata:
-        text = flow.lvm_metadata(opened, point)
-        if as_json:
-            render.document({"lvm_metadata": text})
-        else:
-            render.line(text.removesuffix("\n"))
+        _print_only("lvm_metadata", flow.lvm_metadata(opened, point), as_json=as_json)
+        return
+    if mapfile:
+        with common.world(wait) as world:
+            _print_only("mapfile", flow.mapfile(opened, point, world), as_json=as_json)
         return
     with common.world(wait) as world:
         about = flow.as_document(flow.show(opened, point, world, extents_max=extents_max))
@@ -85,6 +89,13 @@ def command(
     _partitions(about)
 
 
+def _print_only(name: str, text: str, *, as_json: bool) -> None:
+    if as_json:
+        render.document({name: text})
+    else:
+        render.line(text.removesuffix("\n"))
+
+
 def _partitions(about: dict[str, Any]) -> None:
     systems = about["filesystems"]
     if (table := about["partition_table"]) is None:
@@ -92,18 +103,18 @@ def _partitions(about: dict[str, Any]) -> None:
             known = systems["0"]
             render.line(f"{'file system:':15}{known['type']} {known['label']} {known['uuid']}".rstrip())
         return
-    render.line(f"{'partitions:':15}{table['scheme']} {table['disk_id']}")
+    scheme = table["scheme"] + (" with a hybrid MBR" if table["hybrid"] else "")
+    sectors = f"{table['sector_bytes']}-byte sectors"
+    render.line(f"{'partitions:':15}{' '.join([scheme, *filter(None, [table['disk_id']])])}, {sectors}")
+    for note in table["notes"]:
+        render.line(f"{'table note:':15}{note}")
+    if not table["partitions"]:
+        return
     rows = []
     for one in table["partitions"]:
         known = systems.get(str(one["number"]), {})
-        rows.append(
-            [
-                one["number"],
-                one["start"],
-                render.size(one["length"]),
-                one["name"],
-                known.get("type", ""),
-                known.get("label", ""),
-            ]
-        )
-    render.table(["number", "start", "size", "name", "file system", "label"], rows, numeric=["start", "size"])
+        size, kind = render.size(one["length"]), one["type_name"] or one["type"]
+        told = [known.get(key, "") for key in ("type", "label", "uuid")]
+        rows.append([one["number"], one["start"], size, kind, one["name"], one["uuid"], *told])
+    columns = ["number", "start", "size", "type", "name", "PARTUUID", "file system", "label", "UUID"]
+    render.table(columns, rows, numeric=["start", "size"], spare=["PARTUUID", "UUID", "name"])

@@ -26,6 +26,7 @@ from blockbak.flow.leftovers import settle_known
 from blockbak.flow.points import damage_since, highest_sequence, open_chain
 from blockbak.flow.scan import scan
 from blockbak.flow.source import AtRest, Request, Seen, Settled, Source, look, look_at, resolve_mode
+from blockbak.flow.used import Unused, find_unused, require
 from blockbak.host.lock import Lock
 from blockbak.image.format import BLOCK_DEFAULT, BLOCK_MAX, BLOCK_MIN, window_for
 from blockbak.image.view import PointView
@@ -63,6 +64,7 @@ class Report:
     file: str
     root: str
     set_id: str = ""
+    hole_bytes: int = 0
     notes: list[str] = field(default_factory=list)
     attention: bool = False
 
@@ -288,8 +290,7 @@ def _plan_group(
     planned: list[tuple[Seen, Report]] = []
     for request in requests:
         try:
-            if request.block_bytes is not None:
-                check_block_size(request.block_bytes)
+            _check_request(request)
             seen = look(repository, request, context)
             if hot.together:
                 _check_member(seen, [one for one, _ in planned])
@@ -316,10 +317,17 @@ def _check_member(seen: Seen, others: Sequence[Seen]) -> None:
         raise NotTogether(volume=seen.device.label, reason=reason if seen.device.is_lv else "it is no logical volume")
 
 
-def _hold(repository: Repository, request: Request, context: Context, stack: ExitStack) -> Held:
-    """Look at a source, and lock its volume until ``stack`` is closed."""
+def _check_request(request: Request) -> None:
+    """Raises what can be known before the source is looked at: BadBlockSize, MissingProgram."""
     if request.block_bytes is not None:
         check_block_size(request.block_bytes)
+    if request.used_only:
+        require()
+
+
+def _hold(repository: Repository, request: Request, context: Context, stack: ExitStack) -> Held:
+    """Look at a source, and lock its volume until ``stack`` is closed."""
+    _check_request(request)
     seen = look(repository, request, context)
     while True:
         volume = repository.make_volume(seen.name)
@@ -455,6 +463,8 @@ def _planned(repository: Repository, seen: Seen, request: Request, context: Cont
         with _parent_view(volume, catalog, choice, request) as (checked, _):
             choice = checked
     notes = [f"A full is made: {choice.reason}."] if choice.reason else []
+    if request.used_only and seen.mode != "live":
+        notes.append("What file systems do not use is not read: how much that is, partclone tells then.")
     if seen.mode == "cold" and request.rest is not None and device.is_block:
         notes += planned_rest(device, request.rest, [(repository.path, "the repository")], context)
     found = {"cold": "cold", "hot": consistency(device, hooked=False)}.get(seen.mode, "none")
@@ -503,12 +513,30 @@ def _opening(job: _Making, moment: datetime, context: Context) -> Opening:
 def _read(job: _Making, writer: ImageWriter, context: Context) -> tuple[int, Settled]:
     """Read the source into the image; bytes that were read, and what is known of them now."""
     request, reader = job.held.request, job.source.reader
+    unused = _unused(job, context) if request.used_only else Unused()
+    reader.retries, reader.strict = request.retries, request.strict
+    # An area that cannot be read may keep a worker for minutes.
+    reader.doubt = both(reader.doubt, context.check)
     context.progress.begin(f"{job.held.volume.name} {job.choice.kind}", reader.size)
     try:
-        read_bytes = scan(reader, writer, job.parent, request.compress, context, request.limit)
+        read_bytes = scan(reader, writer, job.parent, request.compress, context, request.limit, unused.extents)
     finally:
         context.progress.end()
-    return read_bytes, job.source.settle()
+    settled = job.source.settle()
+    return read_bytes, replace(settled, notes=[*unused.notes, *settled.notes])
+
+
+def _unused(job: _Making, context: Context) -> Unused:
+    """What need not be read of a source that is held."""
+    seen = job.held.seen
+    if seen.mode == "live":
+        unused = Unused(notes=[f"All of {seen.device.label} is read: it may be written meanwhile."])
+    else:
+        frozen = seen.mode == "hot" and consistency(seen.device, hooked=False) == "filesystem"
+        unused = find_unused(job.source.reader.path, seen.device.label, context.check, frozen=frozen)
+    for line in unused.notes:
+        context.say(line)
+    return unused
 
 
 def _make(job: _Making, context: Context) -> Report:
@@ -572,7 +600,7 @@ def report(image: Image) -> Report:
         point=opening.point, volume=opening.volume, kind=opening.kind, synthetic=opening.synthetic,
         parent=opening.parent, sequence=opening.sequence, mode=closing.mode, consistency=closing.consistency,
         change_source=closing.change_source, device_bytes=opening.device_bytes, read_bytes=closing.read_bytes,
-        changed_bytes=closing.changed_bytes, stored_bytes=image.image_bytes, bad_bytes=closing.bad_bytes,
-        seconds=closing.seconds, source=opening.source, file=image.file, root=closing.root,
-        set_id=closing.set_id, notes=list(closing.notes),
+        changed_bytes=closing.changed_bytes, stored_bytes=image.image_bytes,
+        hole_bytes=closing.hole_bytes, bad_bytes=closing.bad_bytes, seconds=closing.seconds,
+        source=opening.source, file=image.file, root=closing.root, set_id=closing.set_id, notes=list(closing.notes),
     )  # fmt: skip

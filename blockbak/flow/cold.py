@@ -139,7 +139,7 @@ class RestedSource(AtRest):
     @property
     def stopped(self) -> list[str]:
         """What was done to bring it to rest, in sentences."""
-        return self._prepared.plan.told()
+        return list(self._rest.done) if self._rest is not None else []
 
     def _settle_down(self, made: Plan) -> None:
         """Everything that was written is on the device, and whatever nothing holds any more is held."""
@@ -194,6 +194,9 @@ class RestedSource(AtRest):
             error.add_note(str(failed))
             for note in getattr(failed, "__notes__", ()):
                 error.add_note(note)
+        # The steps were over: what could not be put back is on no error of theirs.
+        for line in self._rest.left if self._rest is not None else ():
+            error.add_note(line)
 
 
 @contextmanager

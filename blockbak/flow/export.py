@@ -21,7 +21,9 @@ _PREFIX = ".blockbak-"
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A file that was written; sizes in bytes. ``notes`` are what a restore of the point would say of it."""
+    """A file that was written; sizes in bytes. ``notes`` are what a restore of the point would say of it, ``partition``
+    is the number of the one that was written (0: the whole volume), and ``device_bytes`` then its size.
+    """
 
     point: str
     volume: str
@@ -32,12 +34,15 @@ class Report:
     seconds: float
     attention: bool
     notes: list[str] = field(default_factory=list)
+    partition: int = 0
 
 
 def export(
-    repository: Repository, name: str, path: str, file_format: str, context: Context, *, overwrite: bool
-) -> Report:
-    """Write a point to ``path`` as ``raw`` or ``qcow2``; the file appears when it is complete.
+    repository: Repository, name: str, path: str, file_format: str, context: Context, *, overwrite: bool,
+    partition: int = 0,
+) -> Report:  # fmt: skip
+    """Write a point, or the ``partition`` of that number, to ``path`` as ``raw`` or ``qcow2``; the file appears when
+    it is complete.
 
     Raises TargetExists unless ``overwrite``, NoPermission, NoSpace, BadTarget, MissingProgram,
     CommandFailed, and what a restore raises.
@@ -47,18 +52,19 @@ def export(
     volume, _, _ = find(repository, name)
     # Held all along: the restores below wait for nobody, and so it is not in the seconds.
     with volume.locked(exclusive=False, wait=context.wait, check=context.check, say=context.say):
-        return _export(repository, name, path, file_format, context, overwrite=overwrite)
+        request = restore.Request(name, path, partition=partition)
+        return _export(repository, request, path, file_format, context, overwrite=overwrite)
 
 
 def _export(
-    repository: Repository, name: str, path: str, file_format: str, context: Context, *, overwrite: bool
+    repository: Repository, asked: restore.Request, path: str, file_format: str, context: Context, *, overwrite: bool
 ) -> Report:
     clock = context.timer()
     # Refuse what must not be written before the long part, and before anything lies beside it.
-    planned = restore.restore(repository, restore.Request(name, path), context, dry_run=True)
+    planned = restore.restore(repository, asked, context, dry_run=True)
     assert isinstance(planned, restore.Plan)  # noqa: S101 - a dry run gives one
     # By its id: what a name such as latest means may change on the way.
-    request = restore.Request(f"{planned.volume}@{planned.point}", "")
+    request = replace(asked, point=f"{planned.volume}@{planned.point}")
     for left in scratch.sweep(os.path.dirname(path), _PREFIX, ("raw", "raw.partial", "image")):
         context.say(f"Removed {left}, which an export that was killed had left.")
     try:
@@ -71,10 +77,10 @@ def _export(
     except OSError as error:
         raise _sentence(error, path) from error
     assert isinstance(done, restore.Report)  # noqa: S101 - only a dry run gives a plan
-    notes = [*done.plan.notes, *newer_orphans(*find(repository, request.point), name)]
+    notes = [*done.plan.notes, *newer_orphans(*find(repository, request.point), asked.point)]
     return Report(
         planned.point, planned.volume, path, file_format, planned.device_bytes, file_bytes,
-        round(context.timer() - clock, 3), done.attention, notes,
+        round(context.timer() - clock, 3), done.attention, notes, asked.partition,
     )  # fmt: skip
 
 

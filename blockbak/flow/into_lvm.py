@@ -19,7 +19,6 @@ from blockbak.errors import (
 )
 from blockbak.flow.context import Context
 from blockbak.flow.leftovers import settle
-from blockbak.flow.points import partition_table
 from blockbak.flow.target import Incoming
 from blockbak.host import device as devices
 from blockbak.host import lvm, runs, volumes
@@ -31,6 +30,8 @@ from blockbak.image.view import PointView
 from blockbak.model import snapshot as plan
 from blockbak.model import twins
 from blockbak.model.filesystem import PhysicalVolume, physical_volume
+from blockbak.model.part import Part
+from blockbak.model.partition import inside
 from blockbak.units import align_down, align_up
 
 _RUN_DIGITS = 8
@@ -55,8 +56,8 @@ class NewVolume:
         return f"{self.group}/{self.name}"
 
 
-def plan_volume(label: str, pool: str, view: PointView, context: Context) -> NewVolume:
-    """The volume that the point needs. Raises BadTarget, VolumeNameTaken, NoVolumeRoom, TargetSectorSize;
+def plan_volume(label: str, pool: str, view: PointView, part: Part, context: Context) -> NewVolume:
+    """The volume that the part needs. Raises BadTarget, VolumeNameTaken, NoVolumeRoom, TargetSectorSize;
     MissingProgram, CommandFailed.
     """
     group_name, name = plan.as_label(label)
@@ -72,23 +73,25 @@ def plan_volume(label: str, pool: str, view: PointView, context: Context) -> New
         raise BadTarget(path=label, reason=f"there is no volume group {group_name}")
     if lvm.named(group_name, name) is not None:
         raise VolumeNameTaken(volume=f"{group_name}/{name}")
-    size = align_up(view.geometry.device_bytes, group.lvm_extent)
-    wanted = NewVolume(group_name, name, size, pool, _check_sectors(label, group.disks, view), blank=False)
+    size = align_up(part.length, group.lvm_extent)
+    wanted = NewVolume(
+        group_name, name, size, pool, _check_sectors(label, group.disks, Incoming.of(view, part)), blank=False
+    )
     if not pool:
         if group.free < size:
             raise NoVolumeRoom(place=f"Volume group {group_name}", free=group.free, volume=wanted.label, needed=size)
         return wanted
-    return replace(wanted, blank=_check_pool(wanted, view, context))
+    return replace(wanted, blank=_check_pool(wanted, view, part, context))
 
 
-def _check_pool(wanted: NewVolume, view: PointView, context: Context) -> bool:
+def _check_pool(wanted: NewVolume, view: PointView, part: Part, context: Context) -> bool:
     """Whether a new volume of the pool reads as zeros. Raises BadTarget, NoVolumeRoom."""
     label = f"{wanted.group}/{wanted.pool}"
     pool = lvm.named(wanted.group, wanted.pool)
     if pool is None or not {"thin", "pool"} <= set(pool.layout):
         raise BadTarget(path=wanted.label, reason=f"there is no thin pool {label}")
     unit, blank = lvm.pool_blocks(wanted.group, wanted.pool)
-    needed = taken(view, unit) if blank else wanted.size
+    needed = taken(view, unit, part) if blank else wanted.size
     # An inactive pool tells nothing yet; it is watched in any case.
     if pool.data_percent is not None:
         free = int(pool.size * (100 - pool.data_percent) / 100)
@@ -98,15 +101,15 @@ def _check_pool(wanted: NewVolume, view: PointView, context: Context) -> bool:
     return blank
 
 
-def _check_sectors(label: str, disks: tuple[str, ...], view: PointView) -> int:
+def _check_sectors(label: str, disks: tuple[str, ...], incoming: Incoming) -> int:
     """The largest sector of a group's disks: a volume may come to lie on any. Raises TargetSectorSize."""
     found = [0]
     for disk in disks:
         with contextlib.suppress(SourceError):  # one that is missing
             found.append(devices.look(disk).logical_sector)
-    have, need = max(found), view.top.opening.logical_sector
-    if have and have != need and partition_table(view) is not None:
-        raise TargetSectorSize(path=label, have=have, need=need)
+    have, table = max(found), incoming.table()
+    if have and table is not None and have != table.sector_bytes:
+        raise TargetSectorSize(path=label, have=have, need=table.sector_bytes)
     return have
 
 
@@ -115,8 +118,8 @@ def _on_the_way(context: Context) -> int:
     return context.workers * PIECE_BYTES
 
 
-def taken(view: PointView, unit: int) -> int:
-    """Bytes that the point's content takes where room is given ``unit`` bytes at a time."""
+def taken(view: PointView, unit: int, part: Part) -> int:
+    """Bytes that the part's content takes where room is given ``unit`` bytes at a time."""
     count, last = 0, -1
     for number in range(view.geometry.sections):
         try:
@@ -127,8 +130,13 @@ def taken(view: PointView, unit: int) -> int:
             continue
         begin, end = view.geometry.section_range(number)
         starts = begin + stored.astype(np.int64) * view.geometry.block_bytes
+        ends = np.minimum(starts + view.geometry.block_bytes, min(end, part.end)) - part.start
+        starts = np.maximum(starts, part.start) - part.start
+        starts, ends = starts[starts < ends], ends[starts < ends]
+        if not len(starts):
+            continue
         first = starts // unit
-        final = (np.minimum(starts + view.geometry.block_bytes, end) - 1) // unit
+        final = (ends - 1) // unit
         before = np.concatenate(([last], final[:-1]))
         count += int((final - first + 1).sum()) - int((first == before).sum())
         last = int(final[-1])
@@ -137,11 +145,11 @@ def taken(view: PointView, unit: int) -> int:
 
 @contextlib.contextmanager
 def new_volume(
-    wanted: NewVolume, view: PointView, context: Context, watch: Callable[[PoolWatch], None]
+    wanted: NewVolume, view: PointView, part: Part, context: Context, watch: Callable[[PoolWatch], None]
 ) -> Iterator[TargetWriter]:
     """The volume, made and open; it is an ordinary one once the ``with`` ends well, and else it is removed.
 
-    What lies past the point's end reads as zeros. ``watch`` is handed what must be asked while it is written.
+    What lies past the part's end reads as zeros. ``watch`` is handed what must be asked while it is written.
     Raises CommandFailed, MapperFailed, TargetFailed, TargetSectorSize.
     """
     for line in settle(context).told:
@@ -152,12 +160,12 @@ def new_volume(
         volumes.new_volume(run, wanted.group, wanted.name, wanted.size, wanted.pool) as path,
         TargetWriter(path, kernel=context.kernel) as target,
     ):
-        _check_sectors(wanted.label, (path,), view)
+        _check_sectors(wanted.label, (path,), Incoming.of(view, part))
         if wanted.pool:
             watch(PoolWatch(devices.look(path), _on_the_way(context)))
         if not wanted.blank:
             # From the last whole sector on, which the content is then written into.
-            start = align_down(view.geometry.device_bytes, target.logical)
+            start = align_down(part.length, target.logical)
             if start < target.size:
                 target.zero(start, target.size - start)
         yield target
@@ -197,16 +205,8 @@ def twin_notes(target: Device, incoming: Incoming) -> list[str]:
 
 def _physical_volumes(incoming: Incoming) -> list[PhysicalVolume]:
     """Those in the content: itself, or in its partitions."""
-    read, table = incoming.read, incoming.table()
+    table = incoming.table()
     places = [(0, incoming.size)]
     places += [(one.start, one.length) for one in table.partitions] if table else []
-    found = []
-    for start, length in places:
-
-        def inside(offset: int, count: int, start: int = start, length: int = length) -> bytes:
-            return read(start + offset, min(count, length - offset)) if 0 <= offset < length else b""
-
-        one = physical_volume(inside)
-        if one is not None:
-            found.append(one)
-    return found
+    found = [physical_volume(inside(incoming.read, start, length)) for start, length in places]
+    return [one for one in found if one is not None]

@@ -1,4 +1,4 @@
-"""Names what could not be restored, in a file that GNU ddrescue and its tools read."""
+"""Names what could not be read, or restored, in a form that GNU ddrescue and its tools read."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from blockbak.errors import BadTarget, TargetHolds
 from blockbak.flow.target import is_stored
 from blockbak.image.view import Flaw
 from blockbak.model import extent
-from blockbak.model.extent import BAD, Extents
+from blockbak.model.extent import BAD, HOLE, Extents
 from blockbak.repository.local import Repository, repository_above
 
 _BEGINS = "# Mapfile."
+_STATUS = {BAD: "-", HOLE: "?"}
 
 
 class Mapfile:
@@ -85,11 +86,13 @@ def _check(place: str, target: str, repository: Repository, *, known: bool) -> N
 
 
 def text(lost: Extents, size: int) -> str:
-    """A mapfile as GNU ddrescue reads it (its manual, "Mapfile structure"): ``-`` bad, ``+`` good."""
+    """A mapfile as GNU ddrescue reads it (its manual, "Mapfile structure"): ``-`` for BAD, ``?`` for HOLE, which
+    nobody tried to read, ``+`` for all else.
+    """
     lines = [f"{_BEGINS} Created by blockbak", "# current_pos  current_status  current_pass", "0x0  +  1"]
     lines.append("#      pos        size  status")
     whole = extent.table([0], [size], extent.DATA)
     for row in extent.overlay(whole, lost):
-        status = "-" if row["kind"] == BAD else "+"
+        status = _STATUS.get(int(row["kind"]), "+")
         lines.append(f"0x{int(row['start']):08X}  0x{int(row['length']):08X}  {status}")
     return "\n".join(lines) + "\n"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import numpy as np
+import numpy.typing as npt
 
 from blockbak.errors import (
     AmbiguousPoint,
@@ -247,24 +247,45 @@ def find_and_open(repository: Repository, name: str, stack: ExitStack) -> tuple[
 # --- looking inside ------------------------------------------------------------------------------
 
 
-def reader(view: PointView) -> Callable[[int, int], bytes]:
+_WINDOWS_KEPT = 4
+"""Parsers read many small pieces of the same few windows."""
+
+
+def reader(view: PointView, met: list[Damage] | None = None) -> Callable[[int, int], bytes]:
     """``read(offset, length)`` of the point's content, for the parsers of partition tables; what is
-    damaged reads as zeros.
+    damaged reads as zeros, and is added to ``met``.
     """
+    kept: dict[tuple[int, int], npt.NDArray[np.uint8]] = {}
+
+    def window(number: int, low: int) -> npt.NDArray[np.uint8]:
+        """The window of a section that begins ``low`` bytes after it."""
+        if (number, low) not in kept:
+            geometry = view.geometry
+            start, end = geometry.section_range(number)
+            data = np.zeros(min(geometry.window_bytes, end - start - low), np.uint8)
+            try:
+                flaws = view.read(view.section(number), low // geometry.block_bytes, data)
+                damage: list[Damage] = [DamagedImage(file=one.file, reason=str(one)) for one in flaws]
+            except Damage as error:
+                damage = [error]
+            if met is not None:
+                met.extend(damage)
+            if len(kept) == _WINDOWS_KEPT:
+                kept.pop(next(iter(kept)))
+            kept[number, low] = data
+        return kept[number, low]
 
     def read(offset: int, length: int) -> bytes:
         geometry = view.geometry
+        if offset < 0:
+            return b""
         length = max(0, min(length, geometry.device_bytes - offset))
         out = bytearray()
         while length > 0:
             number = offset // geometry.section_bytes
-            start, end = geometry.section_range(number)
+            start, _ = geometry.section_range(number)
             low = (offset - start) // geometry.window_bytes * geometry.window_bytes
-            size = min(geometry.window_bytes, end - start - low)
-            data = np.zeros(size, np.uint8)
-            with contextlib.suppress(Damage):
-                view.read(view.section(number), low // geometry.block_bytes, data)
-            part = data[offset - start - low :][:length].tobytes()
+            part = window(number, low)[offset - start - low :][:length].tobytes()
             out += part
             offset, length = offset + len(part), length - len(part)
         return bytes(out)
@@ -272,6 +293,7 @@ def reader(view: PointView) -> Callable[[int, int], bytes]:
     return read
 
 
-def partition_table(view: PointView) -> partition.PartitionTable | None:
-    """The partition table inside the point, if there is one."""
-    return partition.parse(reader(view), view.top.opening.logical_sector, view.geometry.device_bytes)
+def partition_table(view: PointView, met: list[Damage] | None = None) -> partition.PartitionTable | None:
+    """The partition table inside the point, if there is one; ``met`` is as for ``reader``."""
+    opening = view.top.opening
+    return partition.parse(reader(view, met), opening.logical_sector, opening.device_bytes, guess=True)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
@@ -25,6 +25,7 @@ from blockbak.errors import (
 )
 from blockbak.flow import mapfile
 from blockbak.flow.backup import both
+from blockbak.flow.cold import planned, resting
 from blockbak.flow.context import Context, iso
 from blockbak.flow.rawcheck import peek
 from blockbak.flow.rawmap import MapSum
@@ -37,6 +38,7 @@ from blockbak.host import device as devices
 from blockbak.host import pipes, usage
 from blockbak.host.blockio import (
     PIECE_BYTES,
+    RETRIES,
     Bytes,
     DiskReader,
     PartialFile,
@@ -52,6 +54,7 @@ from blockbak.model import extent, partition
 from blockbak.model.extent import DATA
 from blockbak.model.hashmap import Geometry
 from blockbak.model.identity import plain
+from blockbak.model.quiesce import RestOptions
 from blockbak.repository.local import Repository, repository_above
 from blockbak.units import SECTOR
 
@@ -64,7 +67,7 @@ _MAPFILE = ".mapfile"
 class Request:
     """What a person asked for. ``file`` is ``-`` for standard output, for which ``sidecar`` may name where its
     sidecar goes; a file's lies beside it. ``overwrite`` stands for ``--yes``, ``limit`` is the most bytes to read
-    a second.
+    a second. ``rest``, ``retries`` and ``strict`` are as those of ``flow.source.Request``.
     """
 
     source: str
@@ -72,6 +75,9 @@ class Request:
     overwrite: bool = False
     limit: int | None = None
     sidecar: str | None = None
+    rest: RestOptions | None = None
+    retries: int = RETRIES
+    strict: bool = False
 
     @property
     def streams(self) -> bool:
@@ -90,7 +96,9 @@ class Rested:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What would be made. Sizes are bytes; ``sidecar`` is empty where none is written."""
+    """What would be made. Sizes are bytes; ``sidecar`` is empty where none is written. ``rest`` is what would be done
+    to bring the device to rest.
+    """
 
     source: str
     path: str
@@ -98,6 +106,7 @@ class Plan:
     device_bytes: int
     mode: str
     replaces: list[str]
+    rest: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,15 +136,15 @@ class Report:
 # --- what is refused -------------------------------------------------------------------------------
 
 
-def look(request: Request, repository: Repository | None, context: Context, *, rest: bool = False) -> Seen:
-    """The device, looked at and found free, or with ``rest`` whoever uses it. Raises every error of the source and
-    refusal trees.
+def look(request: Request, repository: Repository | None, context: Context) -> Seen:
+    """The device, looked at and found free, or, where it may be brought to rest, whoever uses it. Raises every error
+    of the source and refusal trees.
     """
     asked = SourceRequest(request.source, mode="cold")
     device = look_at(request.source)
     check_source(device, repository, asked, context)
     check_place(device, request)
-    return Seen(device, devices.identity(device), resolve_mode(device, "cold", rest=rest), "")
+    return Seen(device, devices.identity(device), resolve_mode(device, "cold", rest=request.rest is not None), "")
 
 
 def check_place(device: Device, request: Request) -> None:
@@ -197,10 +206,23 @@ def _is_node_folder(path: str) -> bool:
 
 @contextlib.contextmanager
 def at_rest(request: Request, repository: Repository | None, context: Context) -> Iterator[Rested]:
-    """A device that nothing uses, open. Raises every error of the source and refusal trees."""
+    """A device that nothing uses, or whose users are brought to rest until it is left, open. Raises every error of the
+    source and refusal trees, and of bringing it to rest.
+    """
     seen = look(request, repository, context)
-    with closing(AtRest(seen, SourceRequest(request.source, mode="cold"), context)) as source:
-        yield Rested(seen, source)
+    asked = SourceRequest(request.source, mode="cold")
+    if request.rest is None or not seen.device.is_block:
+        with closing(AtRest(seen, asked, context)) as source:
+            yield Rested(seen, source)
+        return
+    with resting(seen, asked, _kept(request, repository), context, request.rest) as brought:
+        yield Rested(seen, brought, brought.stopped)
+
+
+def _kept(request: Request, repository: Repository | None) -> dict[str, str]:
+    """What must go on while the device is at rest."""
+    own = {os.path.dirname(os.path.realpath(path)): "the image" for path in places(request)}
+    return own | ({repository.path: "the repository"} if repository is not None else {})
 
 
 # --- where it goes ---------------------------------------------------------------------------------
@@ -276,25 +298,21 @@ def plan(request: Request, repository: Repository | None, context: Context) -> P
     replaces = check_file(replace(request, overwrite=True), context)
     seen = look(request, repository, context)
     beside = (request.sidecar or "") if request.streams else _shown(request) + sidecar.ENDING
-    return Plan(seen.device.label, _shown(request), beside, seen.device.size, seen.mode, replaces)
+    steps = []
+    if request.rest is not None and seen.device.is_block:
+        steps = planned(seen.device, request.rest, list(_kept(request, repository).items()), context)
+    return Plan(seen.device.label, _shown(request), beside, seen.device.size, seen.mode, replaces, steps)
 
 
-def make(
-    request: Request,
-    context: Context,
-    *,
-    repository: Repository | None = None,
-    rest: Callable[[], AbstractContextManager[Rested]] | None = None,
-) -> Report:
-    """Make a raw image. ``rest`` brings the device to rest and opens it, and puts everything back when it is left;
-    without one the device must be free. ``repository`` is one that must not lie on the device.
+def make(request: Request, context: Context, *, repository: Repository | None = None) -> Report:
+    """Make a raw image. ``repository`` is one that must not lie on the device.
 
     Nothing half-made stays. Raises every error of the source and refusal trees, BadTarget, TargetFull,
     TargetFailed, PipeFailed, Interrupted.
     """
     clock = context.timer()
     check_file(request, context)
-    with rest() if rest is not None else at_rest(request, repository, context) as rested:
+    with at_rest(request, repository, context) as rested:
         check_place(rested.seen.device, request)
         watched = replace(context, check=both(context.check, rested.source.check))
         job = _Job(request, rested, watched, clock, rested.source.moment or context.now())
@@ -358,6 +376,7 @@ class _Job:
 def _scan(job: _Job, sink: _FileSink | _PipeSink) -> int:
     """Read all of the device; bytes that were read."""
     context = job.context
+    job.reader.retries, job.reader.strict = job.request.retries, job.request.strict
     context.progress.begin(f"{job.rested.seen.device.label} raw", job.reader.size)
     try:
         return scan_into(job.reader, sink, context, job.request.limit)

@@ -140,7 +140,7 @@ def survey(known: MapSum, jobs: Iterable[Job], read: Read, bad: Extents, context
             nonlocal total
             start = job.first_block * geometry.block_bytes
             length = min(job.blocks * geometry.block_bytes, geometry.device_bytes - start)
-            if job.hole:
+            if job.zero:
                 section = job.first_block // BLOCKS_PER_SECTION
                 low = job.first_block - section * BLOCKS_PER_SECTION
                 rows = geometry.zero_rows(section)[low : low + job.blocks]
@@ -168,5 +168,5 @@ def all_jobs(geometry: Geometry, touched: npt.NDArray[np.bool_] | None = None) -
         blocks, first = geometry.section_blocks(section), section * BLOCKS_PER_SECTION
         for low in range(0, blocks, step):
             hole = touched is not None and not (number < len(touched) and touched[number])
-            yield Job(number, first + low, min(step, blocks - low), hole=hole)
+            yield Job(number, first + low, min(step, blocks - low), zero=hole)
             number += 1

@@ -22,12 +22,13 @@ from blockbak.image import codec
 from blockbak.image.view import PointView, SectionView
 from blockbak.image.writer import ImageWriter, Piece, encode_windows
 from blockbak.model import extent, hashmap
-from blockbak.model.extent import ABSENT, BAD, DATA, ZERO, Extents, Kinds
+from blockbak.model.extent import ABSENT, BAD, DATA, HOLE, ZERO, Extents, Kinds
 from blockbak.model.hashmap import BLOCKS_PER_SECTION, Geometry, Mask, Rows
 from blockbak.units import format_size
 
 _UNREAD_MAX = 32
-"""Neighbouring pieces without one readable sector, after which a source is given up."""
+"""Neighbouring pieces without one readable sector, after which it is asked whether the source is there at all."""
+_PLACES_ASKED = 8
 _NAP_SECONDS = 0.2
 _SECTIONS_BESIDE = 2
 """Parent sections in memory beyond one a worker: a section that lies in a hole is one piece, so each worker may
@@ -37,12 +38,17 @@ be in another one.
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Consecutive blocks of one section, the ``number``-th piece in address order; ``hole``: zeros, unread."""
+    """Consecutive blocks of one section, the ``number``-th piece in address order. ``zero``: a hole of an image file,
+    which reads as zeros. ``unused`` is a bool per block, None where every block is in use; ``turn`` counts the pieces
+    of which anything is read.
+    """
 
     number: int
     first_block: int
     blocks: int
-    hole: bool
+    turn: int = 0
+    zero: bool = False
+    unused: Mask | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,33 +126,52 @@ class ParentMap:
             return found
 
 
-def jobs(geometry: Geometry, source: DiskReader) -> Iterator[Job]:
-    """Pieces in address order; a section that lies wholly in a hole of an image file is one piece."""
-    number, data_at = 0, 0
+def jobs(geometry: Geometry, source: DiskReader, unused: Extents | None = None) -> Iterator[Job]:
+    """Pieces in address order; a section of which nothing is read is one piece."""
+    number = turn = data_at = 0
     block, step = geometry.block_bytes, PIECE_BYTES // geometry.block_bytes
+    unused = extent.empty() if unused is None else unused
+    starts = extent.starts_of(unused)
     for section in range(geometry.sections):
         start, end = geometry.section_range(section)
         blocks, first = geometry.section_blocks(section), section * BLOCKS_PER_SECTION
+        near = slice(max(int(np.searchsorted(starts, start, "right")) - 1, 0), int(np.searchsorted(starts, end)))
+        mask = _unused_blocks(extent.clip(unused[near], start, end), geometry, section)
         if data_at < start or section == 0:
             data_at = source.next_data(start)
-        if data_at >= end:
-            yield Job(number, first, blocks, hole=True)
+        if data_at >= end or (mask is not None and mask.all()):
+            yield Job(number, first, blocks, turn, zero=data_at >= end, unused=mask)
             number += 1
             continue
         for low in range(0, blocks, step):
             begin, count = start + low * block, min(step, blocks - low)
             if data_at < begin:
                 data_at = source.next_data(begin)
-            yield Job(number, first + low, count, hole=data_at >= min(begin + count * block, end))
+            part = None if mask is None or not mask[low : low + count].any() else mask[low : low + count]
+            zero = data_at >= min(begin + count * block, end)
+            yield Job(number, first + low, count, turn, zero, part)
             number += 1
+            turn += not zero and (part is None or not part.all())
 
 
-def changes(new: Rows, bad: Extents, old: SectionView, low: int, geometry: Geometry) -> Mask:
-    """Which blocks of a piece a delta must hold: another digest than the parent's, or a range that could
-    not be read now or then (a BAD block equals nothing).
+def _unused_blocks(unused: Extents, geometry: Geometry, section: int) -> Mask | None:
+    """Which blocks of a section have not one byte in use; None where all have one."""
+    if not len(unused):
+        return None
+    start, end = geometry.section_range(section)
+    used = extent.subtract(extent.table([start], [end], DATA), unused)
+    mask = ~extent.touched(used, start, geometry.block_bytes, geometry.section_blocks(section))
+    return mask if mask.any() else None
+
+
+def changes(new: Rows, bad: Extents, old: SectionView, low: int, geometry: Geometry, unused: Mask | None) -> Mask:
+    """Which blocks of a piece a delta must hold: another digest than the parent's, a range that could not be read
+    now or then (a BAD block equals nothing), or one whose content is claimed now and was not then, or the reverse.
     """
     count = len(new)
     mask = hashmap.changed_rows(new, old.rows[low : low + count])
+    was_unused = old.kinds[low : low + count] == HOLE
+    mask |= was_unused if unused is None else was_unused != unused
     if len(bad) or (old.extents["kind"] == BAD).any():
         first = (old.number * BLOCKS_PER_SECTION + low) * geometry.block_bytes
         for unreadable in (bad, extent.of_kind(old.extents, BAD)):
@@ -209,24 +234,42 @@ class Scanner:
         section = job.first_block // BLOCKS_PER_SECTION
         low = job.first_block - section * BLOCKS_PER_SECTION
         data = self._buffer[:0]
-        if job.hole:
-            bad = extent.empty()
+        bad, read_bytes = extent.empty(), 0
+        if job.zero or (job.unused is not None and job.unused.all()):
             rows = geometry.zero_rows(section)[low : low + job.blocks]
             kinds: Kinds = np.full(job.blocks, ZERO, np.uint8)
         else:
-            self._pace.wait(length)
-            bad = self._source.read(start, self._buffer, length)
-            if extent.total(bad) == length:
-                self._lost(job.number)
             data = self._buffer[:length]
+            bad, read_bytes = self._read(job, start, data)
+            if extent.total(bad) == read_bytes:
+                self._lost(job.turn)
             nonzero = hashmap.nonzero_blocks(data, geometry.block_bytes)
             rows = hashmap.digest_blocks(data, geometry.block_bytes, nonzero)
             kinds = np.where(nonzero, np.uint8(DATA), np.uint8(ZERO))
+        if job.unused is not None:
+            kinds[job.unused] = HOLE
         if self._parent is not None:
-            kinds[~changes(rows, bad, self._parent.section(section), low, geometry)] = ABSENT
+            kinds[~changes(rows, bad, self._parent.section(section), low, geometry, job.unused)] = ABSENT
         self._take(Found(job.number, job.first_block, kinds, bad, rows, data))
         changed = int(np.count_nonzero(kinds)) * geometry.block_bytes
-        self._account(0 if job.hole else length, length, changed)
+        self._account(read_bytes, length, changed)
+
+    def _read(self, job: Job, start: int, data: Bytes) -> tuple[Extents, int]:
+        """Fill ``data`` from ``start`` on, with zeros where nothing is in use; what could not be read, and the bytes
+        that were asked for.
+        """
+        length, block = len(data), self._geometry.block_bytes
+        if job.unused is None:
+            self._pace.wait(length)
+            return self._source.read(start, self._buffer, length), length
+        data[:] = 0
+        bad, asked = [extent.empty()], 0
+        for first, last in zip(*(edges.tolist() for edges in extent.true_runs(~job.unused)), strict=True):
+            low, high = first * block, min(last * block, length)
+            self._pace.wait(high - low)
+            bad.append(self._source.read(start + low, self._buffer[low:], high - low))
+            asked += high - low
+        return np.concatenate(bad), asked
 
 
 def scan(
@@ -236,20 +279,27 @@ def scan(
     compress: str,
     context: Context,
     limit: int | None = None,
+    unused: Extents | None = None,
 ) -> int:
     """Read the source into the writer; bytes that were read. ``parent`` makes it a delta, ``limit`` is the most
-    bytes to read a second.
+    bytes to read a second. Blocks that lie wholly in ``unused`` (sorted, disjoint, volume bytes) are not read, and
+    become HOLE.
 
-    Raises SourceVanished, NoSpace, StoreFailed, DamagedImage (of the parent), Interrupted.
+    Raises SourceVanished, SourceUnreadable, NoSpace, StoreFailed, DamagedImage (of the parent), Interrupted.
     """
-    return scan_into(source, _ImageSink(writer, compress, whole=parent is None), context, limit, parent)
+    return scan_into(source, _ImageSink(writer, compress, whole=parent is None), context, limit, parent, unused)
 
 
 def scan_into(
-    source: DiskReader, sink: Sink, context: Context, limit: int | None = None, parent: PointView | None = None
+    source: DiskReader,
+    sink: Sink,
+    context: Context,
+    limit: int | None = None,
+    parent: PointView | None = None,
+    unused: Extents | None = None,
 ) -> int:
-    """Read the source into any sink; bytes that were read. Raises SourceVanished, DamagedImage (of the parent),
-    Interrupted, and what the sink raises.
+    """Read the source into any sink; bytes that were read. Raises SourceVanished, SourceUnreadable, DamagedImage (of
+    the parent), Interrupted, and what the sink raises.
     """
     known = None if parent is None else ParentMap(parent, context.workers + _SECTIONS_BESIDE)
     guard = threading.Lock()
@@ -263,22 +313,25 @@ def scan_into(
 
     pace = Pace(limit, context.timer, time.sleep, context.check)
     unread: set[int] = set()
+    places = np.linspace(0, sink.geometry.device_bytes - 1, _PLACES_ASKED).astype(int).tolist()
 
-    def lost(number: int) -> None:
+    def lost(turn: int) -> None:
         """A disk that fell off its bus answers every read with an error: it would be asked for each sector."""
         with guard:
-            unread.add(number)
-            low = high = number
+            unread.add(turn)
+            low = high = turn
             while low - 1 in unread:
                 low -= 1
             while high + 1 in unread:
                 high += 1
-        if high - low + 1 >= _UNREAD_MAX:
-            size = format_size((high - low + 1) * PIECE_BYTES)
-            raise SourceVanished(path=source.path, reason=f"not one sector of {size} could be read")
+            many = high - low + 1
+        if many < _UNREAD_MAX or source.is_alive(places):
+            return
+        reason = f"not one sector of {format_size(many * PIECE_BYTES)} could be read, nor one elsewhere"
+        raise SourceVanished(path=source.path, reason=reason)
 
     workers.run(
-        jobs(sink.geometry, source),
+        jobs(sink.geometry, source, unused),
         lambda: Scanner(source, sink, known, account, lost, pace),
         workers=context.workers,
         check=context.check,

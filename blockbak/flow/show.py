@@ -10,13 +10,15 @@ import numpy as np
 
 from blockbak.errors import NoGroupMetadata
 from blockbak.flow.context import Context
+from blockbak.flow.mapfile import text
 from blockbak.flow.points import find, find_and_open, partition_table, reader
 from blockbak.image.view import PointView
 from blockbak.model import extent
 from blockbak.model.chain import Image
-from blockbak.model.extent import KIND_NAMES, Extents
+from blockbak.model.extent import BAD, HOLE, KIND_NAMES, Extents
 from blockbak.model.filesystem import Filesystem, Read, filesystem
-from blockbak.model.partition import PartitionTable
+from blockbak.model.partition import PartitionTable, inside
+from blockbak.model.partition_types import type_name
 from blockbak.repository.local import Repository
 
 
@@ -62,10 +64,22 @@ def lvm_metadata(repository: Repository, name: str) -> str:
     Raises NoGroupMetadata, NoSuchPoint, AmbiguousPoint, Damage.
     """
     _, _, point = find(repository, name)
-    text = point.images[0].closing.lvm_metadata
-    if not text:
+    metadata = point.images[0].closing.lvm_metadata
+    if not metadata:
         raise NoGroupMetadata(point=point.id)
-    return text
+    return metadata
+
+
+def mapfile(repository: Repository, name: str, context: Context) -> str:
+    """What of a point could not be read, as a mapfile for ddrescue. Raises NoSuchPoint, AmbiguousPoint, Damage."""
+    with ExitStack() as stack:
+        _, _, opened = find_and_open(repository, name, stack)
+        view = opened.view
+        lost = [extent.empty()]
+        for number in range(view.geometry.sections):
+            context.check()
+            lost.append(extent.of_kind(view.section(number).extents, BAD, HOLE))
+        return text(extent.coalesce(np.concatenate(lost)), view.geometry.device_bytes)
 
 
 def _extents(view: PointView, most: int, context: Context) -> tuple[dict[str, int], int, Extents]:
@@ -93,11 +107,7 @@ def filesystems_in(read: Read, table: PartitionTable | None, size: int) -> dict[
     found: dict[str, Filesystem] = {}
     places = [(0, 0, size)] if table is None else [(one.number, one.start, one.length) for one in table.partitions]
     for number, start, length in places:
-
-        def inside(offset: int, count: int, start: int = start, length: int = length) -> bytes:
-            return read(start + offset, min(count, length - offset)) if 0 <= offset < length else b""
-
-        known = filesystem(inside, length)
+        known = filesystem(inside(read, start, length), length)
         if known is not None:
             found[str(number)] = known
     return found
@@ -129,6 +139,11 @@ def as_document(report: Report) -> dict[str, Any]:
         "extent_bytes": report.extent_bytes,
         "extent_count": report.extent_count,
         "extents": report.extents,
-        "partition_table": asdict(report.partition_table) if report.partition_table else None,
+        "partition_table": _table_document(report.partition_table) if report.partition_table else None,
         "filesystems": {number: asdict(known) for number, known in report.filesystems.items()},
     }
+
+
+def _table_document(table: PartitionTable) -> dict[str, Any]:
+    partitions = [{**asdict(one), "type_name": type_name(one.type)} for one in table.partitions]
+    return {**asdict(table), "partitions": partitions}

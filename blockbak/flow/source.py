@@ -25,7 +25,7 @@ from blockbak.flow.context import Context
 from blockbak.flow.points import hidden_images
 from blockbak.host import device as devices
 from blockbak.host import lvm, usage
-from blockbak.host.blockio import DiskReader, SourceReader
+from blockbak.host.blockio import RETRIES, DiskReader, SourceReader
 from blockbak.host.device import Device
 from blockbak.host.system import System
 from blockbak.model.chain import Image
@@ -42,7 +42,8 @@ class Request:
     """What a person asked for. ``kind`` and ``mode`` may be ``auto``; ``block_bytes`` None keeps the
     volume's, or takes the default. ``limit`` is the most bytes a second to read, None for no limit.
     ``own_repository`` allows a hot volume to hold the repository. ``rest`` says what may be done to bring the users
-    of a cold device to rest; None leaves them alone.
+    of a cold device to rest; None leaves them alone. An unreadable sector is asked for ``retries`` times more; with
+    ``strict`` it is an error then. ``used_only`` leaves out what file systems do not use.
     """
 
     source: str
@@ -54,6 +55,9 @@ class Request:
     limit: int | None = None
     own_repository: bool = False
     rest: RestOptions | None = None
+    retries: int = RETRIES
+    strict: bool = False
+    used_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)

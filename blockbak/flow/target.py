@@ -30,6 +30,7 @@ from blockbak.image.view import PointView
 from blockbak.model import partition
 from blockbak.model.facts import Opening
 from blockbak.model.filesystem import Read
+from blockbak.model.part import Part
 from blockbak.model.partition import PartitionTable
 from blockbak.repository.local import Repository, repository_above
 from blockbak.units import align_down
@@ -38,26 +39,29 @@ from blockbak.units import align_down
 @dataclass(frozen=True, slots=True)
 class Incoming:
     """What is to lie on a target: what its header says of it, and ``read(offset, length)`` of its content; or, where
-    that cannot be read beforehand, the partition table that it is said to have.
+    that cannot be read beforehand, the partition table that it is said to have. ``part`` is what of the volume it is
+    (None: all), and ``read`` then counts from its first byte.
     """
 
     opening: Opening
     read: Read
     said_table: PartitionTable | None = None
+    part: Part | None = None
 
     @classmethod
-    def of(cls, view: PointView) -> Incoming:
-        """A point; what is damaged of it reads as zeros."""
-        return cls(view.top.opening, reader(view))
+    def of(cls, view: PointView, part: Part | None = None) -> Incoming:
+        """A point, or a part of it; what is damaged of it reads as zeros."""
+        read = reader(view) if part is None else partition.inside(reader(view), part.start, part.length)
+        return cls(view.top.opening, read, part=part)
 
     @property
     def size(self) -> int:
-        """Bytes of the volume."""
-        return self.opening.device_bytes
+        """Bytes of it."""
+        return self.opening.device_bytes if self.part is None else self.part.length
 
     def table(self) -> PartitionTable | None:
         """The partition table in it, if there is one."""
-        return self.said_table or partition.parse(self.read, self.opening.logical_sector, self.size)
+        return self.said_table or partition.parse(self.read, self.opening.logical_sector, self.size, guess=True)
 
 
 def look_at_target(path: str) -> Device | None:
@@ -113,7 +117,7 @@ def check_target(
     if system := usage.holds_running_system(target):
         raise TargetHolds(path=path, what=f"the running system ({system})")
     users = usage.users(target)
-    if not incoming.opening.surely_of(devices.identity(target), context.host):
+    if not is_itself(target, incoming, context, surely=True):
         # A disk of an inactive volume group may be rolled back onto itself; any other may not be lost to it.
         users += usage.memberships(target)
     if usage.is_inner(target):
@@ -139,9 +143,24 @@ def _check_device(path: str, target: Device, incoming: Incoming) -> None:
     room = align_down(target.size, target.logical_sector)
     if room < need:
         raise TargetTooSmall(path=path, have=room, need=need)
-    have, want = target.logical_sector, incoming.opening.logical_sector
-    if have != want and incoming.table() is not None:
-        raise TargetSectorSize(path=path, have=have, need=want)
+    have, table = target.logical_sector, incoming.table()
+    if table is not None and have != table.sector_bytes:
+        raise TargetSectorSize(path=path, have=have, need=table.sector_bytes)
+
+
+def is_itself(target: Device, incoming: Incoming, context: Context, *, surely: bool) -> bool:
+    """Whether the target is what the content was taken of: the volume, or the same partition of it. ``surely`` is for
+    where a mistake would cost data.
+    """
+    opening, part, device = incoming.opening, incoming.part, target
+    if part is not None and part.partition:
+        place = (target.partition_number, target.start, target.size)
+        disk = devices.disk_of(target)
+        if disk is None or place != (part.partition, part.start, part.length):
+            return False
+        device = disk
+    known = opening.surely_of if surely else opening.is_of
+    return known(devices.identity(device), context.host)
 
 
 def is_stored(path: str, repository: Repository) -> bool:
@@ -175,7 +194,7 @@ def existing(
     given: str, known: Device, incoming: Incoming, repository: Repository | None, context: Context
 ) -> Iterator[TargetWriter]:
     """A target that was there when it was looked at as ``known``, open, and nobody else's; a file gets the
-    volume's size. Raises BadTarget if it has become another one since, and what ``check_target`` raises.
+    content's size. Raises BadTarget if it has become another one since, and what ``check_target`` raises.
     """
     with TargetWriter(known.path, kernel=context.kernel) as target:
         # Between the look at it and now a node may have been handed on, a link turned, a file been mounted.

@@ -14,10 +14,12 @@ from blockbak.errors import Damage, DamagedImage, TargetFailed, VerificationFail
 from blockbak.flow import workers
 from blockbak.flow.context import Context, never
 from blockbak.host.blockio import PIECE_BYTES, TargetWriter, aligned
+from blockbak.host.placed import PlacedTarget
 from blockbak.image.view import Flaw, PointView, SectionView
 from blockbak.model import extent, hashmap
 from blockbak.model.extent import BAD
 from blockbak.model.hashmap import Geometry, Mask, Rows
+from blockbak.model.part import Part
 from blockbak.units import KIB, MIB
 
 _ZERO_RUN = 256 * KIB
@@ -25,16 +27,23 @@ _ZERO_RUN = 256 * KIB
 _SAMPLED_SECTIONS, _SAMPLED_BLOCKS = 8, 8
 
 
-def mostly_equal(view: PointView, target: TargetWriter) -> bool:
-    """Does a sample of the target already hold the point? Then reading it first is the quicker way."""
+def mostly_equal(view: PointView, part: Part, target: TargetWriter) -> bool:
+    """Does a sample of the target already hold the part? Then reading it first is the quicker way."""
     geometry, equal, seen = view.geometry, 0, 0
+    placed = PlacedTarget(target, part)
     buffer = aligned(geometry.block_bytes)
-    for number in np.unique(np.linspace(0, geometry.sections - 1, _SAMPLED_SECTIONS).astype(int)).tolist():
+    cut = [at // geometry.block_bytes for at in part.cut(geometry.block_bytes, geometry.device_bytes)]
+    first, last = part.start // geometry.section_bytes, max(part.end - 1, part.start) // geometry.section_bytes
+    for number in np.unique(np.linspace(first, last, _SAMPLED_SECTIONS).astype(int)).tolist():
         try:
             section = view.section(number)
         except Damage:
             continue  # only where the restore goes on without it
-        stored = np.flatnonzero(section.stored)
+        begin = number * geometry.section_bytes
+        belongs = part.blocks(begin, geometry.block_bytes, len(section.kinds))
+        stored = np.flatnonzero(section.stored & belongs)
+        # A block that lies on the target in part has no row that it could be compared with.
+        stored = stored[~np.isin(stored + number * hashmap.BLOCKS_PER_SECTION, cut)]
         if not len(stored):
             continue
         picks = np.unique(np.linspace(0, len(stored) - 1, _SAMPLED_BLOCKS).astype(int))
@@ -42,10 +51,10 @@ def mostly_equal(view: PointView, target: TargetWriter) -> bool:
             block = number * hashmap.BLOCKS_PER_SECTION + index
             length = geometry.block_length(block)
             start = block * geometry.block_bytes
-            if start + length > target.size:
+            if start + length > placed.end:
                 return False
             try:
-                target.read(start, buffer, length)
+                placed.read(start, buffer, length)
             except TargetFailed:
                 return False  # a sector that cannot be read may well be written
             row = np.frombuffer(hashmap.digest(buffer[:length]), "<u8")
@@ -99,12 +108,12 @@ class Content(Protocol):
 
 
 class PointContent:
-    """A point, cut into pieces. With ``keep_going`` a section whose index is damaged in one image is what newer images
-    hold of it, and the rest a flaw.
+    """A point, cut into pieces, those that hold something of the part. With ``keep_going`` a section whose index is
+    damaged in one image is what newer images hold of it, and the rest a flaw.
     """
 
-    def __init__(self, view: PointView, *, keep_going: bool) -> None:
-        self._view, self.keep_going = view, keep_going
+    def __init__(self, view: PointView, part: Part, *, keep_going: bool) -> None:
+        self._view, self._part, self.keep_going = view, part, keep_going
         self.flaws: list[Flaw] = []
 
     @property
@@ -114,7 +123,7 @@ class PointContent:
 
     def again(self) -> PointContent:
         """The same from the beginning."""
-        return PointContent(self._view, keep_going=self.keep_going)
+        return PointContent(self._view, self._part, keep_going=self.keep_going)
 
     def hand(self) -> Hand:
         """What reads its frames."""
@@ -124,12 +133,14 @@ class PointContent:
         """Nothing is waited for."""
 
     def pieces(self, wanted: npt.NDArray[np.bool_] | None = None) -> Iterator[Job]:
-        """All pieces in address order, or those of which ``wanted`` (bool per piece) is set."""
+        """The pieces in address order, or those of which ``wanted`` (bool per piece) is set."""
         geometry, block = self._view.geometry, self._view.geometry.block_bytes
         step = PIECE_BYTES // block
         per_section = geometry.section_bytes // PIECE_BYTES
         for number in range(geometry.sections):
             begin, end = geometry.section_range(number)
+            if not self._holds(begin, end):
+                continue
             if wanted is not None and not wanted[number * per_section : (number + 1) * per_section].any():
                 continue
             section, damage = self._section(number)
@@ -138,9 +149,15 @@ class PointContent:
             blocks = geometry.section_blocks(number)
             for low in range(0, blocks, step):
                 start = begin + low * block
+                if not self._holds(start, min(start + PIECE_BYTES, end)):
+                    continue
                 if wanted is None or wanted[start // PIECE_BYTES]:
                     count = min(step, blocks - low)
                     yield Job(start, min(PIECE_BYTES, end - start), count, _Part(section, low))
+
+    def _holds(self, start: int, end: int) -> bool:
+        low, high = self._part.within(start, end)
+        return low < high
 
     def _section(self, number: int) -> tuple[SectionView, Damage | None]:
         """A section, as far as it can be had, and the damage that was met. Raises it without ``keep_going``."""
@@ -165,8 +182,9 @@ class PointContent:
         if damage is not None:
             missing, reason = str(damage.fields.get("file", missing)), str(damage)
         for low, high in _pairs(section.kinds == extent.ABSENT):
-            start, end = begin + low * block, min(begin + high * block, size)
-            self.flaws.append(Flaw(start, end - start, reason, missing))
+            start, end = self._part.within(begin + low * block, min(begin + high * block, size))
+            if start < end:
+                self.flaws.append(Flaw(start, end - start, reason, missing))
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,14 +223,17 @@ class _PointHand:
 
 class Writing:
     """What the workers of one restore share. ``permit`` is asked before each piece is written, and may raise.
-    Of a content that is ``endless`` nobody knows how long it will be.
+    Of a content that is ``endless`` nobody knows how long it will be. ``part`` is what of it is written (None: all),
+    and ``flaws`` are of that alone, in the volume's bytes.
     """
 
     def __init__(
-        self, content: Content, target: TargetWriter, method: str, context: Context, *,
+        self, content: Content, target: TargetWriter, method: str, context: Context, *, part: Part | None = None,
         permit: Callable[[], None] = never, endless: bool = False,
     ) -> None:  # fmt: skip
-        self.content, self.target, self.method, self.context = content, target, method, context
+        self.part = part or Part(0, content.geometry.device_bytes)
+        self.content, self.method, self.context = content, method, context
+        self.target = PlacedTarget(target, self.part)
         self.permit = permit
         self.size = content.geometry.device_bytes
         self.flaws: list[Flaw] = []
@@ -233,10 +254,39 @@ class Writing:
             # What was not written into a new file, or thin volume, is a hole; what did not differ was just read.
             self.touched[index] |= written > 0 or self.method == "write"
             self.written_bytes += written
-        self.context.progress.advance(job.length, written)
+        self.context.progress.advance(self.bytes_of(job), written)
+
+    def bytes_of(self, job: Job) -> int:
+        """How many bytes of a piece belong to the part."""
+        low, high = self.part.within(job.start, job.start + job.length)
+        return high - low
+
+    def belongs(self, job: Job) -> Mask:
+        """The blocks of a piece that hold something of the part."""
+        return self.part.blocks(job.start, self.content.geometry.block_bytes, job.blocks)
+
+    def completed(self, hand: Hand, job: Job, data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """``data``, read from the target, with what lies outside of the part put to its blocks: the rows are of whole
+        ones. Where the content is damaged there they will differ.
+        """
+        geometry, end = self.content.geometry, job.start + job.length
+        for at in self.part.cut(geometry.block_bytes, geometry.device_bytes):
+            if not job.start <= at < end:
+                continue
+            block_end = min(at + geometry.block_bytes, end)
+            wanted = np.zeros(job.blocks, bool)
+            wanted[(at - job.start) // geometry.block_bytes] = True
+            whole = np.zeros(job.length, np.uint8)
+            hand.fetch(job, wanted, whole)
+            low, high = self.part.within(at, block_end)
+            whole[low - job.start : high - job.start] = data[low - job.start : high - job.start]
+            data[at - job.start : block_end - job.start] = whole[at - job.start : block_end - job.start]
+        return data
 
     def damaged(self, flaws: list[Flaw]) -> None:
         """Content that is not good: noted with ``keep_going``, else the end."""
+        ranges = [(*self.part.within(flaw.start, flaw.start + flaw.length), flaw) for flaw in flaws]
+        flaws = [Flaw(low, high - low, flaw.reason, flaw.file) for low, high, flaw in ranges if low < high]
         if not flaws:
             return
         with self._guard:
@@ -245,12 +295,12 @@ class Writing:
             raise DamagedImage(file=flaws[0].file, reason=f"{flaws[0]} of the volume")
 
     def written_ranges(self) -> str:
-        """The ranges that are complete, for people."""
+        """The ranges of the target that are complete, for people."""
         starts, ends = extent.true_runs(self.done)
-        pairs = [
-            f"{start * PIECE_BYTES} to {min(end * PIECE_BYTES, self.size)}"
-            for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
-        ]
+        pairs = []
+        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+            low, high = self.part.within(start * PIECE_BYTES, end * PIECE_BYTES)
+            pairs.append(f"{low - self.part.start} to {high - self.part.start}")
         return ", ".join(pairs) or "nothing"
 
 
@@ -265,8 +315,9 @@ class _Writer:
 
     def __call__(self, job: Job) -> None:
         stored, rows = self._hand.look(job)
-        differ = self._shared.method == "differ"
-        wanted = self._differing(job, rows) if differ else np.ones(job.blocks, bool)
+        wanted = self._shared.belongs(job)
+        if self._shared.method == "differ":
+            wanted &= self._differing(job, rows)
         self._shared.account(job, self._write(job, stored, wanted) if wanted.any() else 0)
 
     def _differing(self, job: Job, known: Rows) -> Mask:
@@ -276,6 +327,7 @@ class _Writer:
         data = self._buffer[: job.length]
         try:
             self._shared.target.read(job.start, self._buffer, job.length)
+            self._shared.completed(self._hand, job, data)
         except TargetFailed:
             # A disk gives a sector that it cannot read another place when it is written.
             return np.ones(job.blocks, bool)
@@ -300,13 +352,11 @@ class _Writer:
         written = 0
         for low, high in _pairs(wanted & ~zero):
             part = data[low * block : high * block]
-            target.write(job.start + low * block, part)
-            written += len(part)
+            written += target.write(job.start + low * block, part)
         if self._shared.method != "create":
             for low, high in _pairs(zero):
                 length = min(high * block, job.length) - low * block
-                target.zero(job.start + low * block, length)
-                written += length
+                written += target.zero(job.start + low * block, length)
         return written
 
 
@@ -330,7 +380,7 @@ def write_all(shared: Writing, context: Context) -> None:
     Raises DamagedImage, TargetFailed, TargetFull, Interrupted, and what the content raises.
     """
     content = shared.content
-    context.progress.begin("restoring", shared.size)
+    context.progress.begin("restoring", min(shared.part.length, shared.size))
     try:
         workers.run(
             content.pieces(),
@@ -360,13 +410,13 @@ def read_back(content: PointContent, shared: Writing, context: Context) -> int:
 
         def compare(job: Job) -> None:
             target.read(job.start, buffer, job.length)
-            data = buffer[: job.length]
+            data = shared.completed(hand, job, buffer[: job.length])
             rows = hashmap.digest_blocks(data, block, hashmap.nonzero_blocks(data, block))
             unequal = hashmap.changed_rows(rows, hand.look(job)[1])
-            unequal &= ~extent.touched(damaged, job.start, block, job.blocks)
+            unequal &= shared.belongs(job) & ~extent.touched(damaged, job.start, block, job.blocks)
             differing.extend((np.flatnonzero(unequal) * block + job.start).tolist())
-            compared.append(job.length)
-            context.progress.advance(job.length)
+            compared.append(shared.bytes_of(job))
+            context.progress.advance(shared.bytes_of(job))
 
         return compare
 
@@ -376,7 +426,8 @@ def read_back(content: PointContent, shared: Writing, context: Context) -> int:
     finally:
         context.progress.end()
     if differing:
-        raise VerificationFailed(path=target.path, blocks=len(differing), first=min(differing))
+        first = max(min(differing), shared.part.start)
+        raise VerificationFailed(path=target.path, blocks=len(differing), first=first - shared.part.start)
     return sum(compared)
 
 

@@ -26,10 +26,11 @@ from blockbak.errors import (
     HookStopped,
     NotPutBack,
     ProcessStays,
+    StateUnusable,
     StillInUse,
 )
 from blockbak.host import guard, hooks, mounts, runner
-from blockbak.host.guardian import PROGRAM, Ending, Guardian, guarded
+from blockbak.host.guardian import MINDED, PROGRAM, Ending, Guardian, guarded
 from blockbak.host.hooks import Next
 from blockbak.host.journal import Begun, Writer
 from blockbak.host.kernel import Kernel
@@ -135,7 +136,8 @@ class Acts:
         machine = self.machine
         match step:
             case StopUnits():
-                return {"active": machine.units.active(step.units)}
+                active = machine.units.active(step.units)
+                return {"active": active, "pulled": machine.units.pulled(active)}
             case Unexport():
                 return {"exported": (step.path, step.client) in _exported(machine.root)}
             case SwapOff():
@@ -199,7 +201,7 @@ class Acts:
                 return f"{', '.join(seen['active']) or step.group} is no longer active."
 
     def _begin_hook(self, step: RunHook) -> str:
-        os.makedirs(self.scratch, mode=0o700, exist_ok=True)
+        os.makedirs(os.path.join(self.scratch, guard.RUNNING), mode=0o700, exist_ok=True)
         tried = 0
         while True:
             tried += 1
@@ -225,13 +227,20 @@ class Acts:
         """Exit status (None: it did not end by itself), why, and what it printed."""
         env = {
             **dict(step.environment), "BLOCKBAK_PHASE": phase, "BLOCKBAK_RUN": self.run_id,
-            "BLOCKBAK_HOOK_DIR": self.scratch, "BLOCKBAK_DEADLINE": str(int(limit)),
+            "BLOCKBAK_HOOK_DIR": os.path.join(self.scratch, "hook"), "BLOCKBAK_DEADLINE": str(int(limit)),
         }  # fmt: skip
-        check = self.check if phase == "begin" else never
+        os.makedirs(env["BLOCKBAK_HOOK_DIR"], mode=0o700, exist_ok=True)
+        argv, check = [step.path], never
+        link = os.path.join(self.scratch, guard.RUNNING, "process")
+        if phase == "begin":
+            argv, check = ["/bin/sh", "-c", MINDED, "sh", link, step.path], self.check
         try:
-            done = self.machine.run([step.path], deadline=limit, env=env, accept=range(256), check=check)
+            done = self.machine.run(argv, deadline=limit, env=env, accept=range(256), check=check)
         except CommandFailed as error:
             return None, f"{error.fields['status']} {error.fields['stderr']}".strip(), ""
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(link)
         said = done.stderr[-runner.STDERR_TAIL :]
         why = f"exit status {done.status}" + (f" ({said})" if said else "")
         return done.status, why, done.output[: guard.OUTPUT_BYTES].decode("utf-8", "replace")
@@ -372,7 +381,8 @@ class Acts:
             reason = f"it cannot be looked at: {error.strerror}"
         if reason:
             raise NotPutBack(what=f"what hook {step.name} began", reason=f"{step.path} is not run: {reason}")
-        os.makedirs(self.scratch, mode=0o700, exist_ok=True)
+        # A begin that outlived who began it would bring to rest what its end lets go.
+        guard.stop_running(self.scratch)
         status, why, output = self._run_hook(step, "end", hooks.END_SECONDS)
         if output:
             self.outputs.append((f"{step.name} end", output))
@@ -399,7 +409,9 @@ class Acts:
         if failed:
             said = ", ".join(f"{one.name} ({one.state})" for one in failed)
             raise NotPutBack(what=said, reason="started, it does not run")
-        return [f"Started {', '.join(started)}."] if started else []
+        more = units.active(seen.get("pulled", ())) if started else []
+        beside = [f"{name} was started with them: not all is quite as before." for name in more]
+        return [f"Started {', '.join(started)}.", *beside] if started else []
 
     def _export(self, step: Unexport, seen: Mapping[str, Any]) -> list[str]:
         if not seen.get("exported") or (step.path, step.client) in _exported(self.machine.root):
@@ -431,11 +443,14 @@ class Acts:
             used = now[path].used
             if used and used + MEMORY_SPARE > _available():
                 return [f"{path} comes before other swap now: {used} bytes are swapped to it, too much to move it."]
-            # It is none of those that were given up: who is killed in between must leave word of it.
-            moved = self.writer.begin(SwapOff(path, now[path].priority), {"on": True, "moved": True})
+            # It is none of those that were given up: who is killed in between must leave word of it. A journal that
+            # cannot be written any more must not keep things from being put back.
+            with contextlib.suppress(StateUnusable):
+                self.writer.begin(SwapOff(path, now[path].priority), {"on": True, "moved": True})
             self.machine.run(["swapoff", "--", path], deadline=SWAP_SECONDS)
             self.machine.run(["swapon", "--", path], deadline=SWAP_SECONDS)
-            self.writer.back(moved.number)
+            with contextlib.suppress(StateUnusable):
+                self.writer.back(self.writer.begun[-1].number)
         return []
 
     def _mount(self, step: Unmount, seen: dict[str, Any]) -> list[str]:

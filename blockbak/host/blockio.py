@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -24,6 +25,7 @@ from blockbak.errors import (
     NoSuchSource,
     SourceInUse,
     SourceNotOpened,
+    SourceUnreadable,
     SourceVanished,
     StoreFailed,
     TargetFailed,
@@ -44,6 +46,16 @@ PAGE = mmap.PAGESIZE
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_ERRORS = (errno.EIO, errno.ENODATA, errno.EILSEQ, errno.EREMOTEIO, errno.EBADMSG, errno.ETIMEDOUT)
 """A medium that cannot deliver a sector says one of these (block/blk-core.c, blk_errors)."""
+_STEPS = (64 * KIB, 4 * KIB)
+"""Where a piece cannot be read, parts of these sizes are asked for, and at last sectors. A failing read may take
+seconds and a good one takes none, so a bad sector should lie in few failing ones: four here, a dozen if halved.
+"""
+RETRIES = 1
+"""How often a sector that could not be read is asked for again."""
+ROUND_SECONDS = 60.0
+"""How long the parts of one piece are looked through, the first time and each time again. The first step, of at
+most 32 reads, is always made.
+"""
 _GONE = (errno.ENXIO, errno.ENODEV, errno.ESHUTDOWN)
 _NO_CLONE = (
     errno.EOPNOTSUPP,
@@ -155,12 +167,17 @@ class _Opened:
 
 
 class DiskReader(Protocol):
-    """What is read into an image: a device, a file, or a spool of one. Sizes are bytes."""
+    """What is read into an image: a device, a file, or a spool of one. Sizes are bytes; ``retries``, ``strict`` and
+    ``doubt`` are ``SourceReader``'s, and mean nothing to what has been read from its disk already.
+    """
 
     path: str
     size: int
     logical: int
     physical: int
+    retries: int
+    strict: bool
+    doubt: Callable[[], None]
 
     def read(self, offset: int, into: Bytes, length: int) -> Extents:
         """Read ``length`` bytes at ``offset`` into the start of ``into``; what could not be read, BAD."""
@@ -168,18 +185,35 @@ class DiskReader(Protocol):
     def next_data(self, offset: int) -> int:
         """The first byte from ``offset`` on that is not in a hole."""
 
+    def is_alive(self, places: Iterable[int]) -> bool:
+        """Whether a sector at one of ``places`` (bytes) can be read."""
+
+
+def _parts(start: int, end: int, step: int) -> Iterator[tuple[int, int]]:
+    """The range, cut at multiples of ``step``."""
+    while start < end:
+        cut = min(align_down(start, step) + step, end)
+        yield start, cut
+        start = cut
+
 
 class SourceReader(_Opened):
     """What is backed up: opened read-only, never written, past the page cache.
 
     ``doubt`` is called at every read error, and may raise what it knows of the reason: an overflowed snapshot
-    answers with the errors of a failing disk. ``exclusive`` opens a block device with O_EXCL: nothing can mount or
+    answers with the errors of a failing disk. ``retries`` is how often an unreadable sector is asked for again;
+    ``strict`` makes the first one an error. ``exclusive`` opens a block device with O_EXCL: nothing can mount or
     claim it while it is read, and a device in use is refused. Raises NoSuchSource, NoPermission, NotABlockSource,
     SourceInUse.
     """
 
-    def __init__(self, path: str, *, exclusive: bool, kernel: Kernel | None = None) -> None:
+    def __init__(
+        self, path: str, *, exclusive: bool, kernel: Kernel | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.doubt: Callable[[], None] = lambda: None
+        self.retries = RETRIES
+        self.strict = False
+        self._clock = clock
         try:
             is_block = stat.S_ISBLK(os.stat(path).st_mode)
             super().__init__(kernel or Kernel(), path, os.O_RDONLY | (os.O_EXCL if exclusive and is_block else 0))
@@ -198,55 +232,102 @@ class SourceReader(_Opened):
         """Read ``length`` bytes at ``offset`` into the start of ``into``; what could not be read.
 
         ``into`` is page-aligned memory of at least ``length`` rounded up to a page. Unreadable sectors are
-        zeros in ``into`` and BAD extents (volume bytes) in the result. Raises SourceVanished.
+        zeros in ``into`` and BAD extents (volume bytes) in the result. Where that takes too long, more than the
+        sectors around them may be. Raises SourceVanished, and SourceUnreadable where ``strict``.
         """
-        bad: list[tuple[int, int]] = []
-        self._read(offset, into, length, bad)
+        if self._try(offset, into, length) is None:
+            return extent.empty()
+        bad = self._read_around(offset, into, length)
+        for start, end in bad:
+            into[start - offset : end - offset] = 0
         if not bad:
             return extent.empty()
         starts, ends = zip(*bad, strict=True)
         return extent.coalesce(extent.table(starts, ends, BAD))
 
-    def _read(self, offset: int, into: Bytes, length: int, bad: list[tuple[int, int]]) -> None:
+    def is_alive(self, places: Iterable[int]) -> bool:
+        """Whether a sector at one of ``places`` (bytes) can be read: a disk that is gone answers none."""
+        into = aligned(self.logical)
+        for place in places:
+            start = align_down(place, self.logical)
+            if self._try(start, into, min(self.logical, self.size - start)) is None:
+                return True
+        return False
+
+    def _try(self, offset: int, into: Bytes, length: int) -> OSError | None:
+        """Read it all, or the error of the medium that was met. Raises SourceVanished."""
+        # No sector beyond: it may be a bad one.
+        room = align_up(length, PAGE if length > PAGE else self.logical)
         done = 0
         while done < length:
-            room = into[done : align_up(length, PAGE)]
             try:
-                count = self.read_some(offset + done, room)
+                count = self.read_some(offset + done, into[done:room])
             except OSError as error:
                 self._check_present(error)
-                self._read_around(offset + done, into[done:], length - done, bad)
-                return
+                return error
             if self.direct and count < length - done:
                 count = align_down(count, self.logical)  # the next request must begin at a sector
             if count == 0:
                 raise SourceVanished(path=self.path, reason=f"reading ended at byte {offset + done}")
             done += count
+        return None
 
-    def _read_around(self, offset: int, into: Bytes, length: int, bad: list[tuple[int, int]]) -> None:
-        """Halve the way to the unreadable sectors; each sector is asked for once by itself."""
-        if length <= self.logical:
-            into[:length] = 0
-            bad.append((offset, offset + length))
-            return
-        half = max(align_down(length // 2, max(self.physical, self.logical)), self.logical)
-        for start, size in ((0, half), (half, length - half)):
-            part = aligned(size)
-            if size <= self.logical:
-                self._read_sector(offset + start, part, size, bad)
-            else:
-                self._read(offset + start, part, size, bad)
-            into[start : start + size] = part[:size]
+    def _read_around(self, offset: int, into: Bytes, length: int) -> list[tuple[int, int]]:
+        """What of a piece cannot be read, as ranges in order. All that is good is read before anything is asked
+        for again: a disk that is dying may not answer for long.
+        """
+        steps = [step for step in _STEPS if step > self.logical]
 
-    def _read_sector(self, offset: int, into: Bytes, length: int, bad: list[tuple[int, int]]) -> None:
-        try:
-            count = self.read_some(offset, into[: align_up(length, self.logical)])
-        except OSError as error:
-            self._check_present(error)
-            count = 0
-        if count < length:
-            into[:length] = 0
-            bad.append((offset, offset + length))
+        def read(start: int, end: int) -> OSError | None:
+            part = aligned(end - start)
+            error = self._try(start, part, end - start)
+            if error is None:
+                into[start - offset : end - offset] = part[: end - start]
+            return error
+
+        if self.strict:
+            self._read_strictly(offset, offset + length, [*steps, self.logical], read)
+            return []
+        first = steps.pop(0)
+        bad = [part for part in _parts(offset, offset + length, first) if read(*part) is not None]
+        for _ in range(1 + self.retries):
+            late = self._clock() + ROUND_SECONDS
+            for step in (*steps, self.logical):
+                bad = list(self._still_bad(bad, step, late, read))
+        return bad
+
+    def _still_bad(
+        self, bad: Sequence[tuple[int, int]], step: int, late: float, read: Callable[[int, int], OSError | None]
+    ) -> Iterator[tuple[int, int]]:
+        """What is left of unreadable ranges once they were asked for in parts of ``step`` bytes. What the time
+        until ``late`` does not suffice for is left as it is.
+        """
+        for start, end in bad:
+            if end - start <= step and step > self.logical:
+                yield start, end  # it was asked for as it is
+                continue
+            for low, high in _parts(start, end, step):
+                if self._clock() >= late:
+                    yield low, end
+                    break
+                if read(low, high) is not None:
+                    yield low, high
+
+    def _read_strictly(
+        self, start: int, end: int, steps: Sequence[int], read: Callable[[int, int], OSError | None]
+    ) -> None:
+        """Find the first sector that cannot be read, and raise SourceUnreadable; none may be there any more."""
+        for low, high in _parts(start, end, steps[0]):
+            error = read(low, high)
+            if error is None:
+                continue
+            if len(steps) > 1:
+                self._read_strictly(low, high, steps[1:], read)
+            elif all(read(low, high) is not None for _ in range(self.retries)):
+                raise SourceUnreadable(
+                    path=self.path, byte=low, sector=low // self.logical, sector_bytes=self.logical,
+                    reason=error.strerror,
+                ) from error  # fmt: skip
 
     def _check_present(self, error: OSError) -> None:
         """An error of the medium goes on; anything else, or a device that is gone, ends the run."""
@@ -325,12 +406,13 @@ class TargetWriter(_Opened):
             raise TargetFailed(action=action, path=self.path, reason=error.strerror) from error
 
     def write(self, offset: int, data: Bytes) -> None:
-        """Write all of ``data`` (page-aligned memory) at ``offset`` (a multiple of the sector)."""
-        whole = align_down(len(data), max(self.physical if not self.is_block else 0, self.logical))
+        """Write all of ``data`` (page-aligned memory) at ``offset``; whole sectors go past the page cache."""
+        unit = max(self.physical if not self.is_block else 0, self.logical)
+        whole = align_down(len(data), unit)
         done = 0
         with self._failing(f"Writing byte {offset} of"):
             while done < len(data):
-                direct = self.direct and done < whole and not done % self.logical
+                direct = self.direct and done < whole and not (offset + done) % unit
                 fd, end = (self.fd, whole) if direct else (self._buffered(), len(data))
                 count = self.kernel.pwritev(fd, [memoryview(data)[done:end]], offset + done)
                 if count == 0:

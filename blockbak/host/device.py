@@ -292,6 +292,12 @@ def _has_medium(node: str) -> bool:
     return True
 
 
+def disk_of(device: Device) -> Device | None:
+    """The disk that a partition is on; None for anything else."""
+    system = System()
+    return block(system.whole(device.kname), system) if device.kind == "partition" else None
+
+
 def table(device: Device) -> PartitionTable | None:
     """The partition table on a device or in an image file; None where there is none or it is not readable."""
     return marks.table_at(device.path, device.logical_sector, device.size, guess=not device.is_block)

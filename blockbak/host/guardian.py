@@ -37,9 +37,8 @@ START_SECONDS = 10.0
 LET_GO_SECONDS = 30.0
 """What resuming may take, beside the end commands' own timeouts, until no report is waited for any more."""
 
-
-# A shell's line, because the very process that notes itself must become the program.
-_MINDED = 'ln -s "$$" "$1" 2>/dev/null || exit; shift; exec "$@"'
+MINDED = 'ln -s "$$" "$1" 2>/dev/null || exit; shift; exec "$@"'
+"""A shell's line, because the very process that notes itself (in a link, its first word) must become the program."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +128,7 @@ class Guardian:
         """
         link = os.path.join(self._journal.scratch, guard.RUNNING, "process")
         try:
-            yield ("/bin/sh", "-c", _MINDED, "sh", link, *argv)
+            yield ("/bin/sh", "-c", MINDED, "sh", link, *argv)
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(link)

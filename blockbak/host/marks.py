@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from blockbak.host.system import System
 from blockbak.model.partition import PartitionTable, Read, filesystem, parse
-from blockbak.units import KIB, SECTOR
+from blockbak.units import SECTOR
 
 
 @contextlib.contextmanager
@@ -24,7 +24,7 @@ def reading(path: str) -> Iterator[Read]:
     def read(offset: int, length: int) -> bytes:
         try:
             return os.pread(descriptor, length, offset) if offset >= 0 else b""
-        except OSError:
+        except (OSError, OverflowError):
             return b""
 
     try:
@@ -39,11 +39,7 @@ def table_at(path: str, sector_bytes: int, device_bytes: int, *, guess: bool) ->
     ``guess``: a file does not say whether its table was made for sectors of 512 bytes or of 4096.
     """
     with reading(path) as read:
-        found = parse(read, sector_bytes, device_bytes)
-        if not guess or found is None or found.valid_primary or found.valid_backup:
-            return found
-        other = parse(read, 4 * KIB, device_bytes)
-        return other if other is not None and (other.valid_primary or other.valid_backup) else found
+        return parse(read, sector_bytes, device_bytes, guess=guess)
 
 
 def disk_id(path: str, sector_bytes: int, device_bytes: int, *, guess: bool = False) -> str:

@@ -57,6 +57,7 @@ _PACKAGES = {
     "qemu-nbd": "qemu-utils",
     "mkfs.ext4": "e2fsprogs",
     "mkfs.xfs": "xfsprogs",
+    "xfs_logprint": "xfsprogs",
     "mkfs.btrfs": "btrfs-progs",
     "fusermount3": "fuse3",
 }

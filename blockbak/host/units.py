@@ -24,7 +24,8 @@ _SUFFIXES = (
 _TRIGGERS = ("TriggeredBy",)
 _STOPPED_WITH = ("RequiredBy", "RequisiteOf", "BoundBy", "ConsistsOf", "PropagatesStopTo")
 """What systemd stops with a unit (systemd, unit-dependency-atom.c, UNIT_ATOM_PROPAGATE_STOP)."""
-_PROPERTIES = ("Id", "LoadState", "ActiveState", "Job", "TimeoutStopUSec", *_TRIGGERS, *_STOPPED_WITH)
+_STARTED_WITH = ("Wants", "Requires", "BindsTo", "Upholds")
+_PROPERTIES = ("Id", "LoadState", "ActiveState", "Job", "TimeoutStopUSec", *_TRIGGERS, *_STOPPED_WITH, *_STARTED_WITH)
 _RUNS = frozenset({"active", "activating", "reloading", "refreshing"})
 _FIRST = (".path", ".socket", ".timer")
 """Started before the rest: a service that has its socket already would be refused it."""
@@ -139,6 +140,15 @@ class Units:
     def active(self, names: Sequence[str]) -> list[str]:
         """Those that run, or are about to. Raises CommandFailed."""
         return [name for name, state in self.states(names).items() if state in _RUNS]
+
+    def pulled(self, names: Sequence[str]) -> list[str]:
+        """What does not run, and would be started together with any of these. Raises CommandFailed."""
+        shown = self._show(names) if names else {}
+        near = dict.fromkeys(
+            name for one in shown.values() for key in _STARTED_WITH for name in one.get(key, "").split()
+        )
+        states = self.states([name for name in near if name not in names])
+        return [name for name, state in states.items() if state not in _RUNS]
 
     # --- what they are told ----------------------------------------------------------------------------
 

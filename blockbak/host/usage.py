@@ -387,8 +387,10 @@ def holds_running_system(device: Device, system: System | None = None) -> str | 
 # --- did it change ---------------------------------------------------------------------------------------
 
 
-_COUNTED = (4, 6, 11, 13)
-"""Fields of ``stat`` (kernel, Documentation/block/stat.rst): writes, sectors written, discards, sectors discarded."""
+_COUNTED = (6, 11, 13)
+"""Fields of ``stat`` (kernel, Documentation/block/stat.rst): sectors written, discards, sectors discarded. Not the
+writes, of which a flush is one: anybody who closes the device may ask for it, and it changes nothing.
+"""
 _UNSETTLED = -1
 """Stands where the disk's partitions were too busy for a count of what went past them."""
 _LOOKS = 20

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +78,8 @@ class SpoolReader:
         if file.size != index.total:
             raise SpoolDamaged(file=file.name, reason=f"it has {file.size} bytes instead of {index.total}")
         self.size, self.logical, self.physical, self.path = size, logical, physical, path
+        self.retries, self.strict = 0, False
+        self.doubt: Callable[[], None] = lambda: None
         self._file, self._index = file, index
         self._begins = np.cumsum([0, *index.stored])
         self._guard = threading.Lock()
@@ -93,6 +96,10 @@ class SpoolReader:
     def next_data(self, offset: int) -> int:
         """Nothing is known of holes: ``offset``."""
         return offset
+
+    def is_alive(self, places: Iterable[int]) -> bool:  # noqa: ARG002 - all are alike
+        """It is no disk that could fall off its bus: what was unreadable was so at the boot, and that is all."""
+        return True
 
     def peek(self, offset: int, length: int) -> bytes:
         """Some bytes from anywhere; fewer past the end, none before the start."""

@@ -5,25 +5,22 @@ Everything here is bytes of the device; logical block addresses are converted as
 
 from __future__ import annotations
 
-import binascii
 import struct
 import uuid as uuids
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from blockbak.model import gpt
 from blockbak.model.filesystem import Filesystem, Read, boot_sector, filesystem
-from blockbak.units import MIB, SECTOR
+from blockbak.units import KIB, SECTOR
 
-__all__ = ["Filesystem", "Partition", "PartitionTable", "Read", "filesystem", "parse"]
+__all__ = ["Filesystem", "Partition", "PartitionTable", "Read", "filesystem", "inside", "parse"]
 
-_GPT_PROTECTIVE = 0xEE
 _EXTENDED = (0x05, 0x0F, 0x85)
 """MBR types that hold a chain of logical partitions: DOS, Windows 95 (LBA), Linux."""
 _LOGICAL_MAX = 255
 """The kernel's own limit of partitions (DISK_MAX_PARTS is 256): a longer chain is a loop."""
-_ENTRIES_BYTES_MAX = 4 * MIB
-"""32768 entries of 128 bytes; the usual array has 128, and a longer one is damage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +50,9 @@ class PartitionTable:
     """A table and its partitions by number.
 
     ``disk_id`` is GPT's disk GUID or MBR's signature (eight hex digits), empty where there is none.
-    ``valid_primary`` and ``valid_backup`` say which copy passed its checks (an MBR has no backup).
-    ``notes`` are sentences about what is not as it should be.
+    ``valid_primary`` and ``valid_backup`` say which copy passed its checks (an MBR has no backup). ``hybrid``:
+    beside a GPT the MBR names partitions too, for systems that know no GPT. ``notes`` are sentences about what is
+    not as it should be.
     """
 
     scheme: Literal["gpt", "mbr"]
@@ -64,23 +62,39 @@ class PartitionTable:
     notes: tuple[str, ...] = ()
     valid_primary: bool = True
     valid_backup: bool = False
+    hybrid: bool = False
 
 
-def parse(source: bytes | Read, sector_bytes: int, device_bytes: int) -> PartitionTable | None:
+def inside(read: Read, start: int, length: int) -> Read:
+    """``read`` for what lies in ``length`` bytes from ``start`` on, as if it were a device of its own."""
+    return lambda offset, count: read(start + offset, min(count, length - offset)) if 0 <= offset < length else b""
+
+
+def parse(source: bytes | Read, sector_bytes: int, device_bytes: int, *, guess: bool = False) -> PartitionTable | None:
     """The partition table of a device, or None where there is none.
 
     ``source`` is the device's first bytes, or ``read(offset, length)``; only with the latter can logical
     partitions and GPT's backup copy be seen. A file system's boot sector is not taken for a table, and as
-    in the kernel, a GPT counts only under a protective MBR. Never raises for content, however broken.
+    in the kernel, a GPT counts only under a protective MBR. ``guess``: where the content does not say whether its
+    table was made for sectors of 512 bytes or of 4096, as in a file, ``sector_bytes`` is tried first. Never raises
+    for content, however broken.
     """
     read = _reader(source) if isinstance(source, bytes | bytearray | memoryview) else source
+    found = _parse(read, sector_bytes, device_bytes)
+    if not guess or found is None or found.valid_primary or found.valid_backup:
+        return found
+    others = (_parse(read, other, device_bytes) for other in (SECTOR, 4 * KIB) if other != sector_bytes)
+    return next((one for one in others if one is not None and (one.valid_primary or one.valid_backup)), found)
+
+
+def _parse(read: Read, sector_bytes: int, device_bytes: int) -> PartitionTable | None:
     sector = read(0, SECTOR)
     if len(sector) < SECTOR or sector[510:512] != b"\x55\xaa" or boot_sector(sector) is not None:
         return None
     entries = _mbr_entries(sector)
     if entries is None:
         return None
-    if any(entry.type == _GPT_PROTECTIVE for entry in entries):
+    if any(entry.type == gpt.PROTECTIVE for entry in entries):
         return _gpt(read, sector_bytes, device_bytes, hybrid=len(entries) > 1)
     return _mbr(read, sector, entries, sector_bytes, device_bytes)
 
@@ -183,32 +197,26 @@ def _logical(read: Read, extended: Partition, disk_id: str, sector_bytes: int, n
 # --- GPT -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Header:
-    """UEFI 2.10, table 5.5, and the entries it points to. Addresses are logical blocks."""
-
-    disk_id: str
-    alternate: int
-    entries: bytes
-    entry_bytes: int
-
-
 def _gpt(read: Read, sector_bytes: int, device_bytes: int, *, hybrid: bool) -> PartitionTable:
     last = device_bytes // sector_bytes - 1
     notes = ["A hybrid MBR repeats some partitions."] if hybrid else []
-    primary = _gpt_header(read, 1, sector_bytes, last)
-    backup = _gpt_header(read, last, sector_bytes, last)
-    if backup is None and primary is not None and 1 < primary.alternate < last:
-        backup = _gpt_header(read, primary.alternate, sector_bytes, last)
-        if backup is not None:
+    primary, backup = gpt.header(read, 1, sector_bytes, last), gpt.header(read, last, sector_bytes, last)
+    if isinstance(primary, gpt.Header) and isinstance(backup, str) and 1 < primary.alternate < last:
+        elsewhere = gpt.header(read, primary.alternate, sector_bytes, last)
+        if isinstance(elsewhere, gpt.Header):
+            backup = elsewhere
             notes.append("The backup table is not at the end of the device, which has grown since.")
-    used = primary or backup
-    if primary is None:
-        notes.append("The primary table is damaged.")
-    if backup is None:
-        notes.append("The backup table is damaged or missing.")
-    if primary and backup and (primary.disk_id, primary.entries) != (backup.disk_id, backup.entries):
-        notes.append("The backup table differs from the primary one.")
+    if isinstance(primary, str):
+        instead = "the backup is used" if isinstance(backup, gpt.Header) else "its partitions are not known"
+        notes.append(f"The primary table is damaged ({primary}); {instead}.")
+    if isinstance(backup, str):
+        notes.append(f"The backup table is damaged or missing ({backup}).")
+    if isinstance(primary, gpt.Header) and isinstance(backup, gpt.Header):
+        if (primary.disk_id, primary.entries) != (backup.disk_id, backup.entries):
+            notes.append("The backup table differs from the primary one.")
+        used: gpt.Header | None = primary
+    else:
+        used = next((one for one in (primary, backup) if isinstance(one, gpt.Header)), None)
     partitions = list(_gpt_partitions(used, sector_bytes, notes)) if used else []
     return PartitionTable(
         scheme="gpt",
@@ -216,35 +224,13 @@ def _gpt(read: Read, sector_bytes: int, device_bytes: int, *, hybrid: bool) -> P
         sector_bytes=sector_bytes,
         partitions=_clipped(partitions, device_bytes, notes),
         notes=tuple(notes),
-        valid_primary=primary is not None,
-        valid_backup=backup is not None,
+        valid_primary=isinstance(primary, gpt.Header),
+        valid_backup=isinstance(backup, gpt.Header),
+        hybrid=hybrid,
     )
 
 
-def _gpt_header(read: Read, address: int, sector_bytes: int, last: int) -> _Header | None:
-    """The header in logical block ``address`` and its entries, both with right CRCs; else None."""
-    if address < 1 or address > last:
-        return None
-    sector = read(address * sector_bytes, sector_bytes)
-    if len(sector) < sector_bytes or sector[:8] != b"EFI PART":
-        return None
-    size, crc = struct.unpack_from("<II", sector, 12)
-    if not 92 <= size <= sector_bytes:
-        return None
-    if binascii.crc32(sector[:16] + bytes(4) + sector[20:size]) != crc:
-        return None
-    own, alternate = struct.unpack_from("<QQ", sector, 24)
-    place, count, entry_bytes, entries_crc = struct.unpack_from("<QIII", sector, 72)
-    sensible = entry_bytes >= 128 and entry_bytes % 8 == 0 and 0 < count * entry_bytes <= _ENTRIES_BYTES_MAX
-    if own != address or not sensible or not 2 <= place <= last:
-        return None
-    entries = read(place * sector_bytes, count * entry_bytes)
-    if len(entries) < count * entry_bytes or binascii.crc32(entries) != entries_crc:
-        return None
-    return _Header(str(uuids.UUID(bytes_le=sector[56:72])), alternate, entries, entry_bytes)
-
-
-def _gpt_partitions(header: _Header, sector_bytes: int, notes: list[str]) -> Iterator[Partition]:
+def _gpt_partitions(header: gpt.Header, sector_bytes: int, notes: list[str]) -> Iterator[Partition]:
     """UEFI 2.10, table 5.6; an entry whose type is all zeros is not in use."""
     for place in range(0, len(header.entries), header.entry_bytes):
         entry = header.entries[place : place + header.entry_bytes]

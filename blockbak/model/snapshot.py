@@ -31,6 +31,7 @@ LEAST_SHARE, LEAST = 50, 32 * MIB
 EXTEND_AT = 70
 """Percent full at which a thick snapshot is extended."""
 POOL_META_MOST, POOL_META_GIVE_UP = 90, 95
+_POOL_META_BLOCK, _LVM_META_FREE = 4 << 10, 4 << 20
 """Percent of a thin pool's metadata in use: more than that and no snapshot is begun; a running one is given up."""
 
 STORE_CHUNK_LEAST = 4 * KIB
@@ -386,10 +387,19 @@ def parse_pool_blocks(report: str) -> tuple[int, bool]:
 
 def pool_short(use: PoolUse, pool_bytes: int, needed: int) -> str:
     """What a pool is short of for a snapshot that may take ``needed`` bytes: ``data``, ``metadata``, or ''."""
-    if use.metadata_percent > POOL_META_MOST:
+    if use.metadata_percent > POOL_META_MOST or _metadata_free(use) < _metadata_least(use):
         return "metadata"
     free = pool_bytes * (use.data_total - use.data_used) // max(use.data_total, 1)
     return "data" if free < needed + pool_reserve(pool_bytes) else ""
+
+
+def _metadata_free(use: PoolUse) -> int:
+    return (use.metadata_total - use.metadata_used) * _POOL_META_BLOCK
+
+
+def _metadata_least(use: PoolUse) -> int:
+    """What LVM itself wants free before it makes a thin volume (metadata/thin_manip.c, pool_metadata_min_threshold)."""
+    return min(use.metadata_total * _POOL_META_BLOCK // 4, _LVM_META_FREE)
 
 
 def pool_gives_out(use: PoolUse, pool_bytes: int, beside: int = 0) -> str:

@@ -7,8 +7,8 @@ a word.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 
+from blockbak.model.clean import unclean as clean_flaw
 from blockbak.model.filesystem import Read, filesystem
 from blockbak.model.partition import Partition, parse
 from blockbak.units import KIB, SECTOR
@@ -19,6 +19,8 @@ _BIOS_BOOT = "21686148-6449-6e6f-744e-656564454649"
 """GRUB's partition on GPT disks: code, not a file system."""
 _RESTING = ("swap", "squashfs", "iso9660")
 """What is never written to, or whose content nobody needs after a boot."""
+_BY_THEMSELVES = ("ext2", "ext3", "ext4", "vfat", "ntfs")
+"""What says so in its own head."""
 _EMPTY_BYTES = 128 * KIB
 """So much of zeros at the start, and there is no file system."""
 
@@ -27,7 +29,8 @@ def unclean(read: Read, sector_bytes: int, device_bytes: int) -> list[str]:
     """What on a disk was not surely unmounted cleanly, in words (``partition 2 (ext4) was in use``); empty if all
     of it was.
 
-    ext, XFS, btrfs and vfat are looked into. What lies inside of volume groups, encryption and arrays is not known.
+    ext, XFS, btrfs, vfat and NTFS are looked into. What lies inside of volume groups, encryption and arrays is not
+    known.
     """
     table = parse(read, sector_bytes, device_bytes)
     if table is None:
@@ -59,28 +62,18 @@ def _flaw(read: Read, device_bytes: int) -> str:
         return "" if not any(read(0, _EMPTY_BYTES)) else " holds something that is not known"
     if found.type in _RESTING:
         return ""
-    look = _LOOKS.get(found.type)
-    if look is None:
+    if found.type in _BY_THEMSELVES:
+        clean = not clean_flaw(found.type, read)
+    elif found.type in ("xfs", "btrfs"):
+        clean = _xfs(read) if found.type == "xfs" else _btrfs(read)
+    else:
         return f" ({found.type}) cannot be looked into"
-    return "" if look(read) else f" ({found}) was not unmounted cleanly"
-
-
-def _ext(read: Read) -> bool:
-    """kernel, fs/ext4/ext4.h: state at 58 (1 is valid, 2 has errors), incompatible features at 96 (4: replay)."""
-    block = read(KIB, 128)
-    state, needed = struct.unpack_from("<H", block, 58)[0], struct.unpack_from("<I", block, 96)[0]
-    return state == 1 and not needed & 0x4
+    return "" if clean else f" ({found}) was not unmounted cleanly"
 
 
 def _btrfs(read: Read) -> bool:
     """uapi/linux/btrfs_tree.h, btrfs_super_block: the root of the log tree at 96 is 0 where nothing is to replay."""
     return not any(read(64 * KIB + 96, 8))
-
-
-def _vfat(read: Read) -> bool:
-    """kernel, fs/fat/inode.c, fat_set_state: bit 0 of a byte that lies elsewhere in FAT32."""
-    sector = read(0, SECTOR)
-    return not sector[65 if sector[82:90] == b"FAT32   " else 37] & 1
 
 
 # --- XFS ----------------------------------------------------------------------------------------------------
@@ -149,8 +142,3 @@ class _Log:
             # xlog_op_header: tid, length, client, flags.
             return bool(self._block(head - back + header)[9] & _UNMOUNT)
         return False
-
-
-_LOOKS: dict[str, Callable[[Read], bool]] = {
-    "ext2": _ext, "ext3": _ext, "ext4": _ext, "xfs": _xfs, "btrfs": _btrfs, "vfat": _vfat,
-}  # fmt: skip

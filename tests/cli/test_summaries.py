@@ -112,6 +112,11 @@ def test_holes_are_not_read() -> None:
     assert "s: 4.00 MiB of 9.00 MiB read, 2.00 MiB" in summary(replace(MADE, read_bytes=4 * MIB))
 
 
+def test_what_was_left_out_is_in_the_summary() -> None:
+    told = summary(replace(MADE, read_bytes=4 * MIB, hole_bytes=5 * MIB))
+    assert "s: 4.00 MiB of 9.00 MiB read, 5.00 MiB left out as unused, 2.00 MiB stored," in told
+
+
 def test_what_could_not_be_read_is_in_the_summary() -> None:
     told = summary(replace(MADE, kind="incremental", changed_bytes=MIB, bad_bytes=4 * MIB))
     assert "s: 9.00 MiB read but for 4.00 MiB that could not be, 1.00 MiB changed," in told

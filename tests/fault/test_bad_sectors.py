@@ -172,3 +172,51 @@ def test_unreadable_sectors_are_named_from_the_backup_to_the_restore_and_healed(
     assert (status, document["unreadable"]) == (0, [])
     assert target.read_bytes() == content
     assert blockbak("verify")[0] == 0
+
+
+def test_ddrescue_is_told_what_could_not_be_read(source, sick_disk, blockbak, tmp_path):
+    """``show --mapfile`` renders the index, and ddrescuelog reads it; a healed disk leaves nothing in it."""
+    sick_disk.hurt(BAD)
+    status, document, told = blockbak("backup", source.path, "--name", "sick", "--block-size", "4K", "--retries", "0")
+    assert status == 3
+    assert "--mapfile" in told
+    point = document["points"][0]["point"]
+    assert bad_sectors(blockbak("show", point, "--mapfile"), tmp_path) == [
+        sector for start, end in BAD for sector in range(start // SECTOR, -(-end // SECTOR))
+    ]
+    sick_disk.hurt([])
+    _, document, _ = blockbak("backup", source.path, "--name", "sick")
+    assert bad_sectors(blockbak("show", document["points"][0]["point"], "--mapfile"), tmp_path) == []
+    assert blockbak("show", point, "--mapfile", "--lvm-metadata")[0] == 2
+
+
+def bad_sectors(shown, tmp_path):
+    """What GNU ddrescue's own tool makes of it."""
+    status, document, _ = shown
+    assert status == 0
+    file = tmp_path / "map"
+    file.write_text(document["mapfile"])
+    command = ["ddrescuelog", f"--block-size={SECTOR}", "--list-blocks=-", file]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [int(line) for line in lines.split()]
+
+
+def test_strictly_no_point_is_made_and_earlier_ones_stay(source, sick_disk, blockbak):
+    options = ("--name", "sick", "--block-size", "4K", "--strict", "--retries", "2")
+    status, document, _ = blockbak("backup", source.path, *options)
+    assert status == 0
+    first = document["points"][0]["point"]
+    start, end = 100 * BLOCK + SECTOR, 100 * BLOCK + 3 * SECTOR
+    sick_disk.hurt([(start, end)])
+    status, document, told = blockbak("backup", source.path, *options)
+    assert (status, document["points"]) == (1, [])
+    (error,) = document["errors"]
+    assert (error["name"], error["exit"]) == ("SourceUnreadable", 1)
+    assert (error["fields"]["byte"], error["fields"]["sector"]) == (start, start // SECTOR)
+    assert error["fields"]["path"] == source.path
+    assert f"byte {start}, sector {start // SECTOR} of {SECTOR} bytes" in told
+    assert [point["point"] for point in blockbak("list")[1]] == [first]
+    assert blockbak("verify")[0] == 0
+    # Without it, the same disk gives all but those two sectors.
+    status, document, _ = blockbak("backup", source.path, *options[:4])
+    assert (status, document["points"][0]["bad_bytes"]) == (3, end - start)

@@ -31,29 +31,39 @@ def scene(memory, seed):
     return made
 
 
-def backed_up(scene, disk, bad, workers):
-    kernel = BadMedium(disk.path, bad, logical=SECTOR)
+def backed_up(scene, disk, kernel, workers):
     world = replace(scene.world(kernel), workers=workers)
-    request = backup.Request(disk.path, name="disk", block_bytes=64 * KIB)
+    request = backup.Request(disk.path, name="disk", block_bytes=64 * KIB, retries=0)
     return backup.backup(scene.repository(kernel), request, world)
 
 
-def pieces(first, count):
-    return first * PIECE_BYTES, (first + count) * PIECE_BYTES
+class FallsOff(BadMedium):
+    """A disk that answers no more once it was read from the piece ``first`` on."""
+
+    def __init__(self, path, first, **how):
+        super().__init__(path, [], **how)
+        self._first = first * PIECE_BYTES
+
+    def preadv(self, fd, buffers, offset):
+        if fd in self._direct and offset >= self._first:
+            self.bad = [(0, SIZE)]
+        return super().preadv(fd, buffers, offset)
 
 
 @pytest.mark.parametrize(("first", "workers"), [(0, 5), (2, 1), (4, 5)])
 def test_a_disk_of_which_nothing_can_be_read_any_more_makes_no_point(first, workers, scene, disk):
-    with pytest.raises(SourceVanished, match=r"not one sector of .* could be read") as raised:
-        backed_up(scene, disk, [pieces(first, MANY)], workers)
+    kernel = FallsOff(disk.path, first, logical=SECTOR)
+    with pytest.raises(SourceVanished, match=r"not one sector of .* could be read, nor one elsewhere") as raised:
+        backed_up(scene, disk, kernel, workers)
     assert raised.value.exit_code == 1
     assert raised.value.fields["path"] == disk.path
     assert scene.listed() == []
     assert not list((scene.place / "disk").glob("*.zst*"))
 
 
-def test_a_disk_with_a_readable_sector_now_and_then_is_read_to_its_end(scene, disk):
-    """However many are bad: they are named."""
-    good = (MANY - 1) * PIECE_BYTES + 9 * SECTOR
-    made = backed_up(scene, disk, [(0, good), (good + SECTOR, SIZE)], 5)
+@pytest.mark.parametrize("workers", [1, 5])
+def test_a_disk_with_one_readable_sector_is_read_to_its_end(workers, scene, disk):
+    """However much is bad in a row, it is there: what cannot be read is named."""
+    kernel = BadMedium(disk.path, [(0, SIZE - SECTOR)], logical=SECTOR)
+    made = backed_up(scene, disk, kernel, workers)
     assert (made.bad_bytes, made.attention) == (SIZE - SECTOR, True)

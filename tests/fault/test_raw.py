@@ -422,11 +422,10 @@ def test_a_failing_call_costs_no_more_than_the_adoption(call: str, memory: Path)
     assert wrong == [], "\n".join(wrong)
 
 
-# --- what the lead of a cold image hands in --------------------------------------------------------------
+# --- brought to rest, and put back ----------------------------------------------------------------------
 
 
-def test_another_source_brings_what_was_stopped_and_how_it_ended(memory: Path) -> None:
-    """Whoever brings a device to rest hands in the source, open, and what was stopped; it is put back at the end."""
+def test_what_was_stopped_and_how_it_ended_is_kept(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place, order = Place(memory / "place"), []
     request = raw.Request(str(place.source), str(place.image))
 
@@ -442,14 +441,17 @@ def test_another_source_brings_what_was_stopped_and_how_it_ended(memory: Path) -
             order.append("settle")
             return Settled("none", ["It was written."], attention=True)
 
+    free = raw.at_rest
+
     @contextlib.contextmanager
-    def rest():
+    def rest(*asked):
         order.append("rest")
-        with raw.at_rest(request, None, place.world()) as rested:
+        with free(*asked) as rested:
             yield raw.Rested(rested.seen, Torn(rested.source), ["unit web.service", "mount /srv"])
         order.append("back")
 
-    report = raw.make(request, place.world(), rest=rest)
+    monkeypatch.setattr(raw, "at_rest", rest)
+    report = raw.make(request, place.world())
     assert (order[0], order[-1]) == ("rest", "back")
     assert {"check", "settle"} <= set(order)
     assert (report.consistency, report.attention) == ("none", True)
@@ -458,19 +460,21 @@ def test_another_source_brings_what_was_stopped_and_how_it_ended(memory: Path) -
     assert said["notes"] == ["It was written."]
 
 
-def test_everything_is_put_back_when_it_fails(memory: Path) -> None:
+def test_everything_is_put_back_when_it_fails(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place, order = Place(memory / "place"), []
     request = raw.Request(str(place.source), str(place.image))
+    free = raw.at_rest
 
     @contextlib.contextmanager
-    def rest():
+    def rest(*asked):
         try:
-            with raw.at_rest(request, None, place.world()) as rested:
+            with free(*asked) as rested:
                 yield rested
         finally:
             order.append("back")
 
+    monkeypatch.setattr(raw, "at_rest", rest)
     with pytest.raises(TargetFailed):
-        raw.make(request, place.world(FaultyKernel("pwritev", errno.EIO, 1)), rest=rest)
+        raw.make(request, place.world(FaultyKernel("pwritev", errno.EIO, 1)))
     assert order == ["back"]
     assert place.names() == set()

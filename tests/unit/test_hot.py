@@ -186,7 +186,7 @@ def test_a_snapshot_that_waits_goes_as_soon_as_it_is_void(monkeypatch):
         return Made(one.seen.name)
 
     monkeypatch.setattr(backup, "snapshots", snapshots)
-    monkeypatch.setattr(backup, "_locked", locked)
+    monkeypatch.setattr(backup, "make_point", locked)
     monkeypatch.setattr(backup, "_newest", lambda _: "")
     held = [SimpleNamespace(seen=SimpleNamespace(mode="hot", name=name), volume=None) for name in sources]
     told = []

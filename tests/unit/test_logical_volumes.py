@@ -20,6 +20,7 @@ from blockbak.host.volumes import thin_pool_label
 from blockbak.model import snapshot, twins
 from blockbak.model.filesystem import PhysicalVolume, physical_volume
 from blockbak.model.hashmap import BLOCKS_PER_SECTION, Geometry
+from blockbak.model.part import Part
 from tests.unit.test_identity import Tree
 from tests.unit.test_partition import lvm, reader
 
@@ -195,12 +196,13 @@ class View:
 )
 def test_content_takes_whole_units_each_once(unit, sections, units):
     view = View(64 * KIB, *sections)
-    assert taken(view, unit * KIB) == units * unit * KIB
+    assert taken(view, unit * KIB, Part(0, view.geometry.device_bytes)) == units * unit * KIB
 
 
 def test_the_shorter_last_block_takes_no_more_than_it_holds():
     # 64 KiB less 100 bytes: the last 4 KiB unit is begun.
-    assert taken(View(64 * KIB, [BLOCKS_PER_SECTION - 1]), 4 * KIB) == 64 * KIB
+    view = View(64 * KIB, [BLOCKS_PER_SECTION - 1])
+    assert taken(view, 4 * KIB, Part(0, view.geometry.device_bytes)) == 64 * KIB
 
 
 def test_a_pool_is_short_only_where_that_is_sure():

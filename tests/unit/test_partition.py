@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockbak.model.partition import filesystem, parse
+from blockbak.model.partition_types import type_name
 
 MIB = 1 << 20
 
@@ -103,21 +104,30 @@ class TestGpt:
         assert not wrong.valid_backup
         assert wrong.partitions == ()
 
-    @pytest.mark.parametrize("damage", [512, 512 + 60, 1024 + 10, 1024 + 16000])
-    def test_the_backup_serves_where_the_primary_is_damaged(self, gpt, damage):
+    @pytest.mark.parametrize(
+        ("damage", "why"),
+        [
+            (512, "there is none"),
+            (512 + 60, "its header does not have its checksum"),
+            (1024 + 10, "its entries do not have their checksum"),
+            (1024 + 16000, "its entries do not have their checksum"),
+        ],
+    )
+    def test_the_backup_serves_where_the_primary_is_damaged(self, gpt, damage, why):
         whole = fixed(gpt)
         gpt[damage] ^= 0x40
         table = fixed(gpt)
         assert (table.valid_primary, table.valid_backup) == (False, True)
         assert table.partitions == whole.partitions
         assert table.disk_id == whole.disk_id
-        assert table.notes == ("The primary table is damaged.",)
+        assert table.notes == (f"The primary table is damaged ({why}); the backup is used.",)
 
     def test_a_damaged_backup_is_told(self, gpt):
         gpt[-1024] ^= 1
         table = fixed(gpt)
         assert (table.valid_primary, table.valid_backup) == (True, False)
-        assert table.notes == ("The backup table is damaged or missing.",)
+        (note,) = table.notes
+        assert note.startswith("The backup table is damaged or missing")
 
     def test_both_damaged_is_a_table_without_partitions(self, gpt):
         gpt[520] ^= 1
@@ -390,3 +400,15 @@ def test_nothing_is_recognised_in_zeros_and_noise(rng):
     assert filesystem(reader(bytes(MIB)), MIB) is None
     assert filesystem(reader(b""), 0) is None
     assert filesystem(reader(rng.randbytes(MIB)), MIB) is None
+
+
+@pytest.mark.parametrize("label", ["gpt", "dos"])
+def test_types_are_called_as_sfdisk_calls_them(label):
+    named = {}
+    for line in run("sfdisk", "--list-types", "--label", label).splitlines()[2:]:
+        kind, _, name = line.strip().partition(" ")
+        named[kind.lower() if label == "gpt" else f"0x{int(kind, 16):02x}" if kind else ""] = name.strip()
+    mine = {kind: type_name(kind) for kind in named if type_name(kind)}
+    assert len(mine) > 30
+    assert mine == {kind: named[kind] for kind in mine}
+    assert type_name("0x99") == type_name("11111111-2222-3333-4444-555555555555") == ""

@@ -130,7 +130,7 @@ def test_pieces_that_were_not_touched_are_holes() -> None:
     geometry = Geometry(SIZE, BLOCK, 256 * KIB)
     touched = np.zeros(3, bool)
     touched[1] = True
-    holes = [job.hole for job in all_jobs(geometry, touched)]
+    holes = [job.zero for job in all_jobs(geometry, touched)]
     assert holes == [number != 1 for number in range(-(-SIZE // PIECE_BYTES))]
 
 

@@ -14,6 +14,8 @@ from blockbak.host.kernel import Kernel
 from blockbak.image.reader import ImageReader
 from blockbak.image.view import PointView
 from blockbak.image.writer import ImageWriter
+from blockbak.model import extent
+from blockbak.model.extent import ABSENT, DATA, HOLE, ZERO
 from blockbak.units import KIB
 from tests.doubles import MemorySink, MemorySource, context
 from tests.patterns import SECTOR, stamp
@@ -73,17 +75,20 @@ def change(path, section, sequence):
     write_at(path, at, stamp(at // SECTOR, 16, sequence, seed=section))
 
 
-def scanned(path, tmp_path, *, below=None, workers=1, kernel=None):
-    """The view of an image of ``path``, on the view ``below``."""
-    number, parent, root = (2, 1, below.top.closing.root) if below else (1, None, None)
+def scanned(path, tmp_path, *, below=None, workers=1, kernel=None, unused=()):
+    """The view of an image of ``path``, on the view ``below``; ``unused`` are starts and ends, in order."""
+    parent, root = (below.top.opening.sequence, below.top.closing.root) if below else (None, None)
+    number = (parent or 0) + 1
     about = dataclasses.replace(image(number, parent, parent_root=root).opening, device_bytes=SIZE, block_bytes=BLOCK)
     sink = MemorySink()
     writer = ImageWriter(sink, about, below.claimed_digests() if below else None)
     with SourceReader(str(path), exclusive=True, kernel=kernel) as reader:
-        scan(reader, writer, below, "zstd", context(tmp_path / "state", workers=workers))
+        holes = extent.table([start for start, _ in unused], [end for _, end in unused], HOLE)
+        world = context(tmp_path / "state", workers=workers)
+        read_bytes = scan(reader, writer, below, "zstd", world, unused=holes)
     counts = writer.counts
     closing = dataclasses.replace(
-        image(number).closing, root=writer.root, changed_bytes=counts.changed_bytes, frames=counts.frames,
+        image(number).closing, root=writer.root, read_bytes=read_bytes, changed_bytes=counts.changed_bytes, frames=counts.frames,
         **counts.by_name(),
     )  # fmt: skip
     writer.finish(closing)
@@ -140,3 +145,78 @@ def test_a_section_is_had_by_who_comes_to_it_last(source, tmp_path):
     made = scanned(source, tmp_path, below=full, workers=pieces + FEW, kernel=kernel)
     assert made.top.closing.root == scanned(source, tmp_path).top.closing.root
     assert made.top.sections["number"].tolist() == [0]
+
+
+# --- what no file system uses -----------------------------------------------------------------------
+
+
+def kinds(view, section):
+    return view.section(section).kinds
+
+
+class Asked(Kernel):
+    """The real kernel; notes what is read."""
+
+    def __init__(self):
+        self.ranges = []
+
+    def preadv(self, fd, buffers, offset):
+        self.ranges.append((offset, offset + sum(len(memoryview(part).cast("B")) for part in buffers)))
+        return super().preadv(fd, buffers, offset)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_block_is_left_out_only_if_no_byte_of_it_is_in_use(workers, source, tmp_path):
+    """The data of a section is two blocks from its block 5 on."""
+    at = [section * SECTION + 5 * BLOCK for section in (0, 10, 11, SECTIONS - 1)]
+    unused = [
+        (at[0], at[0] + 2 * BLOCK - 1),  # one byte of the second block is in use
+        (at[1] + 1, at[1] + 2 * BLOCK),  # the first byte of the first one is
+        (at[2] - BLOCK, at[2] + BLOCK), (at[2] + BLOCK + 1, at[2] + 3 * BLOCK),
+        (at[3] - BLOCK, SIZE),
+    ]  # fmt: skip
+    kernel = Asked()
+    view = scanned(source, tmp_path, unused=unused, workers=workers, kernel=kernel)
+    assert kinds(view, 0)[4:8].tolist() == [ZERO, HOLE, DATA, ZERO]
+    assert kinds(view, 10)[4:8].tolist() == [ZERO, DATA, HOLE, ZERO]
+    assert kinds(view, 11)[3:9].tolist() == [ZERO, HOLE, HOLE, DATA, HOLE, ZERO]
+    last = kinds(view, SECTIONS - 1)
+    assert (last[:4] == ZERO).all()
+    assert (last[4:] == HOLE).all(), "the short block at the end too"
+    holes = [at[0], at[1] + BLOCK, at[2] - BLOCK, at[2], at[2] + 2 * BLOCK, *range(at[3] - BLOCK, SIZE, BLOCK)]
+    for low, high in kernel.ranges:
+        assert not any(low < hole + BLOCK and hole < high for hole in holes[:40]), "it was read"
+    assert view.top.closing.hole_bytes == sum(min(BLOCK, SIZE - hole) for hole in holes)
+    # A restore writes zeros there, so that is what the root is of.
+    for hole in holes[:5]:
+        write_at(source, hole, bytes(BLOCK))
+    write_at(source, at[3], bytes(2 * BLOCK))
+    assert view.top.closing.root == scanned(source, tmp_path).top.closing.root
+
+
+def test_what_is_claimed_and_was_not_is_a_change_and_so_is_the_reverse(source, tmp_path):
+    start = 10 * SECTION
+    unused = [(start, start + SECTION)]
+    first = scanned(source, tmp_path, unused=unused)
+    assert (kinds(first, 10) == HOLE).all()
+    same = scanned(source, tmp_path, below=first, unused=unused)
+    assert same.top.sections["number"].tolist() == [], "nothing changed"
+    used = scanned(source, tmp_path, below=first, unused=[(start + 6 * BLOCK, start + SECTION)])
+    own = used.top.section(10).kinds
+    assert own[:7].tolist() == [ZERO] * 5 + [DATA, ABSENT]
+    assert (own[6:] == ABSENT).all()
+    # Without the option all is compared, and all is claimed again.
+    whole = scanned(source, tmp_path, below=used)
+    assert not any((kinds(whole, number) == HOLE).any() for number in range(SECTIONS))
+    assert whole.top.closing.root == scanned(source, tmp_path).top.closing.root
+    # Blocks of zeros and of data, which nobody uses any more.
+    gone = scanned(source, tmp_path, below=whole, unused=[(start + 4 * BLOCK, start + 6 * BLOCK)])
+    own = gone.top.section(10).kinds
+    assert own[3:8].tolist() == [ABSENT, HOLE, HOLE, ABSENT, ABSENT]
+
+
+def test_what_is_unused_costs_no_reading(source, tmp_path):
+    view = scanned(source, tmp_path, unused=[(BLOCK, SIZE)], kernel=(kernel := Asked()))
+    assert kernel.ranges == [(0, BLOCK)]
+    assert view.top.closing.read_bytes == BLOCK
+    assert view.top.closing.hole_bytes == SIZE - BLOCK

@@ -251,6 +251,16 @@ def test_when_a_pool_is_too_full(used, metadata, short, gives_out):
     assert plan.pool_gives_out(use, 100 * GIB) == gives_out
 
 
+@pytest.mark.parametrize(
+    ("mib", "used", "short"), [(4, 0.74, ""), (4, 0.76, "metadata"), (64, 0.89, ""), (32, 0.86, ""), (32, 0.88, "metadata")]
+)  # fmt: skip
+def test_lvm_wants_some_metadata_free_before_it_makes_a_snapshot(mib, used, short):
+    """A quarter, or 4 MiB where that is less: it would refuse what we had promised."""
+    total = mib * MIB // (4 * KIB)
+    use = PoolUse(int(total * used), total, 0, 1000, writable=True)
+    assert plan.pool_short(use, 100 * GIB, GIB) == short
+
+
 @pytest.mark.parametrize(("asked", "needed"), [(None, 20 * GIB // 50), (3 * GIB, 3 * GIB), (30 * GIB, 20 * GIB)])
 def test_what_a_thin_snapshot_may_take(asked, needed):
     assert plan.thin_need(THIN, asked) == needed

@@ -17,13 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.host import servers
+from tests.vm.cluster import PROGRAMS, by_server
 from tests.vm.conftest import LIMIT_SECONDS, MIB, Blockbak, Group, run
 from tests.vm.writers import Client, Taken, Writer, find_least, take
 
 DATA_SIZE, WAL_SIZE = 80 * MIB, 32 * MIB
 MKFS = ("mkfs.ext4", "-q", "-F", "-J", "size=4", "-E", "lazy_itable_init=0,lazy_journal_init=0")
-PROGRAMS = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
 
 # Checkpoints come often, so that points fall into them; everything that only takes processor time is off.
 SETTINGS = """
@@ -73,25 +72,6 @@ FROM history
 
 def as_server(*words: object) -> list[str]:
     return ["setpriv", "--reuid=postgres", "--regid=postgres", "--init-groups", "--", *map(str, words)]
-
-
-def by_server(*words: str | Path) -> str:
-    return servers.run(*words, user="postgres", timeout=LIMIT_SECONDS)
-
-
-@pytest.fixture(scope="module")
-def new_cluster() -> Iterator[Path]:
-    """The files of a server that never ran: to make them takes as long as all else that one test does with them."""
-    place = Path(tempfile.mkdtemp(prefix="blockbak-", dir="/var/tmp"))
-    try:
-        shutil.chown(place, "postgres", "postgres")
-        by_server(
-            PROGRAMS / "initdb", "--no-sync", "--auth=trust", "--data-checksums", "--wal-segsize=1", "--no-locale",
-            "--encoding=UTF8", "-D", place / "data",
-        )  # fmt: skip
-        yield place / "data"
-    finally:
-        shutil.rmtree(place)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import struct
 import subprocess
 import time
 from pathlib import Path
@@ -80,6 +81,26 @@ def test_a_new_volume_holds_the_point_and_nothing_else(make_group, run_blockbak,
     assert short["name"] == "NoVolumeRoom"
     assert (short["fields"]["free"], short["fields"]["needed"]) == (4 * MIB, 12 * MIB)
     assert set(group.lvs()) == {"new-1.x", "more"}
+
+
+def test_a_partition_of_a_disk_becomes_a_volume_of_its_size(make_group, run_blockbak, repository, tmp_path):
+    """It begins at sector 63 and has an odd number of them; the volume is whole LVM extents."""
+    group = make_group(size=48 * MIB)
+    start, length = 63 * SECTOR, 10001 * SECTOR
+    source = image(tmp_path / "disk.img", 7)
+    table = bytearray(SECTOR)
+    struct.pack_into("<B3xB3xII", table, 446, 0, 0x83, start // SECTOR, length // SECTOR)
+    table[510:] = b"\x55\xaa"
+    with open(source, "r+b") as disk:
+        disk.write(table)
+    run_blockbak("backup", source, "--name", "disk")
+    new = f"{group.name}/part"
+    plan = run_blockbak.json("restore", "disk@latest", "--partition", 1, "--create-lv", new, "--dry-run")["plan"]
+    assert (plan["device_bytes"], plan["target_bytes"], plan["partition"]["start"]) == (length, 8 * MIB, start)
+    run_blockbak("restore", "disk@latest", "--partition", 1, "--create-lv", new)
+    held = content(group.path("part"))
+    assert digest(held[:length]) == digest(source.read_bytes()[start : start + length])
+    assert held[length:] == bytes(8 * MIB - length)
 
 
 def test_a_restore_that_fails_leaves_no_volume(make_group, run_blockbak, repository, tmp_path):

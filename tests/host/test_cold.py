@@ -1,0 +1,124 @@
+"""Cold images of what is in use here: mounts and processes, brought to rest and put back, into points and files."""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.host.stage import MIB, Oracle, mounted, other_process, sha
+
+SIZE = 48 * MIB
+
+
+def mounts(disk):
+    """Where a device is mounted, and with which options."""
+    lines = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    return sorted((one[4], one[5]) for one in lines if str(disk) in one)
+
+
+@pytest.fixture
+def srv(loop, ext4):
+    """A mounted ext4 with a file in it: the device, and where it is seen."""
+    disk = loop(SIZE)
+    made = ext4(disk)
+    made.unmount()
+    made.options = "noatime,nodev"
+    made.mount()
+    (made.where / "file").write_bytes(os.urandom(MIB))
+    return disk, made.where
+
+
+def sitting(where):
+    return other_process("import os, sys; os.chdir(sys.argv[1]); print('ready', flush=True); sys.stdin.read()", where)
+
+
+def writing(where):
+    code = "import sys; f = open(sys.argv[1] + '/log', 'a'); print('ready', flush=True); sys.stdin.read()"
+    return other_process(code, where)
+
+
+@contextmanager
+def nothing_changes(disk):
+    before = mounts(disk)
+    yield
+    assert mounts(disk) == before
+
+
+def test_a_mounted_device_is_unmounted_imaged_and_mounted_again(srv, program, tmp_path, loop):
+    disk, where = srv
+    with nothing_changes(disk):
+        planned = program("backup", "--mode", "cold", "--dry-run", disk).document["points"][0]
+        assert f"1. unmount {where}" in planned["notes"]
+        made = program.backup(disk, "--mode", "cold")
+    assert (made["mode"], made["consistency"]) == ("cold", "cold")
+    target = loop(SIZE)
+    program.restore(made["point"], target)
+    # It was clean when it was read: there is no journal to replay.
+    assert subprocess.run(["e2fsck", "-fn", target.path], check=False, capture_output=True).returncode == 0
+    with mounted(target, tmp_path / "restored", "-o", "ro") as there:
+        assert sha(there / "file") == sha(where / "file")
+
+
+def test_the_same_into_a_plain_file(srv, program, tmp_path):
+    disk, where = srv
+    image = tmp_path / "disk.img"
+    with nothing_changes(disk), sitting(where):
+        plan = program("cold", disk, image, "--dry-run").document["plan"]
+        assert plan["rest"] == [f"1. remount {where} read-only", f"stays: {where} (read-only)"]
+        made = program("cold", disk, image).document
+    assert made["consistency"] == "cold"
+    assert json.loads(Path(f"{image}.json").read_text())["stopped"] == [f"{where} takes no writes."]
+    program("verify", image)
+    adopted = program("adopt", image).document
+    # What was mounted since then is all that changed.
+    after = program.backup(disk, "--mode", "cold")
+    assert (after["kind"], after["parent"]) == ("incremental", adopted["point"])
+    assert after["changed_bytes"] < MIB
+
+
+def test_a_writer_is_in_the_way_unless_it_may_be_ended_or_frozen(srv, program, tmp_path):
+    disk, where = srv
+    with nothing_changes(disk), writing(where) as pid:
+        error = program("backup", "--mode", "cold", disk, expect=5).error
+        assert error["name"] == "CannotRest"
+        assert f"process {pid}" in error["message"]
+        assert program("cold", disk, tmp_path / "x.img", expect=5).error["name"] == "CannotRest"
+        assert program.backup(disk, "--mode", "cold", "--freeze")["consistency"] == "cold"
+        assert program.backup(disk, "--mode", "cold", "--kill")["consistency"] == "cold"
+        assert psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_what_holds_the_repository_or_the_image_stays(srv, program, tmp_path):
+    disk, where = srv
+    (where / "images").mkdir()
+    with nothing_changes(disk):
+        error = program("cold", disk, where / "images" / "x.img", expect=5).error
+        assert "lies on" in error["message"] or "holds" in error["message"]
+    # What it is a mount point for belongs to it too, though it lies elsewhere.
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    with mounted(beside, where / "images", "--bind"), nothing_changes(disk):
+        error = program("cold", disk, where / "images" / "x.img", expect=5).error
+        assert (error["name"], "the image" in error["message"]) == ("CannotRest", True)
+
+
+def test_an_idle_device_needs_no_rest(loop, program, seed):
+    disk = loop(SIZE)
+    Oracle(disk, SIZE, seed).write((0, MIB))
+    made = program.backup(disk, "--mode", "cold")
+    assert made["consistency"] == "cold"
+    assert not any("unmount" in note for note in made["notes"])
+
+
+def test_words_of_rest_belong_to_the_cold_mode(loop, program):
+    done = subprocess.run(
+        [sys.executable, "-m", "blockbak", "-r", "/nowhere", "backup", "--kill", loop(MIB).path],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "--kill belongs to --mode cold" in done.stderr
