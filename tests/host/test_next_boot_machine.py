@@ -20,8 +20,9 @@ from blockbak.errors import (
 from blockbak.flow import nextboot as flow
 from blockbak.flow.nextboot import FOLDER
 from blockbak.host import nextboot
-from blockbak.host.device import look
+from blockbak.host.device import block, look
 from blockbak.host.nextboot import Installation
+from blockbak.host.system import System
 from blockbak.units import MIB
 from tests.doubles import context, new_repository
 from tests.unit.test_next_boot import MARKS, ORDER, PLACE
@@ -124,6 +125,73 @@ def test_a_repository_that_the_initramfs_cannot_reach_is_refused(loop, ext4, tmp
         nextboot.place(str(store.where / "repository"))
     with pytest.raises(NotAtNextBoot, match="the repository's file system is tmpfs"):
         nextboot.place(str(tmpfs("1M") / "repository"))
+
+
+LV = "LVM-" + "g" * 32 + "v" * 32
+
+
+@pytest.fixture
+def stacked(tmp_path):
+    """Disks, a partition, and what is stacked on them, as sysfs shows it."""
+    classes = tmp_path / "sys/class/block"
+    classes.mkdir(parents=True)
+
+    def add(path, uuid="", slaves=()):
+        place = tmp_path / "sys/devices" / path
+        (place / "slaves").mkdir(parents=True)
+        (place / "size").write_text("4096\n")
+        if "/" in path:
+            (place / "partition").write_text("1\n")
+        if uuid:
+            (place / "dm").mkdir()
+            (place / "dm/uuid").write_text(f"{uuid}\n")
+        for slave in slaves:
+            (place / "slaves" / slave).touch()
+        (classes / place.name).symlink_to(place)
+
+    add("sda")
+    add("sda/sda1")
+    add("dm-0", LV, ["sda1"])
+    add("dm-1", "CRYPT-LUKS2-1-x", ["sda1"])
+    add("dm-2", LV, ["dm-1"])
+    add("dm-3", LV, ["dm-0"])
+    add("md0", slaves=["sda1"])
+    add("loop0")
+    return System(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["sda", "sda1", "dm-0"])
+def test_disks_partitions_and_plain_volumes_are_there_at_the_boot(stacked, name):
+    assert nextboot._unreachable(name, stacked) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("dm-1", "neither a disk, a partition nor a logical volume"), ("dm-2", "not simply on disks"),
+        ("dm-3", "not simply on disks"), ("md0", "neither a disk"), ("loop0", "neither a disk"), ("sdz", "no block device"),
+    ],
+)  # fmt: skip
+def test_what_is_stacked_higher_is_not(stacked, name, why):
+    assert why in nextboot._unreachable(name, stacked)
+
+
+def test_by_what_a_disk_is_known_again(stacked):
+    about = stacked.root / "sys/devices/sda"
+    (about / "device").mkdir()
+    (about / "device/model").write_text("Disk of many\n")
+    with pytest.raises(NotAtNextBoot, match="nothing tells its disk from another one"):
+        nextboot.marks(block("sda", stacked), stacked)
+    # What a shell would not read as it is does not count.
+    (about / "serial").write_text("back\\slash\n")
+    (about / "device/wwid").write_text("  naa.5000c500a1b2c3d4 \n")
+    (about / "device/vpd_pg80").write_bytes(b"\0\x80\0\4S\0\1 ")
+    known = nextboot.marks(block("sda1", stacked), stacked)
+    assert [(fact.kind, fact.place, fact.value) for fact in known.facts] == [
+        ("text", "device/wwid", "naa.5000c500a1b2c3d4"), ("text", "device/model", "Disk of many"),
+        ("raw", "device/vpd_pg80", "0080000453000120"),
+    ]  # fmt: skip
+    assert (known.partition, known.disk_bytes) == (1, 4096 * 512)
 
 
 def test_what_is_no_disk_is_refused(loop):
