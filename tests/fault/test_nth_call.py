@@ -67,7 +67,8 @@ MET = {
 
 def test_every_call_of_a_kernel_can_fail():
     methods = {name for name, value in vars(Kernel).items() if callable(value) and not name.startswith("_")}
-    assert set(CALLS) == methods == set(NUMBERS)
+    # The journal of a rest, which alone allocates, has a loop of its own.
+    assert set(CALLS) == methods == {*NUMBERS, "allocate"}
     assert {name for name in methods if name in vars(FaultyKernel)} == methods
 
 
