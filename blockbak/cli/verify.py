@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from blockbak.cli import common, render
 from blockbak.errors import Damage, Failed
+
+if TYPE_CHECKING:
+    from blockbak.flow.verify import Report
 
 
 def _share(_: click.Context, __: click.Parameter, value: str) -> float:
@@ -51,10 +56,11 @@ def command(
     Partial files, orphans and half-done deletions are mentioned and are no damage.
     """
     import random
-    from dataclasses import asdict, replace
+    from dataclasses import replace
 
     from blockbak.flow import rawcheck
-    from blockbak.flow.verify import Report, verify
+    from blockbak.flow.verify import Report as Found
+    from blockbak.flow.verify import verify
 
     raw = [word for word in points if rawcheck.is_raw(word)]
     named = [word for word in points if word not in raw]
@@ -64,10 +70,19 @@ def command(
         clock = world.timer()
         verdicts = rawcheck.verify_raw(raw, world, share=share, pick=pick)
         seconds = round(world.timer() - clock, 3) if raw else 0.0
-        report = Report(verdicts, [], seconds)
+        report = Found(verdicts, [], seconds)
         if opened is not None:
             of_points = verify(opened, named, world, share=share, pick=pick)
             report = replace(of_points, images=[*verdicts, *of_points.images], seconds=seconds + of_points.seconds)
+    _show(report, share, as_json=as_json)
+    # A newer image and a volume that is held are both a plain failure.
+    context.exit(Damage.exit_code if report.damaged else 0 if report.ok else Failed.exit_code)
+
+
+def _show(report: Report, share: float, *, as_json: bool) -> None:
+    """All that was found, and at the end a sentence that a person can read aloud."""
+    from dataclasses import asdict
+
     if as_json:
         document: dict[str, object] = {
             "ok": report.ok, "images": [asdict(verdict) for verdict in report.images],
@@ -100,5 +115,3 @@ def command(
         else:
             why = "another run holds what was to be" if report.locked is not None else "there is none"
             render.line(f"No image was checked: {why}.")
-    # A newer image and a volume that is held are both a plain failure.
-    context.exit(Damage.exit_code if report.damaged else 0 if report.ok else Failed.exit_code)

@@ -23,6 +23,7 @@ from blockbak.host.system import System
 from blockbak.host.units import Units
 from blockbak.model import quiesce as plans
 from blockbak.model.quiesce import Blocked, Plan, RestOptions, RunHook
+from blockbak.model.scene import Scene
 
 HOOKS_FOLDER = "/etc/blockbak/cold.d"
 _RUN_DIGITS = 8
@@ -77,7 +78,7 @@ def _is_planned(one: Blocked, made: Plan) -> bool:
     return any(isinstance(step, plans.DetachLoop) and step.node in one.why for step in made.steps)
 
 
-def _scene(device: Device, options: RestOptions, keep: dict[str, str]) -> plans.Scene:
+def _scene(device: Device, options: RestOptions, keep: dict[str, str]) -> Scene:
     manager = Units()
     named = manager.look(options.stop, strict=True) if options.stop else {}
     return occupants.look(device, keep, units=manager.look, named=list(named))

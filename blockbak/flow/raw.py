@@ -43,6 +43,7 @@ from blockbak.host.blockio import (
     DiskReader,
     PartialFile,
     TargetWriter,
+    is_marked,
     sync_directory,
 )
 from blockbak.host.device import Device
@@ -185,7 +186,7 @@ def check_file(request: Request, context: Context) -> list[str]:
             if not os.path.isfile(name):
                 raise BadTarget(path=name, reason="it is there, and is not a file")
             # A run that was killed left it, if it says so: that is no reason to ask.
-            if not (name == f"{path}.partial" and context.kernel.is_marked(name)):
+            if not (name == f"{path}.partial" and is_marked(name)):
                 there.append(name)
     if not request.streams and _is_node_folder(places(request)[0]):
         raise BadTarget(path=request.file, reason="device nodes live there, and there is no such one")

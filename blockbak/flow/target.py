@@ -24,7 +24,7 @@ from blockbak.flow.points import reader
 from blockbak.flow.source import activation_needed
 from blockbak.host import device as devices
 from blockbak.host import lvm, usage
-from blockbak.host.blockio import TargetWriter, read_error, sync_directory
+from blockbak.host.blockio import TargetWriter, is_marked, mark, read_error, sync_directory, unmark
 from blockbak.host.device import Device
 from blockbak.image.view import PointView
 from blockbak.model import partition
@@ -224,7 +224,7 @@ def new_file(
     partial = path + ".partial"
     if os.path.lexists(partial):
         # A restore that was killed left it, if it says so; else it may be somebody's, and was not named.
-        ours = context.kernel.is_marked(partial)
+        ours = is_marked(partial)
         if not (overwrite or ours) or not os.path.isfile(partial):
             raise TargetExists(path=partial)
         with TargetWriter(partial, kernel=context.kernel):  # held by nobody, or it is refused
@@ -233,10 +233,10 @@ def new_file(
     held = os.dup(writer.fd)  # the lock lasts until the file has its name
     try:
         with writer as target:
-            context.kernel.mark(target.fd)
+            mark(target.fd)
             target.resize(size)
             yield target
-            context.kernel.unmark(target.fd)
+            unmark(target.fd)
         if not _is_named(held, partial):
             raise BadTarget(path=path, reason=f"{partial} was taken away meanwhile")
         ready()

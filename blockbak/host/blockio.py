@@ -742,6 +742,30 @@ def store_error(error: OSError, name: str, action: str) -> BlockbakError:
     return StoreFailed(path=name, action=action, reason=error.strerror or str(error))
 
 
+_MARK = "user.blockbak"
+"""An extended attribute (xattr(7)) of a file that is not finished."""
+
+
+def mark(fd: int) -> None:
+    """Note on a file that it is blockbak's and not finished, where its file system keeps such notes."""
+    with contextlib.suppress(OSError):
+        os.setxattr(fd, _MARK, b"unfinished")
+
+
+def unmark(fd: int) -> None:
+    """Take the note off."""
+    with contextlib.suppress(OSError):
+        os.removexattr(fd, _MARK)
+
+
+def is_marked(path: str) -> bool:
+    """Whether a file carries the note."""
+    try:
+        return os.getxattr(path, _MARK, follow_symlinks=False) == b"unfinished"
+    except OSError:
+        return False
+
+
 def sync_directory(path: str, kernel: Kernel) -> None:
     """Make the names in a directory durable. Raises OSError."""
     fd = kernel.open(path, os.O_RDONLY | os.O_DIRECTORY)

@@ -32,8 +32,6 @@ _FIEMAP_HEAD = struct.Struct("=QQIIII")
 _FIEMAP_EXTENT = struct.Struct("=QQQ16xI12x")
 _FIEMAP_EXTENTS = 4096
 """Asked for in one call."""
-_MARK = "user.blockbak"
-"""An extended attribute (xattr(7)) of a file that is being restored to."""
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 """linux/falloc.h."""
 _RENAME_NOREPLACE = 1
@@ -186,23 +184,6 @@ class Kernel:
             with contextlib.suppress(PermissionError):
                 fcntl.ioctl(fd, _BLKFLSBUF)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-
-    def mark(self, fd: int) -> None:
-        """Note on a file that it is blockbak's and not finished, where the file system keeps such notes."""
-        with contextlib.suppress(OSError):
-            os.setxattr(fd, _MARK, b"unfinished")
-
-    def unmark(self, fd: int) -> None:
-        """Take the note off."""
-        with contextlib.suppress(OSError):
-            os.removexattr(fd, _MARK)
-
-    def is_marked(self, path: str) -> bool:
-        """Whether a file carries the note."""
-        try:
-            return os.getxattr(path, _MARK, follow_symlinks=False) == b"unfinished"
-        except OSError:
-            return False
 
     def lock(self, fd: int, *, exclusive: bool) -> None:
         """Take a flock without waiting; BlockingIOError while another process holds it."""

@@ -19,7 +19,7 @@ from blockbak.host import usage
 from blockbak.host.device import Device
 from blockbak.host.proc import MountLine, parse_mountinfo, unescape
 from blockbak.host.system import System, lv_uuid, lvm_names
-from blockbak.model.quiesce import Export, Layer, Loop, MountPoint, Occupant, Scene, SwapArea, Unit
+from blockbak.model.scene import Export, Layer, Loop, MountPoint, Occupant, Scene, SwapArea, Unit
 
 _RUNNING = ("/", "/usr", "/etc", "/run", "/dev", "/proc", "/sys")
 """Without these no command runs that could put them back."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from blockbak.errors import CommandFailed, NoSuchUnit, NoSystemd, UnitNotStopped, UnitRestarted
 from blockbak.host import runner
-from blockbak.model.quiesce import Unit
+from blockbak.model.scene import Unit
 
 SHOW_SECONDS = 30.0
 STOP_SECONDS = 90.0

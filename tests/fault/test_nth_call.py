@@ -60,14 +60,15 @@ MET = {
     "restore-to-a-new-file": (*ALWAYS, *WRITES, "truncate", "drop_cache"),
     "restore-to-an-old-file": (*ALWAYS, "pwritev", "fsync", "truncate", "punch", "drop_cache"),
     "restore-to-a-device": (*ALWAYS, "pwritev", "fsync", "zero_out", "drop_cache", "device_size", "sector_sizes"),
-    "restore-what-differs": (*ALWAYS, "pwritev", "fsync", "truncate", "drop_cache"),
+    "restore-what-differs": (*ALWAYS, "pwritev", "fsync", "drop_cache"),
 }
 """The calls that each deed makes: a loop that never meets its fault fails."""
 
 
 def test_every_call_of_a_kernel_can_fail():
     methods = {name for name, value in vars(Kernel).items() if callable(value) and not name.startswith("_")}
-    assert set(CALLS) == methods == set(NUMBERS)
+    # The journal of a rest, which alone allocates, has a loop of its own.
+    assert set(CALLS) == methods == {*NUMBERS, "allocate"}
     assert {name for name in methods if name in vars(FaultyKernel)} == methods
 
 

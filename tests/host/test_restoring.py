@@ -347,6 +347,10 @@ def without(number, *ends):
     return remove
 
 
+def inside(ranges, low, high):
+    return [(max(start, low), min(end, high)) for start, end in ranges if start < high and end > low]
+
+
 SECTION = 16 * MIB
 HELD_BY_THE_LAST = [(0, 2 * MIB + 512 * KIB), (2 * MIB + 768 * KIB, 30 * MIB), (31 * MIB, 33 * MIB), (34 * MIB, SIZE)]
 HELD_BY_DELTAS = [(0, 2 * MIB), (3 * MIB, 20 * MIB), (20 * MIB + 4 * KIB, 30 * MIB), *HELD_BY_THE_LAST[2:]]
@@ -359,8 +363,8 @@ CONTENT = {
     "a frame of the last": (frame(2, 133), [(33 * MIB + WINDOW, 33 * MIB + 2 * WINDOW)]),
 }
 STRUCTURE = {
-    "an index section of the full": (record(0, 1), [(SECTION, 2 * SECTION)]),
-    "the first index section of an increment": (record(1, 0), [(0, SECTION)]),
+    "an index section of the full": (record(0, 1), inside(HELD_BY_DELTAS, SECTION, 2 * SECTION)),
+    "the first index section of an increment": (record(1, 0), inside(HELD_BY_THE_LAST, 0, SECTION)),
     "an index section of the last": (record(2, 2), [(2 * SECTION, SIZE)]),
     "the middle image": (without(1, ".zst"), HELD_BY_THE_LAST),
     "the middle image and its manifest": (without(1, ".zst", ".json"), HELD_BY_THE_LAST),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from blockbak.model import mounting
-from blockbak.model.quiesce import MountPoint, Scene, _origin
+from blockbak.model.quiesce import _origin
+from blockbak.model.scene import MountPoint, Scene
 
 
 @pytest.mark.parametrize(

@@ -11,25 +11,18 @@ from blockbak.model.quiesce import (
     Deactivate,
     DetachLoop,
     EndProcess,
-    Export,
     Freeze,
-    Layer,
-    Loop,
-    MountPoint,
-    Occupant,
     ReadOnly,
     RestOptions,
     RunHook,
-    Scene,
     StopUnits,
-    SwapArea,
     SwapOff,
     Unexport,
-    Unit,
     Unmount,
     plan,
     remaining,
 )
+from blockbak.model.scene import Export, Layer, Loop, MountPoint, Occupant, Scene, SwapArea, Unit
 
 NOTHING = RestOptions()
 
