@@ -24,7 +24,7 @@ else:
     from backports import zstd
 
 WISH = Path("/var/tmp/blockbak-boot")
-REPOSITORY = Path("/srv/spare/repository")
+REPOSITORY = Path("/tmp/blockbak-boot/repository")
 SPOOL = REPOSITORY / ".next-boot"
 UNIT = "blockbak-next-boot.service"
 INSTALLED = (
@@ -61,7 +61,8 @@ def there(paths):
 @pytest.fixture
 def store(run_blockbak):
     """A repository on the second disk, which is mounted at each boot, and unmounted when the machine is off."""
-    assert run("findmnt", "-n", "-o", "SOURCE", REPOSITORY.parent) == disk("blockbak-spare")
+    REPOSITORY.parent.mkdir()
+    assert run("findmnt", "-n", "-o", "SOURCE", "-T", REPOSITORY.parent) == disk("blockbak-spare")
     run_blockbak("init", REPOSITORY)
     run_blockbak.exported["BLOCKBAK_REPO"] = str(REPOSITORY)
 
@@ -132,4 +133,4 @@ def test_the_root_disk_was_imaged_before_it_was_mounted(run_blockbak):
     release = os.uname().release
     assert "usr/lib/blockbak/stage" not in run("lsinitramfs", f"/boot/initrd.img-{release}").split()
     WISH.unlink()
-    shutil.rmtree(REPOSITORY)
+    shutil.rmtree(REPOSITORY.parent)
