@@ -359,7 +359,7 @@ class NotPutBack(RestError):
 
 class StateUnusable(RestError):
     message = "{path} cannot hold the journal of what is stopped: {reason}."
-    advice = "Make room there, or name another directory in BLOCKBAK_STATE_DIR. What had been stopped was put back."
+    advice = "Mend that, or name another directory in BLOCKBAK_STATE_DIR. What had been stopped was put back."
 
 
 class RestVoid(RestError):

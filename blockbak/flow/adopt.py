@@ -19,6 +19,7 @@ from blockbak.image.sidecar import Sidecar
 from blockbak.model import extent
 from blockbak.model.extent import Extents
 from blockbak.model.facts import FULL
+from blockbak.model.identity import plain
 from blockbak.repository.local import Repository
 
 
@@ -63,7 +64,7 @@ class _Adopted:
 
     def settle(self) -> Settled:
         """What the sidecar says of it."""
-        notes = [f"Adopted from the raw image {os.path.basename(self._path)}.", *self._said.notes]
+        notes = [f"Adopted from the raw image {plain(os.path.basename(self._path))}.", *self._said.notes]
         if self._said.stopped:
             notes.append(f"Stopped for it: {', '.join(self._said.stopped)}.")
         return Settled(self._said.consistency, notes)

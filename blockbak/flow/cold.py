@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
-from blockbak.errors import BlockbakError, CannotRest, NotAtRest, RestVoid
+from blockbak.errors import BlockbakError, CannotRest, NotAtRest, RestVoid, SourceInUse
 from blockbak.flow.context import Context
 from blockbak.flow.leftovers import machine
 from blockbak.flow.source import AtRest, Request, Seen, Settled
@@ -27,6 +27,7 @@ from blockbak.model.scene import Scene
 
 HOOKS_FOLDER = "/etc/blockbak/cold.d"
 _RUN_DIGITS = 8
+_UNSEEN = "something holds it that no process shows, such as a mount namespace which only a file keeps"
 _FOREIGN = frozenset({"locked", "backing"})
 """Uses that no plan takes away: a lock of another process, or a device over the same bytes."""
 
@@ -129,7 +130,10 @@ class RestedSource(AtRest):
                 self._rest = self._stack.enter_context(_brought(prepared, context))
                 self._settle_down(made)
             held = bool(made.staying or made.layers)
-            super().__init__(seen, request, context, exclusive=not held)
+            try:
+                super().__init__(seen, request, context, exclusive=not held)
+            except SourceInUse as error:
+                raise NotAtRest(path=seen.device.label, what=f"{_UNSEEN} ({error.fields['holders']})") from error
             self._stack.callback(self.reader.__exit__, None, None, None)
             if held:
                 _check(prepared)
@@ -179,7 +183,11 @@ class RestedSource(AtRest):
             if not self._rest.in_time:
                 raise RestVoid(path=self._prepared.device.label, reason="it was thawed at its deadline")
             # The image is good; what could not be put back must be heard of all the same.
-            left = [*self._rest.left, *([str(self._rest.hook_error)] if self._rest.hook_error else [])]
+            left = [
+                *self._rest.left,
+                *self._rest.unlike,
+                *([str(self._rest.hook_error)] if self._rest.hook_error else []),
+            ]
             notes += [*self._rest.notes, *left]
             attention = attention or bool(left)
         return Settled(settled.consistency, notes, attention)

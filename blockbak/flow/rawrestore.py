@@ -82,7 +82,8 @@ class Plan:
 @dataclass(frozen=True, slots=True)
 class Report:
     """What a restore did. ``device_bytes`` is what lies on the target now, ``unreadable`` ranges of it that are
-    zeros because they could not be read from the device that the image is of.
+    zeros because they could not be read from the device that the image is of. ``cut``: a stream without a sidecar
+    ended before its target did, and nobody knows whether there was more.
     """
 
     plan: Plan
@@ -92,11 +93,12 @@ class Report:
     root: str
     unreadable: list[Range]
     seconds: float
+    cut: bool = False
 
     @property
     def attention(self) -> bool:
         """Something a person must look at."""
-        return bool(self.unreadable)
+        return bool(self.unreadable) or self.cut
 
 
 # --- what is written ---------------------------------------------------------------------------------
@@ -474,9 +476,12 @@ def _restore_stream(
             writer.flush()
             known = content.known.cut(content.taken)
             verified = _read_back(job, shared, known, content.unread) if request.verify else 0
+    cut = target is not None and is_device and said is None and content.taken < target.size
+    if cut:
+        planned.notes.append(f"Only {content.taken} of the {planned.target_bytes} bytes of {request.target} came.")
     return Report(
         planned, content.taken, shared.written_bytes, verified, known.root, said.bad if said else [],
-        round(context.timer() - clock, 3),
+        round(context.timer() - clock, 3), cut,
     )  # fmt: skip
 
 

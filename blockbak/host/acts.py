@@ -141,7 +141,7 @@ class Acts:
             case Unexport():
                 return {"exported": (step.path, step.client) in _exported(machine.root)}
             case SwapOff():
-                return {"on": step.path in _swaps()}
+                return {"on": step.path in _swaps(), "instance": mounts.instance(step.path, System())}
             case Unmount():
                 return mounts.look(step)
             case DetachLoop():
@@ -421,7 +421,7 @@ class Acts:
         return [f"{step.path} is exported to {step.client} again."]
 
     def _swap_on(self, begun: Begun, step: SwapOff, seen: Mapping[str, Any]) -> list[str]:
-        path = self._source(step.path, step.identity)
+        path = self._source(step.path, step.identity, seen)
         said = []
         if seen.get("on") and path not in _swaps():
             priority = [f"--priority={step.priority}"] if step.priority >= 0 else []
@@ -457,7 +457,7 @@ class Acts:
         if not seen.get("count") or step.fstype == "autofs":
             return []  # what mounts by itself comes back with its unit
         said = self._mounted_by_unit(step)
-        source = self._source(step.source, step.identity) if step.source.startswith("/") else step.source
+        source = self._source(step.source, step.identity, seen) if step.source.startswith("/") else step.source
         said += mounts.mount_again(step, seen, source, self.machine.run, self.machine.run_dir)
         if seen.get("autoclear"):
             _set_autoclear(source, on=True)
@@ -478,7 +478,7 @@ class Acts:
             raise NotPutBack(what=failed[0].name, reason=f"started, it is {failed[0].state}")
         return [f"Started {one}." for one in started]
 
-    def _source(self, path: str, identity: str) -> str:
+    def _source(self, path: str, identity: str, seen: Mapping[str, Any]) -> str:
         """The device of a step by its name of now. Raises NotPutBack."""
         for one in self.begun:
             # Its number may be taken, so that it came back under another.
@@ -487,11 +487,14 @@ class Acts:
                 if node is None:
                     raise NotPutBack(what=path, reason=f"{one.step.file} is not attached to a loop device")
                 return node + path.removeprefix(one.step.node)
-        if self.boot == self.machine.boot or not identity or self.machine.find is None:
+        if not identity or self.machine.find is None:
             return path
+        if self.boot == self.machine.boot and seen.get("instance") in (None, mounts.instance(path, System())):
+            return path
+        # Another device may have its name, since the machine was started or since a disk was plugged in again.
         found = self.machine.find(identity)
         if not found:
-            raise NotPutBack(what=path, reason=f"its device ({identity}) is not there since the machine was started")
+            raise NotPutBack(what=path, reason=f"its device ({identity}) is not there any more")
         return found
 
     def _attach(self, step: DetachLoop, seen: Mapping[str, Any]) -> list[str]:

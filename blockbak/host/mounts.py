@@ -70,9 +70,20 @@ def look(step: Unmount) -> dict[str, Any]:
     return {
         "count": len(found),
         "userspace": userspace_options(found[-1]) if found else [],
+        "instance": instance(step.source, system),
         "autoclear": system.attribute(name, "loop/autoclear") == "1" if name else False,
         "folder": os.path.isdir(step.target),
     }
+
+
+def instance(path: str, system: System) -> list[int] | None:
+    """The kernel's numbers of the device that a path names: another one under the same name has others. None where
+    it names none.
+    """
+    name = system.name_at(path)
+    if not name:
+        return None
+    return [*system.device_number(name), system.number(system.whole(name), "diskseq")]
 
 
 def unmount(step: Unmount, run: Run, check: Nothing, who: Callable[[str], str], sleep: Callable[[float], None]) -> None:
@@ -163,7 +174,9 @@ def _mount_filesystem(step: Unmount, seen: dict[str, Any], source: str, target: 
         if "option" not in str(error.fields["stderr"]):
             raise
         # Something that the kernel shows and does not take: mounted without is better than not mounted.
-        plain = mounting.to_mount(step.fstype, mounting.parts(step.options)[0], seen.get("userspace", ()))
+        own, of_filesystem = mounting.parts(step.options)
+        which = [one for one in of_filesystem if one.startswith("subvolid=")]
+        plain = mounting.to_mount(step.fstype, [*own, *of_filesystem[:1], *which], seen.get("userspace", ()))
         run(_mount(of_type, plain, source, target), deadline=MOUNT_SECONDS)
         return [f"{step.target} could only be mounted without {','.join(options)}."]
     return []

@@ -18,7 +18,8 @@ from blockbak.host import device as devices
 from blockbak.host import usage
 from blockbak.host.device import Device
 from blockbak.host.proc import MountLine, parse_mountinfo, unescape
-from blockbak.host.system import System, lv_uuid, lvm_names
+from blockbak.host.system import System, lv_uuid, lvm_names, without_deleted
+from blockbak.model.mounting import parts
 from blockbak.model.scene import Export, Layer, Loop, MountPoint, Occupant, Scene, SwapArea, Unit
 
 _RUNNING = ("/", "/usr", "/etc", "/run", "/dev", "/proc", "/sys")
@@ -31,6 +32,8 @@ _PATH_ONLY = 0o10000000
 _EXPORT = re.compile(r"(\S+)\s+(\S+?)\((\S*)\)")
 _UNIX_PATH = re.compile(r"^\S+: \S+ \S+ \S+ \S+ \S+ +(\d+) (/.*)$")
 _REASONS_MOST = 8
+_UNLINKED = "//deleted"
+"""What the kernel appends to a bind mount's root that has no name any more (fs/d_path.c)."""
 
 
 def look(
@@ -74,6 +77,8 @@ def everybody(system: System | None = None) -> dict[str, tuple[str, ...]]:
     at = {line.id: system.devices_of(line) for line in lines}
     found: dict[str, dict[str, int]] = {}
     for one in _occupants(around):
+        if one.own:
+            continue
         names = set(one.nodes).union(*(at.get(number, frozenset()) for number in one.mounts))
         who = one.unit or f"{one.name} ({one.pid})"
         for below in {lower for name in names for lower in system.below(name)}:
@@ -114,8 +119,20 @@ class _Around:
         return MountPoint(
             id=line.id, parent=line.parent, device=name, target=line.target, root=line.root, fstype=line.fstype,
             source=line.source, options=line.options, writable=line.writable, number=f"{line.major}:{line.minor}",
-            identity=identity, propagation=" ".join(line.tags),
+            identity=identity, propagation=" ".join(line.tags), again=self._again(line),
+            layers=tuple(self.layers(line)),
         )  # fmt: skip
+
+    def layers(self, line: MountLine) -> Iterator[int]:
+        """The ids of the mounts that hold what a mount without a device of its own is made of."""
+        for path in usage.layers(line.fstype, line.source, line.options):
+            one = self.system.mount_of(path)
+            if one is not None and one.id != line.id:
+                yield one.id
+
+    def _again(self, line: MountLine) -> bool:
+        """Whether it can be mounted once more with what is in it: only what lies on a block device can."""
+        return bool(self.system.devices_of(line)) and not line.root.endswith(_UNLINKED)
 
     @property
     def numbers(self) -> set[tuple[int, int]]:
@@ -142,8 +159,7 @@ def _around(device: Device, system: System) -> _Around:
 def _belongs(line: MountLine, ids: set[int], around: _Around) -> bool:
     if line.parent in ids or around.own(line):
         return True
-    below = (around.system.mount_of(path) for path in usage.layers(line.fstype, line.source, line.options))
-    return any(one is not None and one.id in ids for one in below)
+    return any(one in ids for one in around.layers(line))
 
 
 def _layer(name: str, system: System) -> Layer:
@@ -165,7 +181,14 @@ def _loop(name: str, around: _Around, system: System) -> Loop:
         offset=system.number(name, "loop/offset"), size_limit=system.number(name, "loop/sizelimit"),
         sector=system.number(name, "queue/logical_block_size", 512), read_only=system.attribute(name, "ro") == "1",
         direct=system.attribute(name, "loop/dio") == "1", partitions=system.attribute(name, "loop/partscan") == "1",
+        again=_is_file_of(name, system),
     )  # fmt: skip
+
+
+def _is_file_of(loop: str, system: System) -> bool:
+    """Whether the name of a loop device's file still leads to that file."""
+    file = without_deleted(system.loops[loop])
+    return file is not None and usage.is_backing_file(loop, file, system)
 
 
 def _kept(around: _Around, kept: Mapping[str, str], system: System) -> dict[int, str]:
@@ -261,7 +284,11 @@ def _occupants(around: _Around) -> list[Occupant]:
             held = _held(pid, spaces[space], around, sockets)
         except OSError:
             continue  # over meanwhile, or a thread of the kernel's
-        if pid != os.getpid() and (held.mounts or held.nodes or held.elsewhere):
+        if pid == os.getpid():
+            # What is read here is none of its business; what it sits on, or says its words to, is.
+            held.nodes.clear()
+            held.raw_writes.clear()
+        if held.mounts or held.nodes or held.elsewhere:
             with contextlib.suppress(OSError):
                 found.append(_occupant(pid, held, family))
     return found
@@ -270,17 +297,22 @@ def _occupants(around: _Around) -> list[Occupant]:
 def _occupant(pid: int, held: _Holding, family: set[int]) -> Occupant:
     name = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
     protected = ""
-    if pid == 1:
+    if pid == os.getpid():
+        protected = "it is blockbak"
+    elif pid == 1:
         protected = "it is the first process"
     elif pid in family:
         protected = "blockbak runs under it"
+    elif os.getpgid(pid) == os.getpgrp():
+        # What takes the image out of a pipe, or the script around it.
+        protected = "it is of one job with blockbak"
     elif name in ("sshd", "sshd-session"):
         protected = "people log in by it"
     return Occupant(
         pid=pid, started=started(pid), name=name, unit=unit_of(pid), mounts=frozenset(held.mounts),
         writes=frozenset(held.writes), nodes=frozenset(held.nodes), raw_writes=frozenset(held.raw_writes),
         elsewhere=frozenset(held.elsewhere),
-        reasons=tuple(held.reasons), protected=protected,
+        reasons=tuple(held.reasons), protected=protected, own=pid == os.getpid(),
     )  # fmt: skip
 
 
@@ -314,14 +346,27 @@ def _namespace(pid: int, around: _Around) -> _Namespace:
             same = [one for one in around.lines if (one.major, one.minor) == (line.major, line.minor)]
             exact = [one for one in same if one.root == line.root]
             ours[line.id] = (exact or same)[0].id if same else 0
-    peers = {tag.partition(":")[2] for line in around.lines for tag in line.tags if tag.startswith("shared:")}
-    apart = [line for line in lines if line.id in ours and line.id not in own and not _follows(line, peers)]
-    return _Namespace({line.id: line for line in lines}, ours, apart)
+    theirs = {line.id: line for line in lines}
+    apart = [line for line in lines if line.id in ours and line.id not in own and not _follows(line, theirs, around)]
+    return _Namespace(theirs, ours, apart)
 
 
-def _follows(line: MountLine, peers: set[str]) -> bool:
-    """Whether a mount goes with one of a peer group (mount_namespaces(7))."""
-    return any(tag.partition(":")[2] in peers for tag in line.tags if tag.startswith(("shared:", "master:")))
+def _follows(line: MountLine, theirs: Mapping[int, MountLine], around: _Around) -> bool:
+    """Whether a mount in another namespace goes and comes with ours of the same place, and is the same there: with
+    our options, and nothing mounted on it but what is on ours.
+    """
+    here = {one.id: one for one in around.system.mounts}
+    same = [one for one in around.lines if (one.target, one.root) == (line.target, line.root)]
+    if not same or parts(same[-1].options)[0] != parts(line.options)[0]:
+        return False
+    # What an unmount reaches is decided by where it is mounted (mount_namespaces(7)).
+    above, over = here.get(same[-1].parent), theirs.get(line.parent)
+    groups = {tag.partition(":")[2] for tag in above.tags if tag.startswith("shared:")} if above is not None else set()
+    reached = over is not None and any(
+        tag.partition(":")[2] in groups for tag in over.tags if tag.startswith(("shared:", "master:"))
+    )
+    on_ours = {one.target for one in here.values() if one.parent == same[-1].id}
+    return reached and all(one.target in on_ours for one in theirs.values() if one.parent == line.id)
 
 
 def _sockets(around: _Around) -> dict[str, tuple[int, str]]:
@@ -397,7 +442,8 @@ def _descriptor(
     info = os.stat(path)
     if mount is not None:
         held.mounts.add(mount)
-        if writes and stat.S_ISREG(info.st_mode):
+        # A file without a name is still to be removed, and that is a write (kernel, sb_prepare_remount_readonly).
+        if stat.S_ISREG(info.st_mode) and (writes or info.st_nlink == 0):
             held.writes.add(mount)
         held.because(f"{'writes' if writes else 'has open'} {name}")
     if stat.S_ISBLK(info.st_mode) and not flags & _PATH_ONLY:

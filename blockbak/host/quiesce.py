@@ -38,8 +38,8 @@ class Rest:
 
     ``done`` are sentences on what was stopped, ``outputs`` what hooks printed (label and text), ``notes`` are for
     people. After the ``with``: ``left`` are sentences on what could not be put back (attention: the journal stays,
-    'blockbak recover' tries again), ``hook_error`` is what a hook's end said against the point, ``in_time`` is False
-    where the guardian had thawed before all was read.
+    'blockbak recover' tries again), ``unlike`` on what is back and not quite as it was, ``hook_error`` is what a
+    hook's end said against the point, ``in_time`` is False where the guardian had thawed before all was read.
     """
 
     device: str
@@ -47,6 +47,7 @@ class Rest:
     notes: list[str] = field(default_factory=list)
     outputs: list[tuple[str, str]] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
+    unlike: list[str] = field(default_factory=list)
     hook_error: HookStopped | HookFailed | None = None
     in_time: bool = True
     _acts: Acts | None = field(default=None, repr=False)
@@ -111,7 +112,7 @@ def brought_to_rest(
                 yield rest
         except BaseException as error:
             _end(acts, writer, rest, machine, say)
-            for line in (*rest.left, *([str(rest.hook_error)] if rest.hook_error else [])):
+            for line in (*rest.left, *rest.unlike, *([str(rest.hook_error)] if rest.hook_error else [])):
                 error.add_note(line)
             if rest.left:
                 error.add_note("'blockbak recover' tries again to put it back.")
@@ -146,14 +147,16 @@ def _begun_journal(
 def _do_all(steps: Sequence[Step], acts: Acts, writer: Writer, rest: Rest, stack: ExitStack) -> None:
     """Each step: looked at, noted, done."""
     numbered = list(enumerate(steps, 1))
+    # Before the first goes: others may go with it, by propagation (mount_namespaces(7)).
+    mounted = {number: acts.look(step) for number, step in numbered if isinstance(step, Unmount)}
     freezes = [(number, step) for number, step in numbered if isinstance(step, Freeze)]
-    for _, step in numbered:
+    for number, step in numbered:
         acts.check()
         if isinstance(step, Freeze) and acts.guardian is None:
             # Who thaws is there before anything is frozen.
             stack.enter_context(acts.watched(freezes))
         # What undoes it must be on disk before it is done.
-        begun = writer.begin(step, acts.look(step))
+        begun = writer.begin(step, mounted[number] if number in mounted else acts.look(step))
         try:
             said = acts.act(begun)
         except FrozenAlready:
@@ -174,7 +177,7 @@ def _end(acts: Acts, writer: Writer, rest: Rest, machine: Machine, say: Callable
     rest.hook_error = next(iter(acts.hook_errors), None)
     if not left:
         rest.left += _finish(writer, machine, acts.scratch)
-    rest.notes += [line for line in done if " quite as before" in line or " could only " in line]
+    rest.unlike += [line for line in done if " quite as before" in line or " could only " in line]
 
 
 def _undo(

@@ -156,16 +156,31 @@ def _loop_files(loop: str, system: System) -> set[tuple[int, int]]:
     The name fails where the file was deleted or lies in another namespace; the word needs permission.
     """
     found = {named} if (named := system.loop_file(loop)) else set()
+    return found | _loop_word(loop, system)
+
+
+def _loop_word(loop: str, system: System) -> set[tuple[int, int]]:
+    """The kernel's own word of a loop device's file; empty where it may not be asked."""
     if not system.has_nodes:
-        return found
-    with contextlib.suppress(OSError):
+        return set()
+    try:
         descriptor = os.open(system.node(loop), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             status = fcntl.ioctl(descriptor, _LOOP_GET_STATUS64, bytes(_LOOP_INFO64_BYTES))
         finally:
             os.close(descriptor)
-        found.add(struct.unpack_from("=QQ", status))
-    return found
+    except OSError:
+        return set()
+    return {struct.unpack_from("=QQ", status)}
+
+
+def is_backing_file(loop: str, path: str, system: System) -> bool:
+    """Whether a loop device shows the file that has this name now, and not one that had it before."""
+    try:
+        info = os.stat(path)
+    except OSError:
+        return False
+    return (info.st_dev, info.st_ino) in (_loop_word(loop, system) or {(info.st_dev, info.st_ino)})
 
 
 # --- locks -----------------------------------------------------------------------------------------------

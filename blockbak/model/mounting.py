@@ -23,17 +23,26 @@ def parts(options: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def to_mount(fstype: str, options: Sequence[str], userspace: Iterable[str] = ()) -> tuple[str, ...]:
     """The options of a new mount of a file system. Where only the mount is read-only, ``to_bind`` comes after it."""
     own, of_filesystem = parts(options)
-    flags = [one for one in own if one not in ("rw", "ro")]
+    flags = [one for one in (*own, *_access_times(own)) if one not in ("rw", "ro")]
     shown = [one for one in of_filesystem if one not in _ONLY_SHOWN]
     if fstype.startswith("fuse"):
         shown = [one for one in shown if not one.startswith(_ONLY_SHOWN_BY_FUSE)]
+    if any(one.startswith("subvolid=") for one in shown):
+        # It is enough, and a name with a comma could not be told.
+        shown = [one for one in shown if not one.startswith("subvol=")]
     kept = [one for one in userspace if one != "loop" and not one.startswith(_OF_LIBMOUNT[1:])]
     return tuple(dict.fromkeys([*(shown or own[:1]), *flags, *kept]))
 
 
 def to_bind(options: Sequence[str]) -> tuple[str, ...]:
     """The options that make a mount's own flags exactly these."""
-    return ("remount", "bind", *parts(options)[0])
+    own = parts(options)[0]
+    return ("remount", "bind", *own, *_access_times(own))
+
+
+def _access_times(own: Sequence[str]) -> tuple[str, ...]:
+    """What the kernel shows by showing nothing (proc_namespace.c, show_mnt_opts)."""
+    return () if {"relatime", "noatime"} & set(own) else ("strictatime",)
 
 
 def differences(before: Sequence[str], after: Sequence[str]) -> list[str]:

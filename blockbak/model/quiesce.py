@@ -285,7 +285,12 @@ def _processes(scene: Scene, options: RestOptions, stopped: set[str]) -> tuple[l
 def _staying(scene: Scene, left: Iterable[Occupant], blocked: list[Blocked]) -> set[int]:
     """The mounts that cannot be taken off, by id: busy, or holding what must go on; and those they stand on."""
     stays = {number for one in left for number in one.mounts}
+    # Memory, other machines' files, a file without a name: once taken off, what is in there is gone.
+    stays |= {one.id for one in scene.mounts if not one.again} | {one.mount for one in scene.loops if not one.again}
     for one in scene.mounts:
+        if one.is_own and one.fstype.startswith("fuse"):
+            why = "a program serves it, which could not be started again as it was"
+            blocked.append(Blocked(one.target, why, "unmount it first"))
         if one.id in scene.kept:
             stays.add(one.id)
             blocked.append(Blocked(f"{one.target}", f"it holds {scene.kept[one.id]}", _kept_advice(one, scene)))
@@ -295,7 +300,11 @@ def _staying(scene: Scene, left: Iterable[Occupant], blocked: list[Blocked]) -> 
     while pending:
         one = pending.pop()
         # What it is mounted on, and, where it lies on a loop device, the mount of that device's file.
-        for lower in (one.parent, *(loops[name] for name in _loops_below(one.device, scene) if name in loops)):
+        for lower in (
+            one.parent,
+            *one.layers,
+            *(loops[name] for name in _loops_below(one.device, scene) if name in loops),
+        ):
             if lower in known and lower not in stays:
                 stays.add(lower)
                 pending.append(known[lower])
@@ -344,6 +353,10 @@ def _still(
         if one.number == mount.number:
             staying[one.target] = "read-only"
     if not mount.writable:
+        return
+    if any(one.own and one.writes & same for one in left):
+        # It would hang at its next word, and nobody would be there to thaw it.
+        blocked.append(Blocked(mount.target, "blockbak itself writes there", "send its output elsewhere"))
         return
     writers = [str(one) for one in left if one.writes & same]
     writers += [f"{one.node} over {one.file}" for one in scene.loops if one.mount in same and not one.read_only]

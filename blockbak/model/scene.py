@@ -11,7 +11,8 @@ class MountPoint:
     """A mount that is to go. ``device`` is the kernel name of what it lies on, empty where that is none of the
     device's (something mounted on top). ``root`` is what of the file system is seen, ``options`` are the mount's
     and the file system's, ``writable`` says whether the file system itself takes writes. ``identity`` is how the
-    source is found again after the machine was started anew.
+    source is found again after the machine was started anew. Not ``again``: it could not be mounted once more, or not
+    with what is in it. ``layers`` are ids of mounts whose files it shows (overlay).
     """
 
     id: int
@@ -26,6 +27,8 @@ class MountPoint:
     number: str
     identity: str = ""
     propagation: str = ""
+    again: bool = True
+    layers: tuple[int, ...] = ()
 
     @property
     def is_own(self) -> bool:
@@ -49,7 +52,9 @@ class SwapArea:
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """A loop device over a file of the mount ``mount``, with all that ``losetup`` needs to make it anew."""
+    """A loop device over a file of the mount ``mount``, with all that ``losetup`` needs to make it anew; not ``again``
+    where that could not be, for the file has lost its name.
+    """
 
     name: str
     node: str
@@ -61,6 +66,7 @@ class Loop:
     read_only: bool = False
     direct: bool = False
     partitions: bool = False
+    again: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +84,7 @@ class Occupant:
     """A process that keeps mounts or nodes busy. ``started`` (clock ticks since boot) tells it from a later one of
     its number. ``mounts`` are ids of mounts, ``writes`` those it has files open for writing on, ``nodes`` are
     devices it has open, ``raw_writes`` those of them for writing. ``elsewhere`` is where its own mount namespace, and
-    not ours, has file systems of the device mounted. ``reasons`` are for people.
+    not ours, has file systems of the device mounted. ``own`` is blockbak itself. ``reasons`` are for people.
     """
 
     pid: int
@@ -92,6 +98,7 @@ class Occupant:
     elsewhere: frozenset[str] = frozenset()
     reasons: tuple[str, ...] = ()
     protected: str = ""
+    own: bool = False
 
     def __str__(self) -> str:
         where = f" of {self.unit}" if self.unit else ""

@@ -240,9 +240,11 @@ LOCKERS = {
 @contextlib.contextmanager
 def other_process(code, *argv):
     """A Python of its own that runs ``code`` up to where it waits for its input to end; its pid."""
+    # Not of one job with whatever the test runs.
     with subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, argv)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
+        [sys.executable, "-c", code, *map(str, argv)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as other:  # fmt: skip
         assert other.stdout.readline() == "ready\n"
         try:
             yield other.pid

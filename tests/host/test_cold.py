@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.host.stage import MIB, Oracle, mounted, other_process, sha
+from tests.host.stage import MIB, Oracle, attached, mounted, other_process, run, settle, sha
 
 SIZE = 48 * MIB
 
@@ -105,6 +105,58 @@ def test_what_holds_the_repository_or_the_image_stays(srv, program, tmp_path):
     with mounted(beside, where / "images", "--bind"), nothing_changes(disk):
         error = program("cold", disk, where / "images" / "x.img", expect=5).error
         assert (error["name"], "the image" in error["message"]) == ("CannotRest", True)
+
+
+def test_mounts_that_go_by_propagation_come_back_with_their_own_flags(loop, program, tmp_path):
+    """A bind mount that is read-only in one place and not in the other, of which one goes with the other."""
+    disk = loop(SIZE)
+    run("mkfs.ext4", "-q", disk)
+    first, second = tmp_path / "first", tmp_path / "second"
+    with mounted("shared", first, "-t", "tmpfs"):
+        run("mount", "--make-shared", first)
+        with mounted(first, second, "--bind"), mounted(disk, first / "x"):
+            (first / "x" / "sub").mkdir()
+            with mounted(first / "x" / "sub", first / "b", "--bind"):
+                run("mount", "-o", "remount,bind,ro,noexec", first / "b")
+                with nothing_changes(disk):
+                    assert program.backup(disk, "--mode", "cold")["consistency"] == "cold"
+
+
+def test_a_subvolume_whose_name_has_a_comma_comes_back(loop, program, tmp_path):
+    disk = loop(128 * MIB)
+    run("mkfs.btrfs", "-q", disk)
+    where = tmp_path / "where"
+    with mounted(disk, where):
+        run("btrfs", "subvolume", "create", where / "a,b c")
+    with mounted(disk, where, "-o", "subvolid=256,noatime"), nothing_changes(disk):
+        (where / "file").touch()
+        program.backup(disk, "--mode", "cold")
+        assert (where / "file").exists()
+
+
+def test_another_device_under_the_same_node_is_not_mounted_in_its_place(loop, program, tmp_path):
+    """A disk that was unplugged after blockbak was killed, and another one that came under its name."""
+    where, image, other = tmp_path / "where", tmp_path / "disk.img", tmp_path / "other.img"
+    for file in (image, other):
+        file.touch()
+        os.truncate(file, SIZE)
+        run("mkfs.ext4", "-q", file)
+    where.mkdir()
+    with attached(image) as node:
+        run("mount", node, where)
+        argv = [sys.executable, "-m", "blockbak", "cold", "--limit", "2M", node, str(tmp_path / "out.img")]
+        env = {**os.environ, "BLOCKBAK_STATE_DIR": str(program.state), "BLOCKBAK_RUN_DIR": str(tmp_path / "run")}
+        with subprocess.Popen(argv, env=env, stderr=subprocess.DEVNULL) as killed:
+            assert settle(lambda: not where.is_mount() and (tmp_path / "out.img.partial").exists(), 30)
+            killed.kill()
+    with attached(other, node=node):
+        left = program("recover", "--machine", expect=3).document["left"]
+        assert any("is not there any more" in line for line in left), left
+        assert not where.is_mount()
+    with attached(image):
+        program("recover", "--machine")
+        assert where.is_mount()
+        run("umount", where)
 
 
 def test_an_idle_device_needs_no_rest(loop, program, seed):

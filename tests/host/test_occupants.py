@@ -22,7 +22,9 @@ def python(code, *words, prefix=()):
     """A process that does something, says so, and stays until it is let go; its pid."""
     code = f"import os, sys; {code}; print('ready', flush=True); sys.stdin.read()"
     argv = [*prefix, sys.executable, "-c", code, *map(str, words)]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         assert process.stdout.readline() == "ready\n"
         try:
             yield process.pid
@@ -93,18 +95,115 @@ def test_a_raw_node_that_is_open_is_seen(loop, flags, writes):
         assert bool(plan(found, RestOptions()).blocked) is writes
 
 
-def test_a_bind_mount_and_what_is_mounted_on_top_belong_to_it(srv, tmp_path):
+def steps(disk):
+    made = plan(scene(disk), RestOptions())
+    assert made.blocked == ()
+    return [str(step) for step in made.steps]
+
+
+def test_a_bind_mount_and_what_is_mounted_on_top_belong_to_it(srv, tmp_path, loop):
     disk, where = srv
     (where / "sub").mkdir()
-    (where / "top").mkdir()
+    other = loop(16 * MIB)
+    run("mkfs.ext4", "-q", other)
     bound, top = tmp_path / "bound", where / "top"
-    with mounted(where / "sub", bound, "--bind"), mounted("scratch", top, "-t", "tmpfs"):
+    with mounted(where / "sub", bound, "--bind"), mounted(other, top):
         made = plan(scene(disk), RestOptions())
-    assert made.blocked == ()
-    off = {step.target: step for step in made.steps}
-    assert list(off)[-1] == str(where)
-    assert off[str(bound)].origin == str(where / "sub")
-    assert off[str(top)].fstype == "tmpfs"
+    assert [str(step) for step in made.steps] == [f"unmount {one}" for one in (top, bound, where)]
+    assert {step.target: step.origin for step in made.steps}[str(bound)] == str(where / "sub")
+
+
+@pytest.mark.parametrize("what", [("scratch", "-t", "tmpfs"), ("/dev/pts", "--bind"), ("none", "-t", "proc")])
+def test_what_could_not_be_mounted_with_its_content_again_stays(srv, what):
+    """What is in memory would be gone: nothing is taken off, and the file system below takes no writes."""
+    disk, where = srv
+    source, *options = what
+    with mounted(source, where / "top", *options):
+        assert steps(disk) == [f"remount {where} read-only"]
+
+
+def test_a_file_without_a_name_is_not_let_go_of(srv, tmp_path):
+    disk, where = srv
+    (where / "gone").write_text("only here")
+    (tmp_path / "seen").touch()
+    run("mount", "--bind", where / "gone", tmp_path / "seen")
+    try:
+        (where / "gone").unlink()
+        assert steps(disk) == [f"unmount {where}", f"remount {tmp_path / 'seen'} read-only"]
+    finally:
+        run("umount", tmp_path / "seen")
+    image = where / "inner.img"
+    image.touch()
+    os.truncate(image, 16 * MIB)
+    with attached(image) as inner:
+        image.unlink()
+        image.write_bytes(b"another file of that name")
+        (blocked,) = plan(scene(disk), RestOptions()).blocked
+        assert inner in blocked.why
+
+
+def test_an_overlay_keeps_what_it_is_made_of(srv, tmp_path):
+    disk, where = srv
+    for name in ("lower", "upper", "work"):
+        (where / name).mkdir()
+    layers = ",".join(f"{key}={where / name}" for key, name in
+                      (("lowerdir", "lower"), ("upperdir", "upper"), ("workdir", "work")))  # fmt: skip
+    with mounted("overlay", tmp_path / "merged", "-t", "overlay", "-o", layers):
+        assert steps(disk) == [f"remount {where} read-only"]
+
+
+def test_blockbak_does_not_freeze_what_it_writes_to(srv):
+    disk, where = srv
+    with (where / "log").open("w"):
+        (blocked,) = plan(scene(disk), RestOptions(freeze=True, kill=True, stop_users=True)).blocked
+    assert "blockbak itself" in blocked.why
+
+
+def test_a_file_without_a_name_that_is_only_read_is_a_write_to_come(srv):
+    disk, where = srv
+    (where / "f").touch()
+    with python("f = open(sys.argv[1] + '/f'); os.unlink(sys.argv[1] + '/f')", where) as pid:
+        assert occupant(scene(disk), pid).writes
+
+
+def test_what_takes_the_image_out_of_a_pipe_is_not_ended(srv):
+    disk, where = srv
+    with subprocess.Popen(["sleep", "100"], cwd=where) as beside:
+        try:
+            assert "job" in occupant(scene(disk), beside.pid).protected
+        finally:
+            beside.kill()
+
+
+UNSHARED = ("unshare", "--mount", "--propagation", "slave")
+
+
+@pytest.mark.parametrize("how", ["remount,bind,ro", "", "--bind elsewhere"])
+def test_a_service_that_sees_it_otherwise_keeps_it(srv, tmp_path, how):
+    """What systemd makes of ProtectHome= and the like: it would not come back as it was."""
+    disk, where = srv
+    outside = tmp_path / "shared"
+    (tmp_path / "container").mkdir()
+    with mounted("shared", outside, "-t", "tmpfs"):
+        run("mount", "--make-shared", outside)
+        with mounted(disk, outside / "there"):
+            command = {
+                "": "['true']",
+                "remount,bind,ro": f"['mount', '-o', 'remount,bind,ro', {str(outside / 'there')!r}]",
+                "--bind elsewhere": f"['mount', '--bind', {str(outside / 'there')!r}, {str(tmp_path / 'container')!r}]",
+            }[how]
+            code = f"import subprocess; subprocess.run({command}, check=True)"
+            run("umount", where)
+            with python(code, prefix=UNSHARED) as pid:
+                found = scene(disk)
+                made = plan(found, RestOptions())
+                if not how:
+                    assert [str(step) for step in made.steps] == [f"unmount {outside / 'there'}"]
+                    assert pid not in {one.pid for one in found.occupants}
+                else:
+                    assert [str(step) for step in made.steps] == [f"remount {outside / 'there'} read-only"]
+                    assert any("mount namespace of its own" in reason for reason in occupant(found, pid).reasons)
+            run("mount", disk, where)
 
 
 def test_a_loop_device_on_a_file_of_it_belongs_to_it(srv, tmp_path):

@@ -447,7 +447,7 @@ def test_what_is_started_with_a_unit_and_did_not_run_is_told(stage):
     with stage.resting(steps=[StopUnits(("db.service",), ("db.service",))]) as rest:
         pass
     assert stage.systemd.states() == {"db.service": "active", "extra.service": "active"}
-    assert [note for note in rest.notes if "extra.service" in note]
+    assert [line for line in rest.unlike if "extra.service" in line]
 
 
 def test_nothing_is_started_on_an_empty_directory(stage):
@@ -776,7 +776,7 @@ def test_after_another_boot_devices_are_found_by_what_they_are(stage):
         os.unlink("/dev/old-name")
     missing = stage.machine(boot="another", find=lambda _: "")
     outcome = stage.put_back(missing)
-    assert any("is not there since" in line for line in outcome.left)
+    assert any("is not there any more" in line for line in outcome.left)
     found = stage.machine(boot="another", find={step.identity: device}.get)
     assert stage.put_back(found).left == []
     assert stage.picture() == before

@@ -121,6 +121,14 @@ def test_the_root_disk_is_told_the_ways_that_work():
     assert "hot" in made.blocked[0].advice
 
 
+def test_what_a_program_serves_is_not_taken_off():
+    """Nobody knows how it was started; and ended with its program, it would not come back."""
+    scene = replace(DISK, mounts=(mount(10, "/srv", fstype="fuseblk"),))
+    for asked in (NOTHING, RestOptions(kill=True, freeze=True, stop_users=True)):
+        (blocked,) = plan(scene, asked).blocked
+        assert (blocked.what, "program" in blocked.why) == ("/srv", True)
+
+
 # --- processes and units ------------------------------------------------------------------------------------
 
 

@@ -86,7 +86,9 @@ def sitting(where: Path, code: str = "pass", prefix: tuple[str, ...] = ()) -> It
     """A process whose working directory is ``where``."""
     text = f"import os, sys; {code}; print('ready', flush=True); sys.stdin.read()"
     argv = [*prefix, sys.executable, "-c", text]
-    with subprocess.Popen(argv, cwd=where, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        argv, cwd=where, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         try:
