@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from blockbak.host import bootunit
 from tests.conftest import Loop
 from tests.vm.cluster import PROGRAMS, by_server
 from tests.vm.conftest import LIMIT_SECONDS, MIB, Blockbak, run
@@ -392,3 +394,90 @@ def test_unreadable_sectors_are_named_and_read_again_once_they_can_be(loop, repo
         assert difference(fingerprint(target), held) is None
     finally:
         run("dmsetup", "remove", "--retry", name)
+
+
+# --- the machine is switched off meanwhile ------------------------------------------------------------------
+
+WISH = Path("/var/tmp/blockbak-boot")
+KEPT = Path("/srv/spare/cold")
+"""On the disk that outlives the boot."""
+LASTING = Path("/etc/systemd/system")
+ATTACH = "blockbaktest-attach.service"
+
+
+def of_kept() -> dict[str, object]:
+    """What of the disk is in use: its mount, its swap's priority, its service. Its node may have another number."""
+    now = state(KEPT)
+    mounts = [
+        (target, root, fstype, sorted(own), sorted(its)) for target, _, root, fstype, _, own, its, _ in now["mounts"]
+    ]
+    return {
+        "mounts": mounts,
+        "priorities": [line.split()[1] for line in now["swaps"] if "/loop" in line],
+        "units": [name for name in now["units"] if name != ATTACH],
+    }  # fmt: skip
+
+
+@pytest.mark.before_boot
+def test_the_machine_goes_off_while_a_disk_is_at_rest(run_blockbak):
+    KEPT.mkdir()
+    image = KEPT / "disk"
+    with image.open("xb") as made:
+        made.truncate(40 * MIB)
+    run("sgdisk", "-n", "1:0:+24M", "-n", "2:0:0", image)
+    node = run("losetup", "--find", "--show", "--partscan", image)
+    run("udevadm", "settle")
+    run("mkfs.ext4", "-q", "-F", f"{node}p1")
+    run("mkswap", f"{node}p2")
+    where = KEPT / "mounted"
+    where.mkdir()
+    run("mount", "-o", "noatime,nodev", f"{node}p1", where)
+    run("swapon", "-p", 7, f"{node}p2")
+    # It runs now, and nothing but whoever stopped it would start it at boot.
+    text = f"[Service]\nWorkingDirectory={where}\nExecStart=/bin/sleep infinity\n"
+    (LASTING / SERVICE).write_text(text)
+    run_blockbak.exported["BLOCKBAK_STATE_DIR"] = str(KEPT / "state")
+    mender = bootunit.name_for(str(KEPT / "state"))
+    # A disk of iron is there at boot; this one has to be attached, and under another number.
+    attach = (
+        f"[Unit]\nBefore={mender}\nRequiresMountsFor={KEPT}\n"
+        f"[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/sbin/losetup --partscan /dev/loop17 {image}\n"
+        "ExecStart=/bin/udevadm settle\n[Install]\nWantedBy=multi-user.target\n"
+    )
+    (LASTING / ATTACH).write_text(attach)
+    run("systemctl", "daemon-reload")
+    run("systemctl", "enable", "--quiet", ATTACH)
+    run("systemctl", "start", SERVICE)
+    (KEPT / "before.json").write_text(json.dumps(of_kept()))
+    run_blockbak("init", KEPT / "repository")
+    words = ("-r", KEPT / "repository", *COLD, "--stop-users", "--limit", "1M", node)
+    with start(run_blockbak, *words) as running:
+        running.until("it reads the disk", lambda: reads(running.pid, node))
+        os.kill(running.pid, signal.SIGKILL)
+    assert of_kept() == {"mounts": [], "priorities": [], "units": []}
+    assert (LASTING / mender).exists()
+    WISH.touch()
+
+
+@pytest.mark.after_boot
+def test_what_was_at_rest_is_put_back_at_boot(run_blockbak):
+    run_blockbak.exported["BLOCKBAK_STATE_DIR"] = str(KEPT / "state")
+    mender = bootunit.name_for(str(KEPT / "state"))
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while (LASTING / mender).exists():
+        assert time.monotonic() < deadline, run("journalctl", "--no-pager", "--unit", mender)
+        time.sleep(1)
+    assert of_kept() == json.loads((KEPT / "before.json").read_text()), run(
+        "journalctl", "--no-pager", "--unit", mender
+    )
+    assert run("findmnt", "-n", "-o", "SOURCE", KEPT / "mounted") == "/dev/loop17p1"
+    assert run_blockbak.json("recover", "--machine") == {"done": [], "left": [], "adopted": []}
+    run("systemctl", "stop", SERVICE)
+    run("swapoff", "/dev/loop17p2")
+    run("umount", KEPT / "mounted")
+    run("losetup", "--detach", "/dev/loop17")
+    run("systemctl", "disable", "--quiet", ATTACH)
+    for name in (SERVICE, ATTACH):
+        (LASTING / name).unlink()
+    run("systemctl", "daemon-reload")
+    shutil.rmtree(KEPT)
