@@ -18,6 +18,7 @@ import pytest
 from blockbak.errors import TargetExists
 from blockbak.flow import backup, delete, recover, restore, synthesize, verify
 from blockbak.flow.context import Context
+from blockbak.host.blockio import is_marked
 from blockbak.host.kernel import Kernel
 from blockbak.model.chain import plan, points
 from blockbak.repository import local
@@ -326,8 +327,8 @@ def _restore(name: str, fresh: Callable[[Scene], object], *, overwrite: bool = T
             # It has its name, so it is whole: only its directory may not have been flushed.
             _restored(scene)
             scene.target.unlink()
-        elif not overwrite and scene.partial.exists():
-            # A killed run left it, but it might be somebody's: it was not named, so it is not overwritten unasked.
+        elif not overwrite and scene.partial.exists() and not is_marked(str(scene.partial)):
+            # Nothing says that a killed run left it: it was not named, so it is not overwritten unasked.
             before = scene.partial.read_bytes()
             with pytest.raises(TargetExists):
                 restore.restore(repository, request, world)
