@@ -76,7 +76,7 @@ def prepare(device: Device, options: RestOptions, keep: dict[str, str], context:
 
 def _is_planned(one: Blocked, made: Plan) -> bool:
     """Whether it is a loop device that the plan detaches."""
-    return any(isinstance(step, plans.DetachLoop) and step.node in one.why for step in made.steps)
+    return any(isinstance(step, plans.DetachLoop) and step.node in one.why.split() for step in made.steps)
 
 
 def _scene(device: Device, options: RestOptions, keep: dict[str, str]) -> Scene:
