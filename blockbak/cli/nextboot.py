@@ -19,8 +19,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def options(function: F) -> F:
     """The options of ``--at-next-boot``."""
-    from blockbak.model.nextboot import LIMIT_SECONDS
-
     for option in reversed(
         (
             click.option(
@@ -35,7 +33,7 @@ def options(function: F) -> F:
                 type=click.IntRange(min=1),
                 metavar="SECONDS",
                 help="With --at-next-boot: after this the system starts, whatever happens, and no point is made "
-                f"[{LIMIT_SECONDS}].",
+                "[an hour].",
             ),
             click.option(
                 "--name",
