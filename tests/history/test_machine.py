@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from blockbak.errors import NoUsableParent, PointNeeded
+from blockbak.errors import NothingToMerge, NoUsableParent, PointNeeded
 from blockbak.flow import backup, delete, recover, restore, synthesize, verify
 from blockbak.flow.context import Context
 from blockbak.host.kernel import Kernel
@@ -161,7 +161,7 @@ class Histories(RuleBasedStateMachine):
         point = data.draw(st.sampled_from(self.points()))
         try:
             made = synthesize.synthesize(self.repository, VOLUME, self.world, at=point.id, kind=kind)
-        except NoUsableParent:
+        except NothingToMerge:
             assert kind == "differential"
             return
         assert made.point.kind == kind

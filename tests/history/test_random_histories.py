@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import pyzstd
 
-from blockbak.errors import NoUsableParent, PointNeeded
+from blockbak.errors import NothingToMerge, NoUsableParent, PointNeeded
 from blockbak.flow import backup, delete, recover, restore, synthesize, verify
 from blockbak.model.chain import Point
 from blockbak.units import KIB, MIB
@@ -89,7 +89,7 @@ class History:
         compress = self.dice.choice(["none", "zstd"])
         try:
             synthesize.synthesize(self.repository, NAME, self.world, at=point, kind=kind, compress=compress)
-        except NoUsableParent:
+        except NothingToMerge:
             assert kind == "differential"
 
     def delete(self) -> None:
