@@ -400,8 +400,8 @@ def test_unreadable_sectors_are_named_and_read_again_once_they_can_be(loop, repo
 # --- the machine is switched off meanwhile ------------------------------------------------------------------
 
 WISH = Path("/var/tmp/blockbak-boot")
-KEPT = Path("/srv/spare/cold")
-"""On the disk that outlives the boot."""
+KEPT = Path("/tmp/blockbak-cold")
+"""On the disk that nothing of the system lies on, and that is there after the boot."""
 LASTING = Path("/etc/systemd/system")
 ATTACH = "blockbaktest-attach.service"
 
