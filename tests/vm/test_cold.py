@@ -410,7 +410,7 @@ def of_kept() -> dict[str, object]:
     """What of the disk is in use: its mount, its swap's priority, its service. Its node may have another number."""
     now = state(KEPT)
     mounts = [
-        (target, root, fstype, sorted(own), sorted(its)) for target, _, root, fstype, _, own, its, _ in now["mounts"]
+        [target, root, fstype, sorted(own), sorted(its)] for target, _, root, fstype, _, own, its, _ in now["mounts"]
     ]
     return {
         "mounts": mounts,
