@@ -207,11 +207,11 @@ _LOOP_CTL_ADD, _LOOP_CTL_REMOVE = 0x4C80, 0x4C81
 
 
 @contextlib.contextmanager
-def spare_node():
-    """A loop node without a file, of a number that ``losetup --find`` comes to last."""
+def spare_node(numbers=None):
+    """A loop node without a file, of the first free of ``numbers``: of those that ``losetup --find`` comes to last."""
     control = os.open("/dev/loop-control", os.O_RDWR)
     try:
-        for number in itertools.count(1000 + os.getpid() % 1000):
+        for number in numbers or itertools.count(1000 + os.getpid() % 1000):
             try:
                 fcntl.ioctl(control, _LOOP_CTL_ADD, number)
                 break

@@ -4,13 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.host.stage import MIB, Oracle, attached, mounted, other_process, run, settle, sha
+from tests.host.stage import MIB, Oracle, attached, mounted, other_process, run, settle, sha, spare_node
 
 SIZE = 48 * MIB
 
@@ -157,6 +157,34 @@ def test_another_device_under_the_same_node_is_not_mounted_in_its_place(loop, pr
         program("recover", "--machine")
         assert where.is_mount()
         run("umount", where)
+
+
+def test_a_file_system_that_a_program_serves_is_refused_even_with_leave_to_end_it(loop, program, tmp_path):
+    disk = loop(SIZE)
+    run("mkfs.ntfs", "-Q", "-F", disk)
+    # mount.ntfs-3g unmounts when it is told to end, and what mounted it is nobody's to start again.
+    with mounted(disk, tmp_path / "where", "-t", "ntfs-3g"), nothing_changes(disk):
+        for words in ((), ("--kill",)):
+            error = program("cold", *words, disk, tmp_path / "x.img", expect=5).error
+            assert error["name"] == "CannotRest"
+            assert "a program serves it" in error["message"]
+        assert not (tmp_path / "x.img").exists()
+
+
+def test_a_loop_device_is_not_taken_for_one_whose_name_begins_like_it(srv, program, tmp_path):
+    disk, where = srv
+    (where / "disk").write_bytes(bytes(MIB))
+    with ExitStack() as undo:
+        short = undo.enter_context(spare_node())
+        first = 10 * int(short.removeprefix("/dev/loop"))
+        longer = undo.enter_context(spare_node(range(first, first + 10)))
+        undo.enter_context(attached(where / "disk", node=short))
+        told = program("cold", "--dry-run", disk, tmp_path / "x.img").document["plan"]["rest"]
+        assert told[0] == f"1. detach {short} from {where / 'disk'}"
+        with attached(disk, node=longer), nothing_changes(disk):
+            error = program("cold", disk, tmp_path / "x.img", expect=5).error
+            assert (error["name"], longer in error["message"]) == ("CannotRest", True)
+        program("cold", disk, tmp_path / "x.img")
 
 
 def test_an_idle_device_needs_no_rest(loop, program, seed):

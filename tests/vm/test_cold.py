@@ -273,9 +273,7 @@ def test_killed_at_each_step_all_is_put_back(stage, repository, run_blockbak, tm
             now = state(made.place)
             assert now == before, (program, word, after, told)
         # While it reads, and this time it is the next run that puts it back.
-        with start(run_blockbak, *words) as running:
-            running.until("it reads the disk", lambda: reads(running.pid, made.disk.path))
-            os.kill(running.pid, signal.SIGKILL)
+        killed_reading(run_blockbak, *words)
         assert state(made.place) != before
         (point,) = run_blockbak.json(*words)["points"]
         assert point["consistency"] == "cold"
@@ -403,82 +401,150 @@ WISH = Path("/var/tmp/blockbak-boot")
 KEPT = Path("/tmp/blockbak-cold")
 """On the disk that nothing of the system lies on, and that is there after the boot."""
 LASTING = Path("/etc/systemd/system")
-ATTACH = "blockbaktest-attach.service"
+
+READING = ("", "", False)
+# A boot under emulation takes minutes, so all moments share one, each with a disk of its own; a soak has them all.
+MOMENTS = [READING]
+if os.environ.get("BLOCKBAK_SOAK"):
+    MOMENTS += [(program, word, after) for program, word in STEPS for after in (False, True)]
 
 
-def of_kept() -> dict[str, object]:
-    """What of the disk is in use: its mount, its swap's priority, its service. Its node may have another number."""
-    now = state(KEPT)
-    mounts = [
-        [target, root, fstype, sorted(own), sorted(its)] for target, _, root, fstype, _, own, its, _ in now["mounts"]
-    ]
-    return {
-        "mounts": mounts,
-        "priorities": [line.split()[1] for line in now["swaps"] if "/loop" in line],
-        "units": [name for name in now["units"] if name != ATTACH],
-    }  # fmt: skip
+@dataclass(frozen=True)
+class Kept:
+    """One disk that is there after the boot, under another number; its state directory and its repository."""
+
+    number: int
+
+    @property
+    def place(self) -> Path:
+        return KEPT / f"{self.number:02}"
+
+    @property
+    def mender(self) -> str:
+        return bootunit.name_for(str(self.place / "state"))
+
+    @property
+    def service(self) -> str:
+        return f"blockbaktest-kept{self.number:02}.service"
+
+    @property
+    def attach(self) -> str:
+        return f"blockbaktest-attach{self.number:02}.service"
+
+    @property
+    def group(self) -> str:
+        return f"bbkept{self.number:02}"
+
+    @property
+    def later(self) -> str:
+        return f"/dev/loop{40 + self.number}"
+
+    def own(self, run_blockbak: Blockbak) -> None:
+        run_blockbak.exported["BLOCKBAK_STATE_DIR"] = str(self.place / "state")
+
+    def state(self) -> dict[str, object]:
+        """What of the disk is in use: mounts, its swap's priority, its service, its volume."""
+        now = state(self.place)
+        nodes = run("lsblk", "--noheadings", "--raw", "--paths", "--output", "NAME", *self.disks()).split()
+        priorities = [line.split()[1] for line in now["swaps"] if line.split()[0] in nodes]
+        mounts = [
+            [target, root, fstype, sorted(own), sorted(its)]
+            for target, _, root, fstype, _, own, its, _ in now["mounts"]
+        ]
+        return {
+            "mounts": mounts,
+            "priorities": priorities,
+            "units": [name for name in now["units"] if name == self.service],
+            "volumes": [name for name in now["volumes"] if name.startswith(self.group)],
+        }
+
+    def disks(self) -> list[str]:
+        return run("losetup", "--noheadings", "--output", "NAME", "--associated", self.place / "disk").split()
+
+    def set_up(self) -> str:
+        self.place.mkdir()
+        image = self.place / "disk"
+        with image.open("xb") as made:
+            made.truncate(56 * MIB)
+        run("sgdisk", "-n", "1:0:+16M", "-n", "2:0:+8M", "-n", "3:0:0", image)
+        node = run("losetup", "--find", "--show", "--partscan", image)
+        run("udevadm", "settle")
+        run("mkfs.ext4", "-q", "-F", f"{node}p1")
+        run("mkswap", f"{node}p2")
+        run("vgcreate", "--quiet", "--yes", self.group, f"{node}p3")
+        run("lvcreate", "--quiet", "--yes", "-n", "data", "-L", "12M", self.group)
+        run("mkfs.ext4", "-q", "-F", f"/dev/{self.group}/data")
+        for what, name, options in ((f"{node}p1", "a", "noatime,nodev"), (f"/dev/{self.group}/data", "db", "sync")):
+            (self.place / name).mkdir()
+            run("mount", "-o", options, what, self.place / name)
+        run("swapon", "-p", 7, f"{node}p2")
+        # It runs now, and nothing but whoever stopped it would start it at boot.
+        text = f"[Service]\nWorkingDirectory={self.place}/a\nExecStart=/bin/sleep infinity\n"
+        (LASTING / self.service).write_text(text)
+        # A disk of iron is there at boot; this one has to be attached.
+        attach = (
+            f"[Unit]\nBefore={self.mender}\nRequiresMountsFor={KEPT}\n"
+            f"[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/sbin/losetup --partscan {self.later} {image}\n"
+            "ExecStart=/bin/udevadm settle\n[Install]\nWantedBy=multi-user.target\n"
+        )
+        (LASTING / self.attach).write_text(attach)
+        run("systemctl", "daemon-reload")
+        run("systemctl", "enable", "--quiet", self.attach)
+        run("systemctl", "start", self.service)
+        return node
+
+    def take_down(self) -> None:
+        run("systemctl", "stop", self.service)
+        run("swapoff", f"{self.later}p2")
+        for name in ("a", "db"):
+            run("umount", self.place / name)
+        run("vgchange", "--quiet", "--activate", "n", self.group)
+        run("losetup", "--detach", self.later)
+        run("systemctl", "disable", "--quiet", self.attach)
+        for name in (self.service, self.attach):
+            (LASTING / name).unlink()
+
+
+def killed_reading(blockbak: Blockbak, *words: object) -> None:
+    """A cold run of the last word's device that is killed once the device is read."""
+    with start(blockbak, *words) as running:
+        running.until("it reads the disk", lambda: reads(running.pid, str(words[-1])))
+        os.kill(running.pid, signal.SIGKILL)
 
 
 @pytest.mark.before_boot
-def test_the_machine_goes_off_while_a_disk_is_at_rest(run_blockbak):
+def test_the_machine_goes_off_while_disks_are_at_rest(run_blockbak, tmp_path):
     KEPT.mkdir()
-    image = KEPT / "disk"
-    with image.open("xb") as made:
-        made.truncate(40 * MIB)
-    run("sgdisk", "-n", "1:0:+24M", "-n", "2:0:0", image)
-    node = run("losetup", "--find", "--show", "--partscan", image)
-    run("udevadm", "settle")
-    run("mkfs.ext4", "-q", "-F", f"{node}p1")
-    run("mkswap", f"{node}p2")
-    where = KEPT / "mounted"
-    where.mkdir()
-    run("mount", "-o", "noatime,nodev", f"{node}p1", where)
-    run("swapon", "-p", 7, f"{node}p2")
-    # It runs now, and nothing but whoever stopped it would start it at boot.
-    text = f"[Service]\nWorkingDirectory={where}\nExecStart=/bin/sleep infinity\n"
-    (LASTING / SERVICE).write_text(text)
-    run_blockbak.exported["BLOCKBAK_STATE_DIR"] = str(KEPT / "state")
-    mender = bootunit.name_for(str(KEPT / "state"))
-    # A disk of iron is there at boot; this one has to be attached, and under another number.
-    attach = (
-        f"[Unit]\nBefore={mender}\nRequiresMountsFor={KEPT}\n"
-        f"[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/sbin/losetup --partscan /dev/loop17 {image}\n"
-        "ExecStart=/bin/udevadm settle\n[Install]\nWantedBy=multi-user.target\n"
-    )
-    (LASTING / ATTACH).write_text(attach)
-    run("systemctl", "daemon-reload")
-    run("systemctl", "enable", "--quiet", ATTACH)
-    run("systemctl", "start", SERVICE)
-    (KEPT / "before.json").write_text(json.dumps(of_kept()))
-    run_blockbak("init", KEPT / "repository")
-    words = ("-r", KEPT / "repository", *COLD, "--stop-users", "--limit", "1M", node)
-    with start(run_blockbak, *words) as running:
-        running.until("it reads the disk", lambda: reads(running.pid, node))
-        os.kill(running.pid, signal.SIGKILL)
-    assert of_kept() == {"mounts": [], "priorities": [], "units": []}
-    assert (LASTING / mender).exists()
+    for number, (program, word, after) in enumerate(MOMENTS):
+        kept = Kept(number)
+        node = kept.set_up()
+        (kept.place / "before.json").write_text(json.dumps(kept.state()))
+        kept.own(run_blockbak)
+        run_blockbak("init", kept.place / "repository")
+        words = ("-r", kept.place / "repository", *COLD, "--stop-users", "--deactivate")
+        if program:
+            killed(run_blockbak, *words, node, env=at_step(tmp_path, program, word, after=after))
+        else:
+            killed_reading(run_blockbak, *words, "--limit", "1M", node)
+            assert kept.state() == {"mounts": [], "priorities": [], "units": [], "volumes": []}
+        assert (LASTING / kept.mender).exists(), (program, word, after)
     WISH.touch()
 
 
 @pytest.mark.after_boot
 def test_what_was_at_rest_is_put_back_at_boot(run_blockbak):
-    run_blockbak.exported["BLOCKBAK_STATE_DIR"] = str(KEPT / "state")
-    mender = bootunit.name_for(str(KEPT / "state"))
-    deadline = time.monotonic() + LIMIT_SECONDS
-    while (LASTING / mender).exists():
-        assert time.monotonic() < deadline, run("journalctl", "--no-pager", "--unit", mender)
-        time.sleep(1)
-    assert of_kept() == json.loads((KEPT / "before.json").read_text()), run(
-        "journalctl", "--no-pager", "--unit", mender
-    )
-    assert run("findmnt", "-n", "-o", "SOURCE", KEPT / "mounted") == "/dev/loop17p1"
-    assert run_blockbak.json("recover", "--machine") == {"done": [], "left": [], "adopted": []}
-    run("systemctl", "stop", SERVICE)
-    run("swapoff", "/dev/loop17p2")
-    run("umount", KEPT / "mounted")
-    run("losetup", "--detach", "/dev/loop17")
-    run("systemctl", "disable", "--quiet", ATTACH)
-    for name in (SERVICE, ATTACH):
-        (LASTING / name).unlink()
+    for number, moment in enumerate(MOMENTS):
+        kept = Kept(number)
+        deadline = time.monotonic() + LIMIT_SECONDS
+        while (LASTING / kept.mender).exists():
+            told = run("journalctl", "--no-pager", "--unit", kept.mender)
+            assert time.monotonic() < deadline, (moment, told)
+            time.sleep(1)
+        told = run("journalctl", "--no-pager", "--unit", kept.mender)
+        assert kept.state() == json.loads((kept.place / "before.json").read_text()), (moment, told)
+        assert run("findmnt", "-n", "-o", "SOURCE", kept.place / "a") == f"{kept.later}p1"
+        kept.own(run_blockbak)
+        assert run_blockbak.json("recover", "--machine") == {"done": [], "left": [], "adopted": []}
+        kept.take_down()
     run("systemctl", "daemon-reload")
     shutil.rmtree(KEPT)
