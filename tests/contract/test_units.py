@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from blockbak.errors import NoSuchUnit, UnitRestarted
+from blockbak.errors import NoSuchUnit, UnitNotStopped, UnitRestarted
 from blockbak.host import runner
 from blockbak.host.units import Units
 from tests.systemd import FakeSystemd

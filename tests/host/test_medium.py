@@ -75,7 +75,9 @@ def lose_inodes(disk, paths):
         change_medium(disk, int(block) * 4096 + int(offset, 16) + 16, b"\xff\xff")
     run("blockdev", "--flushbufs", disk.device.path)
     disk.mount()
-    assert settle(lambda: forgotten(disk, paths), 10), "the kernel still has them: who else has the file system mounted?"
+    assert settle(lambda: forgotten(disk, paths), 10), (
+        "the kernel still has them: who else has the file system mounted?"
+    )
 
 
 def forgotten(disk, paths):
