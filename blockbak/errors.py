@@ -367,6 +367,38 @@ class RestVoid(RestError):
     advice = "No point was made. Give it more time with a longer deadline, or stop its users instead of freezing it."
 
 
+# --- mirrors -------------------------------------------------------------------------------
+
+
+class MirrorError(Failed):
+    """A mirror did not come to its end."""
+
+
+class PeerGone(MirrorError):
+    message = "The other end of the mirror is gone: {reason}."
+    advice = "Run again once it can be reached: what is equal by then does not move again."
+
+
+class PeerNotUnderstood(MirrorError):
+    message = "What the other end says is not a mirror's language: {reason}."
+    advice = "A shell that greets who logs in, or a connection that alters bytes, would do that."
+
+
+class PeerVersion(MirrorError):
+    message = "The other end speaks version {theirs} of the mirror's language, this blockbak version {ours}."
+    advice = "Use the same release of blockbak at both ends."
+
+
+class PeerFailed(MirrorError):
+    message = "{host}: {stderr}"
+    advice = "{advice}"
+
+
+class NotInStep(MirrorError):
+    message = "{target} does not have the root of {source}: {have} in place of {need}."
+    advice = "Memory or a processor may be failing at one end. Do not use the target; run again."
+
+
 # --- the rest of exit 1 ---------------------------------------------------------------------
 
 
@@ -554,6 +586,24 @@ class ImageInRepository(Refused):
     advice = "Write it elsewhere, or make a point of the device with 'blockbak backup'."
 
 
+class MirrorSourceInUse(Refused):
+    message = "{path} is in use ({holders})."
+    advice = (
+        "A logical volume is mirrored while it is used with --from-snapshot. Stop what uses anything else first, or "
+        "make a point of it with 'blockbak backup --mode cold'."
+    )
+
+
+class MirrorOntoItself(Refused):
+    message = "{target} and {source} share bytes: a copy of the one cannot lie on the other."
+    advice = "Name a target on another disk."
+
+
+class PeerRefused(Refused):
+    message = "{host}: {stderr}"
+    advice = "{advice}"
+
+
 class TargetInUse(Refused):
     message = "{path} is in use ({holders})."
     advice = "Unmount or stop what uses it first."
@@ -574,13 +624,13 @@ class VolumeNameTaken(Refused):
 
 
 class TargetTooSmall(Refused):
-    message = "{path} has {have} bytes; the point needs at least {need}."
+    message = "{path} has {have} bytes; at least {need} are needed."
 
 
 class TargetSectorSize(Refused):
     message = (
-        "{path} has {have}-byte sectors, the point holds a partition table for {need}-byte sectors: "
-        "it would not be readable there."
+        "{path} has {have}-byte sectors, and the partition table that is to lie there is for {need}-byte sectors: "
+        "it would not be readable."
     )
     advice = "Restore it to a file, or to a device with {need}-byte sectors."
 
