@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from blockbak.errors import Interrupted, NoRepositoryNamed, NotARepository
+from blockbak.errors import BadBlockSize, Interrupted, NoRepositoryNamed, NotARepository, NotConfirmed
 
 if TYPE_CHECKING:
     from blockbak.flow.context import Context
@@ -165,6 +165,74 @@ def parsed_bytes(value: str, advice: str) -> int:
         raise click.BadParameter(f"{value!r} is not a size; take {advice}") from error
 
 
+def block_size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    """A power of two from 4K to 1M."""
+    if value is None:
+        return None
+    from blockbak.flow.backup import check_block_size
+
+    size = parsed_bytes(value, "4K to 1M")
+    try:
+        check_block_size(size)
+    except BadBlockSize as error:
+        raise click.BadParameter("take a power of two from 4K to 1M") from error
+    return size
+
+
+def store_size(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """A size, or a share of the volume."""
+    from blockbak.model.snapshot import parse_size as parse_store
+    from blockbak.units import parse_size
+
+    if value is None:
+        return None
+    try:
+        size = parse_store(value, 1 << 40, parse_size)
+    except ValueError:
+        size = 0
+    if size <= 0:
+        raise click.BadParameter(f"{value!r} is neither a size like 20G nor a share like 15%")
+    return value
+
+
+_SNAPSHOT = (
+    click.option(
+        "--snapshot-size",
+        callback=store_size,
+        metavar="SIZE|SHARE%",
+        help="Room for what is written to the volume while it is read [10%, at least 1G, as far as there is room]. "
+        "Of a thin pool it must be free.",
+    ),
+    click.option(
+        "--snapshot-limit",
+        callback=store_size,
+        metavar="SIZE|SHARE%",
+        help="How far a snapshot that fills is extended [until it cannot overflow].",
+    ),
+    click.option(
+        "--freeze-with",
+        multiple=True,
+        metavar="HOOK",
+        help="A program that rests an application around the snapshot, or postgresql, mariadb, mysql; may be repeated.",
+    ),
+    click.option(
+        "--freeze-deadline",
+        type=click.FloatRange(min=1),
+        default=60,
+        show_default=True,
+        metavar="SECONDS",
+        help="After this the application goes on, whatever happens, and the snapshot is void.",
+    ),
+)
+
+
+def snapshot_options(function: F) -> F:
+    """How a snapshot is made: ``snapshot_size``, ``snapshot_limit``, ``freeze_with`` and ``freeze_deadline``."""
+    for option in reversed(_SNAPSHOT):
+        function = option(function)
+    return function
+
+
 def rate(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
     """Bytes a second."""
     if value is None:
@@ -182,6 +250,18 @@ def volume_name(_: click.Context, __: click.Parameter, value: str | None) -> str
     if value is not None and not usable_name(value):
         raise click.BadParameter(f"{value!r} is no name for a volume: it takes {NAME_RULE}")
     return value
+
+
+def confirm(target: str) -> None:
+    """A person at a terminal may type the target's name instead of ``--yes``. Raises NotConfirmed, Interrupted."""
+    from blockbak.cli import render
+
+    try:
+        typed = render.ask(f"Everything on {target} will be overwritten. Type its name to go on")
+    except KeyboardInterrupt:
+        raise Interrupted(state="nothing was changed") from None
+    if typed != target:
+        raise NotConfirmed(action=f"Overwriting {target}")
 
 
 def known_repository(named: str | None) -> Repository | None:

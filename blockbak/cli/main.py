@@ -29,6 +29,7 @@ VERBS = {
     "verify": "Check that stored bytes are what they were.",
     "synthesize": "Compose a full from existing images, without the source.",
     "delete": "Remove points that nothing needs.",
+    "mirror": "Bring a copy of a device in step with it, here or on another host.",
     "export": "Write a point as a raw or qcow2 file.",
     "recover": "Finish or undo what a crash left behind.",
     "demo": "The whole story on a loop device, in a minute.",

@@ -15,12 +15,13 @@ from blockbak.flow.context import Context, never
 from blockbak.flow.rawmap import MapSum, told
 from blockbak.host.blockio import PIECE_BYTES, Bytes, SourceReader, aligned
 from blockbak.model import extent, hashmap
-from blockbak.model.extent import BAD, Extents
+from blockbak.model.extent import ABSENT, BAD, Extents
 from blockbak.model.hashmap import Geometry, Mask, Rows
 from blockbak.units import KIB
 
 _ZERO_RUN = 256 * KIB
 """On a device, shorter runs of zeros are written: a request to zero them costs more than their bytes."""
+
 
 class Target(Protocol):
     """What is brought in step. Raises what a ``TargetWriter`` does."""
@@ -122,19 +123,6 @@ class InStep:
             self.read_bytes += length
         return True
 
-    def lengths(self, start: int, mask: Mask) -> int:
-        """Bytes of the blocks of a piece, from byte ``start`` on, that are set."""
-        total = int(np.count_nonzero(mask)) * self.geometry.block_bytes
-        if mask[-1]:
-            block = start // self.geometry.block_bytes + len(mask) - 1
-            total -= self.geometry.block_bytes - self.geometry.block_length(block)
-        return total
-
-    def left(self, start: int, mask: Mask) -> Extents:
-        """The blocks of a piece that are set, as BAD extents: what nothing is known of."""
-        kinds = np.where(mask, np.uint8(BAD), np.uint8(0))
-        return extent.from_blocks(kinds, start, self.geometry.block_bytes, self.geometry.device_bytes)
-
     def bring(self, start: int, rows: Rows, data: Mask, zero: Mask, content: Bytes, *, packed: bool = False) -> None:
         """Write the blocks of a piece that are in ``data`` and make those in ``zero`` zeros; ``rows`` are all its
         rows as they will be. ``content`` (page-aligned) is the whole piece, or where it is ``packed`` the blocks of
@@ -201,6 +189,20 @@ class InStep:
             ranges = [(at * PIECE_BYTES, min((at + 1) * PIECE_BYTES, geometry.device_bytes)) for at in sorted(wrong)]
             raise NotReadBack(path=self.target.path, ranges=told(ranges))
         return total
+
+
+def length_of(start: int, mask: Mask, geometry: Geometry) -> int:
+    """Bytes of the blocks of a piece, from byte ``start`` on, that are set."""
+    total = int(np.count_nonzero(mask)) * geometry.block_bytes
+    if len(mask) and mask[-1]:
+        total -= geometry.block_bytes - geometry.block_length(start // geometry.block_bytes + len(mask) - 1)
+    return total
+
+
+def blocks_of(left: Mask, start: int, geometry: Geometry) -> Extents:
+    """The blocks from byte ``start`` on that are set, as BAD extents: what nothing is known of."""
+    kinds = np.where(left, np.uint8(BAD), np.uint8(ABSENT))
+    return extent.from_blocks(kinds, start, geometry.block_bytes, geometry.device_bytes)
 
 
 def without(rows: Rows, left: Mask, first_block: int, geometry: Geometry) -> Rows:

@@ -20,8 +20,8 @@ from blockbak.errors import (
 )
 from blockbak.flow.backup import both, check_block_size
 from blockbak.flow.context import Context, never
-from blockbak.flow.hot import HotOptions, Member, snapshots
-from blockbak.flow.instep import InStep, Target, Untouched, without
+from blockbak.flow.hot import HotOptions, Member, foreseen, snapshots
+from blockbak.flow.instep import InStep, Target, Untouched, blocks_of, length_of, without
 from blockbak.flow.into_lvm import pool_of, twin_notes
 from blockbak.flow.scan import Found, Sink, scan_into
 from blockbak.flow.source import AtRest, Seen, Settled, Source, check_source, look_at, resolve_mode
@@ -129,7 +129,9 @@ def opened(seen: Seen, request: Request, context: Context) -> Iterator[Source]:
     """
     with ExitStack() as stack:
         source: Source
-        if request.hot is None:
+        if request.hot is None or request.dry_run:
+            # Nothing is made for a dry run: what is compared then is a volume that goes on being written.
+            seen = seen if request.hot is None else replace(seen, mode="live")
             source = stack.enter_context(closing(AtRest(seen, _asked(request), context)))
         else:
             # With one member nothing is asked of a repository's place.
@@ -148,6 +150,15 @@ def read_all(source: Source, seen: Seen, sink: Sink, request: Request, context: 
     finally:
         context.progress.end()
     return count, source.settle()
+
+
+def snapshot_notes(seen: Seen, request: Request, context: Context) -> list[str]:
+    """What would be made of a volume that is read from a snapshot, for a dry run. Raises what making it would, as far
+    as it shows.
+    """
+    if request.hot is None or not request.dry_run:
+        return []
+    return foreseen([Member(seen, "")], request.hot, "", context.state_dir)
 
 
 def checked(context: Context, source: Source) -> Context:
@@ -312,7 +323,7 @@ class _Sink:
         left = extent.touched(found.bad, first, block, count)
         nonzero = (found.kinds == DATA) & ~left
         rows = without(found.rows, left, found.first_block, self.geometry)
-        step.known.add(found.first_block, rows, nonzero, step.left(first, left))
+        step.known.add(found.first_block, rows, nonzero, blocks_of(left, first, self.geometry))
         if len(found.bad):
             self.unread.append(found.bad)
         if not len(found.data) and step.is_hole(first, end - first):
@@ -328,7 +339,7 @@ class _Sink:
             found.kinds[part][~differing] = ABSENT
             if not differing.any():
                 continue
-            step.differs(step.lengths(start, differing))
+            step.differs(length_of(start, differing, self.geometry))
             if not self._dry_run:
                 step.bring(start, rows[part], differing & nonzero[part], differing & ~nonzero[part], data)
 
@@ -360,8 +371,8 @@ def mirror(request: Request, context: Context, *, repository: Repository | None 
     incoming = _incoming(seen, target, request.block_bytes, context)
     overwrite = request.overwrite or request.dry_run
     check_target(request.target, target, incoming, repository, context, overwrite=overwrite)
-    notes, method = notes_on(target, incoming, request.target), method_of(target, request.target)
-    verified = 0
+    notes = [*snapshot_notes(seen, request, context), *notes_on(target, incoming, request.target)]
+    method, verified = method_of(target, request.target), 0
     with ExitStack() as stack:
         source = stack.enter_context(opened(seen, request, context))
         place, permit = stack.enter_context(
