@@ -102,15 +102,14 @@ class Channel:
         if count < len(self._header):
             where = "in the middle of a message" if count else "before it was done"
             raise PeerGone(reason=self._ended() or f"it closed the connection {where}")
-        raw = self._header.tobytes()
-        said = wire.parse_header(raw, allowed)
+        said = wire.parse_header(self._received, self._header.tobytes(), allowed)
         head, data = self._head[: said.head_bytes], self._header[:0] if into is None else into[: said.data_bytes]
         if len(data) != said.data_bytes:
             raise PeerNotUnderstood(reason="data where none may be")
         if self._fill(head) < len(head) or self._fill(data) < len(data):
             raise PeerGone(reason=self._ended() or "it closed the connection in the middle of a message")
         kept = head.tobytes()
-        if wire.checksum(self._received, raw, kept, [memoryview(data)]) != said.checksum:
+        if wire.checksum(self._received, kept, [memoryview(data)]) != said.checksum:
             raise PeerNotUnderstood(reason=f"message {self._received} does not have its checksum")
         self._received += 1
         return Message(said.kind, said.start, said.blocks, kept), said.data_bytes

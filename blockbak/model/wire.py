@@ -30,7 +30,7 @@ PREAMBLE = np.dtype([("magic", "S8"), ("version", "<u4"), ("role", "<u4")])
 HEADER = np.dtype(
     [
         ("kind", "<u4"), ("blocks", "<u4"), ("head_bytes", "<u4"), ("data_bytes", "<u4"), ("start", "<u8"),
-        ("checksum", "V16"),
+        ("seal", "V8"), ("checksum", "V16"),
     ]
 )  # fmt: skip
 RECORDS = {"PREAMBLE": PREAMBLE, "HEADER": HEADER}
@@ -59,7 +59,9 @@ other.
 """
 ROW_BYTES = 16
 """Of each digest so much is sent: it decides only what need not move, and the root is over the whole digests."""
+SEAL_BYTES = 8
 CHECKSUM_BYTES = 16
+_SAID_BYTES = HEADER.itemsize - SEAL_BYTES - CHECKSUM_BYTES
 _JSON = (OPEN, READY, END, DONE, FAILED)
 
 
@@ -100,13 +102,21 @@ def check_preamble(data: bytes, role: int) -> None:
 def header(number: int, message: Message, data: Sequence[memoryview] = ()) -> bytes:
     """The header of the ``number``-th message of its end, from 0, with ``data`` to follow its head."""
     length = sum(map(len, data))
-    bare = np.array((message.kind, message.blocks, len(message.head), length, message.start, b""), HEADER).tobytes()
-    return bare[:-CHECKSUM_BYTES] + checksum(number, bare, message.head, data)
+    record = message.kind, message.blocks, len(message.head), length, message.start, b"", b""
+    said = np.array(record, HEADER).tobytes()[:_SAID_BYTES]
+    return said + _seal(number, said) + checksum(number, message.head, data)
 
 
-def checksum(number: int, sent: bytes, head: bytes, data: Sequence[memoryview]) -> bytes:
-    """Over the message's number, which is not sent: one that is lost, twice there or out of turn is noticed too."""
-    hasher = blake3(number.to_bytes(8, "little") + sent[:-CHECKSUM_BYTES] + head)
+def _seal(number: int, said: bytes) -> bytes:
+    """By itself, so that nobody waits for bytes that an altered length promises. A message's number is not sent: one
+    that is lost, twice there or out of turn is noticed too.
+    """
+    return blake3(number.to_bytes(8, "little") + said).digest(SEAL_BYTES)
+
+
+def checksum(number: int, head: bytes, data: Sequence[memoryview]) -> bytes:
+    """Of what follows a header."""
+    hasher = blake3(number.to_bytes(8, "little") + head)
     for part in data:
         hasher.update(part)
     return hasher.digest(CHECKSUM_BYTES)
@@ -124,10 +134,13 @@ class Header:
     checksum: bytes
 
 
-def parse_header(data: bytes, allowed: Sequence[int]) -> Header:
-    """Raises PeerNotUnderstood for a message that is not of the ``allowed`` kinds, or longer than one may be."""
-    record = np.frombuffer(data, HEADER, 1)[0]
-    kind, blocks, head, length, start, _ = record.tolist()
+def parse_header(number: int, data: bytes, allowed: Sequence[int]) -> Header:
+    """The header of the ``number``-th message. Raises PeerNotUnderstood for one that was altered, that is not of the
+    ``allowed`` kinds, or longer than one may be.
+    """
+    if _seal(number, data[:_SAID_BYTES]) != data[_SAID_BYTES : _SAID_BYTES + SEAL_BYTES]:
+        raise PeerNotUnderstood(reason=f"what should be the header of message {number} is none")
+    kind, blocks, head, length, start, _, _ = np.frombuffer(data, HEADER, 1)[0].tolist()
     if kind not in allowed:
         raise PeerNotUnderstood(reason=f"a message of kind {kind} comes out of turn")
     if head > HEAD_MAX or length > (DATA_MAX if kind == BLOCKS else 0):

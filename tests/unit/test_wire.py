@@ -15,6 +15,7 @@ from blockbak.model.wire import BLOCKS, KINDS, ROWS, Changes, Message
 
 TEXT = (Path(__file__).parents[2] / "docs" / "mirror.md").read_text()
 KINDS_OF_BYTES = {"u": "integer", "S": "text", "V": "bytes"}
+PIECE = wire.DATA_MAX
 DOCUMENT_KINDS = [name for name in KINDS if KINDS[name] in wire.DOCUMENTS]
 
 
@@ -92,12 +93,26 @@ def test_a_message_comes_back_as_it_went(mask, start, number):
     message = Message(BLOCKS, start, len(mask), wire.pack_bits(mask))
     raw = wire.header(number, message, data)
     assert len(raw) == wire.HEADER.itemsize
-    said = wire.parse_header(raw, (BLOCKS,))
+    said = wire.parse_header(number, raw, (BLOCKS,))
     assert (said.kind, said.blocks, said.start) == (BLOCKS, len(mask), start)
     assert (said.head_bytes, said.data_bytes) == (len(message.head), 201)
-    assert said.checksum == wire.checksum(number, raw, message.head, data)
-    assert said.checksum != wire.checksum(number + 1, raw, message.head, data), "out of turn"
-    assert said.checksum != wire.checksum(number, raw, message.head, data[:1])
+    assert said.checksum == wire.checksum(number, message.head, data)
+    assert said.checksum != wire.checksum(number + 1, message.head, data)
+    assert said.checksum != wire.checksum(number, message.head, data[:1])
+    with pytest.raises(PeerNotUnderstood, match="is none"):
+        wire.parse_header(number + 1, raw, (BLOCKS,))
+
+
+@given(st.integers(0, wire.HEADER.itemsize * 8 - 1))
+def test_a_header_with_a_flipped_bit_promises_nothing(bit):
+    raw = bytearray(wire.header(3, Message(ROWS, PIECE, 32, b"\0" * 4)))
+    raw[bit // 8] ^= 1 << bit % 8
+    try:
+        said = wire.parse_header(3, bytes(raw), tuple(KINDS.values()))
+    except PeerNotUnderstood:
+        return
+    assert (said.kind, said.blocks, said.head_bytes, said.data_bytes, said.start) == (ROWS, 32, 4, 0, PIECE)
+    assert said.checksum != wire.checksum(3, b"\0" * 4, ())
 
 
 @pytest.mark.parametrize(
@@ -109,15 +124,17 @@ def test_a_message_comes_back_as_it_went(mask, start, number):
     ],
 )  # fmt: skip
 def test_a_header_that_promises_too_much_is_refused_by_itself(kind, blocks, head, data, start):
-    raw = np.array((kind, blocks, head, data, start, b""), wire.HEADER).tobytes()
-    with pytest.raises(PeerNotUnderstood):
-        wire.parse_header(raw, tuple(KINDS.values()))
+    raw = np.array((kind, blocks, head, data, start, b"", b""), wire.HEADER).tobytes()
+    said = raw[: -wire.SEAL_BYTES - wire.CHECKSUM_BYTES]
+    raw = said + wire._seal(0, said) + bytes(wire.CHECKSUM_BYTES)
+    with pytest.raises(PeerNotUnderstood, match="out of turn|too long|speaks of blocks|a message about"):
+        wire.parse_header(0, raw, tuple(KINDS.values()))
 
 
 def test_a_message_out_of_turn_is_refused():
     raw = wire.header(0, Message(ROWS, 0, 1))
     with pytest.raises(PeerNotUnderstood, match="out of turn"):
-        wire.parse_header(raw, (BLOCKS,))
+        wire.parse_header(0, raw, (BLOCKS,))
 
 
 @given(masks, st.integers(0, 2**32))
@@ -168,7 +185,7 @@ def test_any_bytes_are_understood_or_refused(data, blocks):
         except BlockbakError as error:
             assert isinstance(error, PeerNotUnderstood)
     try:
-        wire.parse_header(data[: wire.HEADER.itemsize].ljust(wire.HEADER.itemsize, b"\0"), tuple(KINDS.values()))
+        wire.parse_header(0, data[: wire.HEADER.itemsize].ljust(wire.HEADER.itemsize, b"\0"), tuple(KINDS.values()))
     except PeerNotUnderstood:
         pass
 
