@@ -88,7 +88,7 @@ def over_pipes(
             ended.done = peers.receive(
                 os.fspath(target), world, overwrite=overwrite, fds=(out.read_fd, back.write_fd)
             )  # fmt: skip
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - the test looks at it
             ended.receiver = error
         finally:
             os.close(back.write_fd)
@@ -99,7 +99,7 @@ def over_pipes(
     try:
         world = here or context(state, say=ended.said.append)
         ended.report = peers.send(request, (), world, fds=(back.read_fd, out.write_fd))
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - the same
         ended.sender = error
     finally:
         os.close(out.write_fd)

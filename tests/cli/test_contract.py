@@ -86,6 +86,10 @@ VERBS = [
     ),
     Verb("delete", lambda stock, place: [stock.db], missing=[], point=["{}"]),
     Verb(
+        "mirror", lambda stock, place: [str(stock.source), str(place / "out")],
+        missing=["x"], surplus=["x", "b", "c"], on_repository=False,
+    ),
+    Verb(
         "export", lambda stock, place: ["web@latest", str(place / "out")],
         missing=["latest"], surplus=["latest", "b", "c"], point=["{}", "out"],
     ),
@@ -223,6 +227,11 @@ def test_a_surplus_argument_is_a_wrong_command_line(verb: Verb) -> None:
         ["demo", "--size", "1M"], ["demo", "--size", "much"], ["demo", "--dir", "/no/such/place"],
         ["list", "--wait", "1"], ["cold", "x", "y", "--sidecar", "z"],
         ["cold", "x", "y", "--limit", "1K"], ["adopt", "x", "--name", "../y"], ["restore", "-", "--create-lv", "v/l"],
+        ["mirror", "x", "y", "--through", "ssh z"], ["mirror", "x", "--through", "'"], ["mirror", "x", "--through", ""],
+        ["mirror", "x", "--through", "ssh z", "--yes"], ["mirror", "x", "y", "--block-size", "5000"],
+        ["mirror", "x", "y", "--freeze-with", "z"], ["mirror", "x", "y", "--freeze-deadline", "9"],
+        ["mirror", "--receive", "y", "--limit", "9M"], ["mirror", "--receive", "y", "--no-verify"],
+        ["mirror", "--receive", "y", "x"], ["mirror", "x", "-", "--yes"],
         ["restore", "./x", "y", "--keep-going"], ["restore", "./x", "y", "--sidecar", "z"],
     ],
     ids=" ".join,
@@ -570,7 +579,7 @@ def test_at_a_terminal_standard_output_stays_clean(verb: Verb, repo: Stock, tmp_
         ended = screen.end()
     assert ended.status == 0, str(ended)
     assert isinstance(ended.document, dict | list)
-    if verb.name in ("backup", "restore", "verify", "synthesize", "export", "cold", "adopt"):
+    if verb.name in ("backup", "restore", "verify", "synthesize", "export", "cold", "adopt", "mirror"):
         assert b"%|" in ended.err, f"no progress: {ended}"
 
 

@@ -123,7 +123,9 @@ def test_a_thousand_random_changes_each_time(way, place, tmp_path, seed):
             for _ in range(dice.randrange(1, 60)):
                 at = dice.randrange(SIZE)
                 file.seek(at)
-                file.write(dice.choice([b"\0", dice.randbytes(1)]) * min(dice.choice([1, 511, BLOCK, 3 * BLOCK]), SIZE - at))
+                file.write(
+                    dice.choice([b"\0", dice.randbytes(1)]) * min(dice.choice([1, 511, BLOCK, 3 * BLOCK]), SIZE - at)
+                )
         mirrored(way, source, target, tmp_path / "state", block_bytes=dice.choice([4096, BLOCK, MIB]))
         assert sha(target.path) == sha(source.path)
 

@@ -35,6 +35,7 @@ from tests.cli.program import PROGRAM, Running, run
 from tests.doubles import context
 from tests.faults import BadMedium, FaultyKernel, QuickKernel
 from tests.host.stage import put, sha
+from tests.host.stage import run as stage_run
 from tests.mirrors import BLOCK, PIECE, Last, failed, over_pipes
 from tests.patterns import SECTOR, stamp
 
@@ -234,7 +235,7 @@ def test_a_full_disk_ends_it_and_the_next_run_goes_on(way, source, tmp_path, tmp
         assert "No space is left" in str(failed(ended.sender))
     assert not target.exists()
     assert (where / "copy.partial").exists()
-    os.system(f"mount -o remount,size=8m {where}")
+    stage_run("mount", "-o", "remount,size=8m", where)
     report = mirror(request, context(tmp_path / "state"))
     assert report.method == "continue"
     assert 0 < report.differing_bytes < SIZE - 2 * MIB, "what was there did not move again"
@@ -247,7 +248,7 @@ def test_nothing_that_was_never_begun_stays(source, tmp_path):
     target = tmp_path / "copy"
     kernel = FaultyKernel("pwritev", errno.EIO, 1)
     with pytest.raises(TargetFailed):
-        mirror(Request(str(source), str(target)), context(tmp_path / "state", kernel=kernel))
+        mirror(Request(str(source), str(target)), context(tmp_path / "state", kernel=kernel, workers=1))
     assert [path.name for path in tmp_path.iterdir() if "copy" in path.name] == []
 
 
@@ -388,7 +389,7 @@ def test_the_wish_to_stop_is_told_to_the_other_end(source, tmp_path):
     calls = iter(range(1 << 30))
 
     def check():
-        if next(calls) > 60:
+        if next(calls) > 12:
             raise Interrupted(state="")
 
     here = replace(context(tmp_path / "state"), check=check)

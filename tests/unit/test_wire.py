@@ -55,7 +55,9 @@ def test_kinds_and_limits_have_the_values_that_are_told():
 @pytest.mark.parametrize("name", DOCUMENT_KINDS)
 def test_documents_have_the_members_that_are_told(name):
     (row,) = [row for row in table("### Documents") if row["kind"] == name]
-    assert re.findall(r"\w+", row["members"]) == [one.name for one in msgspec.structs.fields(wire.DOCUMENTS[KINDS[name]])]
+    assert re.findall(r"\w+", row["members"]) == [
+        one.name for one in msgspec.structs.fields(wire.DOCUMENTS[KINDS[name]])
+    ]
 
 
 # --- preambles ------------------------------------------------------------------------------------------------
@@ -127,7 +129,7 @@ def test_a_header_that_promises_too_much_is_refused_by_itself(kind, blocks, head
     raw = np.array((kind, blocks, head, data, start, b"", b""), wire.HEADER).tobytes()
     said = raw[: -wire.SEAL_BYTES - wire.CHECKSUM_BYTES]
     raw = said + wire._seal(0, said) + bytes(wire.CHECKSUM_BYTES)
-    with pytest.raises(PeerNotUnderstood, match="out of turn|too long|speaks of blocks|a message about"):
+    with pytest.raises(PeerNotUnderstood, match=r"out of turn|too long|speaks of blocks|a message about"):
         wire.parse_header(0, raw, tuple(KINDS.values()))
 
 
