@@ -1,5 +1,6 @@
 """What two ends of a mirror say: documented byte for byte, back as it went, and nothing else taken for it."""
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockbak.errors import BlockbakError, PeerNotUnderstood, PeerVersion
+from blockbak.errors import PeerNotUnderstood, PeerVersion
 from blockbak.model import hashmap, wire
 from blockbak.model.wire import BLOCKS, KINDS, ROWS, Changes, Message
 
@@ -177,19 +178,13 @@ def test_a_block_is_one_thing():
 @given(st.binary(max_size=300), st.integers(1, wire.BLOCKS_MAX))
 def test_any_bytes_are_understood_or_refused(data, blocks):
     for read in (wire.unpack_rows, wire.unpack_changes):
-        try:
+        with contextlib.suppress(PeerNotUnderstood):
             read(data, blocks)
-        except PeerNotUnderstood:
-            pass
     for kind in wire.DOCUMENTS.values():
-        try:
+        with contextlib.suppress(PeerNotUnderstood):
             wire.parse_document(Message(wire.OPEN, head=data), kind)
-        except BlockbakError as error:
-            assert isinstance(error, PeerNotUnderstood)
-    try:
+    with contextlib.suppress(PeerNotUnderstood):
         wire.parse_header(0, data[: wire.HEADER.itemsize].ljust(wire.HEADER.itemsize, b"\0"), tuple(KINDS.values()))
-    except PeerNotUnderstood:
-        pass
 
 
 @given(st.integers(1, 70000), st.sampled_from([4096, 8192, 65536]), st.integers(0, 2**32))
