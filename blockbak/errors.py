@@ -146,7 +146,7 @@ class RepositoryError(Failed):
 
 class NoRepositoryNamed(RepositoryError):
     message = "No repository was named."
-    advice = "Give '-r REPO' before the verb, or set BLOCKBAK_REPO."
+    advice = "Give '-r REPO' before the verb, set BLOCKBAK_REPO, or name just one in the configuration."
 
 
 class NotARepository(RepositoryError):
@@ -365,6 +365,64 @@ class StateUnusable(RestError):
 class RestVoid(RestError):
     message = "{path} was let go before it was read to its end: {reason}."
     advice = "No point was made. Give it more time with a longer deadline, or stop its users instead of freezing it."
+
+
+# --- jobs -----------------------------------------------------------------------------------
+
+
+class JobError(Failed):
+    """A job of the configuration cannot be run as it is."""
+
+
+class NoConfig(JobError):
+    message = "The configuration {path} cannot be read: {reason}."
+    advice = "Write it, or name another one with '--config FILE' or BLOCKBAK_CONFIG; blockbak.toml(5) tells how."
+
+
+class BadConfig(JobError):
+    message = "The configuration {path} cannot be used; {count} wrong in it."
+    advice = "Nothing was done. Mend it, then look again with 'blockbak config check'."
+
+
+class NoSuchJob(JobError):
+    message = "The configuration has no job {job}; it has: {there}."
+
+
+class NoSuchZone(JobError):
+    message = "This machine knows no time zone {zone}."
+    advice = 'Take a name of /usr/share/zoneinfo, as in timezone = "Europe/Berlin".'
+
+
+class NoSourceFits(JobError):
+    message = "Job {job}: nothing that is here now fits the source {source}."
+    advice = "'blockbak devices' lists what is here; 'udevadm info --query=property NODE' what udev says of it."
+
+
+class JobRuns(JobError):
+    message = "Job {job} is being run already, by process {pid} on {host}."
+    advice = "Wait for it to end, or use '--wait SECONDS'."
+
+
+class DeadlinePassed(JobError):
+    message = "Job {job} was not done within its deadline of {seconds} seconds, so it was ended."
+    advice = "Points that it had made before are whole. Give it a longer deadline, or find out what it waited for."
+
+
+class RunKilled(JobError):
+    message = "The run of job {job} that began at {started} did not come to its end."
+    advice = (
+        "It was killed, or the machine went down. 'blockbak recover' puts right what it left; the next run goes on."
+    )
+
+
+class NoTimers(JobError):
+    message = "Timers cannot be installed: systemd does not run this machine."
+    advice = "'blockbak timers install --cron' prints lines for cron."
+
+
+class UnitFileTaken(JobError):
+    message = "{path} is not of blockbak's making, so it is not overwritten."
+    advice = "Move it away, or give the job another name."
 
 
 # --- the rest of exit 1 ---------------------------------------------------------------------
@@ -613,6 +671,11 @@ class NotTogether(Refused):
 class UnsafeHook(Refused):
     message = "Hook {path} is not run: {reason}."
     advice = "A hook runs as root, so root must own it and its directories, and nobody else may write them."
+
+
+class UnsafeConfig(Refused):
+    message = "The configuration {path} is not used: {reason}."
+    advice = "It names programs that are run, so only its owner, who must be root or you, may write it."
 
 
 class CannotRest(Refused):

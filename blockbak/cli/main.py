@@ -30,6 +30,9 @@ VERBS = {
     "synthesize": "Compose a full from existing images, without the source.",
     "delete": "Remove points that nothing needs.",
     "export": "Write a point as a raw or qcow2 file.",
+    "run": "Run the jobs of the configuration that are due.",
+    "config": "Check or show the configuration of jobs.",
+    "timers": "Have systemd or cron run the jobs.",
     "recover": "Finish or undo what a crash left behind.",
     "demo": "The whole story on a loop device, in a minute.",
 }
@@ -68,8 +71,16 @@ class Verbs(click.Group):
 )
 @click.version_option(__version__, prog_name="blockbak")
 @common.repository_option
+@click.option(
+    "--log",
+    "log_form",
+    type=click.Choice(["human", "json", "journal"]),
+    envvar="BLOCKBAK_LOG",
+    help="Messages as lines of a log that say which run, volume and point they are about (or BLOCKBAK_LOG). "
+    "'run' logs in any case: for people on a terminal, else to the journal or as JSON.",
+)
 @click.pass_context
-def cli(context: click.Context, repository: str | None) -> None:
+def cli(context: click.Context, repository: str | None, log_form: str | None) -> None:
     """Images of disks, partitions and logical volumes: full, incremental, restorable to the byte.
 
     \b
@@ -80,6 +91,10 @@ def cli(context: click.Context, repository: str | None) -> None:
       blockbak -r /srv/backup restore latest /dev/sdc
     """
     context.obj = repository
+    if log_form is not None:
+        from blockbak.cli import log
+
+        log.begin(log_form)
 
 
 def _stand_in() -> None:

@@ -405,6 +405,7 @@ def make_point(repository: Repository, held: Held, source: Source, context: Cont
     given, if one is: else DamagedRawImage is raised, and there is no point.
     """
     request, volume, seen = held.request, held.volume, held.seen
+    context = context.about(volume=volume.name)
     held.lock.claim(str(seen.identity))
     catalog = volume.catalog()
     for line in volume.tidy(catalog):
@@ -548,6 +549,7 @@ def _make(job: _Making, context: Context) -> Report:
     started, clock = context.now(), context.timer()
     context = replace(context, check=both(context.check, job.source.check))
     opening = _opening(job, job.source.moment or started, context)
+    context = context.about(volume=volume.name, point=opening.point)
     file = volume.free_name(opening.point, opening.kind)
     with volume.begin(file) as partial:
         writer = ImageWriter(partial, opening, job.parent.claimed_digests() if job.parent else None)

@@ -378,3 +378,23 @@ def read_idly() -> None:
 
     with contextlib.suppress(OSError, psutil.Error):
         psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
+
+
+@contextlib.contextmanager
+def reading_idly(wanted: bool = True) -> Iterator[None]:
+    """``read_idly`` until the ``with`` is over, if it is wanted."""
+    if not wanted:
+        yield
+        return
+    import psutil
+
+    before = None
+    with contextlib.suppress(OSError, psutil.Error):
+        before = psutil.Process().ionice()
+    read_idly()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, psutil.Error, ValueError):
+            if before is not None:
+                psutil.Process().ionice(before.ioclass, before.value or None)

@@ -64,6 +64,15 @@ class Verb:
         return self.name
 
 
+def configured(stock: Stock, place: Path) -> list[str]:
+    """A configuration with one job, whose repository and source are those of the stock."""
+    file = place / "blockbak.toml"
+    file.write_text(
+        f'[repositories.main]\npath = "{stock.path}"\n[jobs.web]\nsources = ["{stock.source}"]\nname = "web"\n'
+    )
+    return ["--config", str(file)]
+
+
 VERBS = [
     Verb("devices", lambda stock, place: [], surplus=["x"], on_repository=False),
     Verb("init", lambda stock, place: [str(place / "new")], missing=[], surplus=["a", "b"], on_repository=False),
@@ -88,6 +97,15 @@ VERBS = [
     Verb(
         "export", lambda stock, place: ["web@latest", str(place / "out")],
         missing=["latest"], surplus=["latest", "b", "c"], point=["{}", "out"],
+    ),
+    Verb("run", configured, on_repository=False),
+    Verb(
+        "config", lambda stock, place: ["check", *configured(stock, place)],
+        missing=[], surplus=["check", "x"], on_repository=False,
+    ),
+    Verb(
+        "timers", lambda stock, place: ["install", "--cron", *configured(stock, place)],
+        missing=[], surplus=["remove", "x"], on_repository=False,
     ),
     Verb("recover", lambda stock, place: [], surplus=["x"]),
     Verb("demo", lambda stock, place: [], surplus=["x"], on_repository=False, needs_root=True),
