@@ -489,6 +489,14 @@ class DamagedRepository(Damage):
     advice = "Bring it back from a copy; rescue.py beside it restores without it."
 
 
+class DamagedHistory(Damage):
+    message = "The history {file} is damaged: {reason}."
+    advice = (
+        "Every point is as it was. Bring the file back from a copy; or move history.jsonl and history.head away, and "
+        "keep them: a new history begins with what is done next."
+    )
+
+
 class MissingImage(Damage):
     message = "The image {file} is missing, though its manifest is there."
     advice = "Bring it back from a copy, or delete the point."

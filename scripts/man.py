@@ -19,6 +19,7 @@ PAGES = Path(__file__).parent.parent / "docs" / "man"
 FILES = [
     ("REPO/VOLUME/POINT.KIND.zst", "An image. A full is a plain zstd stream of the whole volume."),
     ("REPO/VOLUME/POINT.KIND.json", "Its manifest: the commit record, readable by people and by jq."),
+    ("REPO/history.jsonl", "What was done with the repository, a line each; see blockbak-history(8)."),
     ("FILE.json", "Beside a raw image FILE: its sidecar, which tells whether it is whole."),
     ("FILE.mapfile", "Beside a raw image, or a restored file: what could not be read or restored, for ddrescue."),
     ("REPO/RESTORE.txt, REPO/rescue.py", "How to restore without blockbak, and the script that does."),

@@ -263,6 +263,7 @@ def world(wait: float = 0) -> Iterator[Context]:
     from blockbak.cli import render
     from blockbak.flow.context import Context
     from blockbak.host.kernel import Kernel, allow_many_files, keep_memory
+    from blockbak.host.system import user_name
 
     caught: list[int] = []
 
@@ -290,4 +291,6 @@ def world(wait: float = 0) -> Iterator[Context]:
             kernel=Kernel(),
             wait=wait,
             run_dir=os.environ.get("BLOCKBAK_RUN_DIR") or "/run/blockbak",
+            run=secrets.token_hex(16),
+            user=user_name(),
         )

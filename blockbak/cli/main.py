@@ -30,6 +30,7 @@ VERBS = {
     "synthesize": "Compose a full from existing images, without the source.",
     "delete": "Remove points that nothing needs.",
     "export": "Write a point as a raw or qcow2 file.",
+    "history": "What was done with a repository, by whom, with which result.",
     "recover": "Finish or undo what a crash left behind.",
     "demo": "The whole story on a loop device, in a minute.",
 }

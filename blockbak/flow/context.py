@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Protocol
 
+from blockbak import units
 from blockbak.host.kernel import Kernel
 
 
@@ -47,7 +48,8 @@ class Context:
     """``now`` is the wall clock in UTC, ``timer`` a monotonic one in seconds. ``hex_id(n)`` gives n random
     hex digits. ``check`` raises Interrupted once someone asked to stop; it is called where stopping leaves
     nothing half-made. ``say`` takes sentences for people. ``workers`` is a number of threads,
-    ``run_dir`` a place that does not outlive the boot.
+    ``run_dir`` a place that does not outlive the boot. ``run`` are 32 hex digits that name this process in the
+    history, ``user`` who runs it, ``job`` the job of the configuration that it is for ("" without one).
     """
 
     now: Callable[[], datetime]
@@ -63,8 +65,10 @@ class Context:
     kernel: Kernel
     wait: float = 0
     run_dir: str = "/run/blockbak"
+    run: str = ""
+    job: str = ""
+    user: str = ""
 
 
-def iso(moment: datetime) -> str:
-    """ISO 8601 in UTC with milliseconds."""
-    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+iso = units.iso
+"""ISO 8601 in UTC with milliseconds."""

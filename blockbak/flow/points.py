@@ -25,8 +25,9 @@ from blockbak.host.lock import Lock
 from blockbak.image.reader import ImageReader
 from blockbak.image.view import PointView, Summary
 from blockbak.model import partition
-from blockbak.model.chain import Image, Point, choose, moment, plan
+from blockbak.model.chain import Image, Point, choose, plan
 from blockbak.model.facts import FULL
+from blockbak.model.when import last_moment
 from blockbak.repository.local import Catalog, Repository, Volume
 
 # --- finding a point -----------------------------------------------------------------------------
@@ -51,7 +52,7 @@ def find(repository: Repository, name: str) -> tuple[Volume, Catalog, Point]:
         return repository.volume(point.volume), asked[point.volume], point
     volume, catalog = repository.volume(point.volume), asked[point.volume]
     # What a damaged manifest hides may be what was meant.
-    if (error := damage_since(volume, catalog, point, until=moment(rest))) is not None:
+    if (error := damage_since(volume, catalog, point, until=last_moment(rest))) is not None:
         raise error
     return volume, catalog, point
 
