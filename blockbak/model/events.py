@@ -145,6 +145,9 @@ def _after(line: bytes, torn: bytes, prefix: bytes, head: Head | None, origin: b
     if head is not None and head.number > number:
         # Lines are missing, and so they stay: the new one does not take the number of another.
         return Place(head.number + 1, head.sha256, prefix, witnessed)
+    if head is not None and head.number == number and head.sha256 != digest(line or origin):
+        # The last line was altered: the new one must not hold what it is now.
+        return Place(number + 1, head.sha256, prefix, witnessed)
     return Place(number + 1, digest((line or origin) + torn), prefix, witnessed)
 
 

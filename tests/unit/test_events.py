@@ -143,6 +143,9 @@ def test_the_last_line_is_held_by_the_head():
     file = history(2)
     file.data = file.data.replace(b'"number":1}', b'"number":9}')
     assert file.read().flaws == ["line 2 is not what it was"]
+    # Nor does the next line hold what it is now.
+    file.append()
+    assert file.read().flaws == ["line 2 is not what it was"]
 
 
 def test_a_head_that_is_gone_is_told_and_stays_so():
