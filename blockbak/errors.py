@@ -438,6 +438,21 @@ class OutputFailed(Failed):
     advice = "What was asked for may have been done all the same; only the answer is lost."
 
 
+class NoDrillRoom(Failed):
+    message = "{path} has {free} bytes free; a drill of {point} may take {needed} there."
+    advice = "Make room there, name another directory with --scratch, or a logical volume with --target."
+
+
+class NoPlaceApart(Failed):
+    message = "No namespaces of its own could be made for the drill: {reason}."
+    advice = "It takes root with CAP_SYS_ADMIN: in a container that has not, drill on its host."
+
+
+class LoopFailed(Failed):
+    message = "No loop device could be made of {path}: {reason}."
+    advice = "'modprobe loop' brings the kernel's module for them; it takes Linux 5.8 or later."
+
+
 class DemoFailed(Failed):
     message = "The demo proved that something is wrong: {what}."
     advice = "Please report it: this must never happen."

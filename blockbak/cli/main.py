@@ -31,6 +31,8 @@ VERBS = {
     "delete": "Remove points that nothing needs.",
     "export": "Write a point as a raw or qcow2 file.",
     "history": "What was done with a repository, by whom, with which result.",
+    "drill": "Restore a point to scratch, check it, and time it.",
+    "status": "Whether every volume can be relied on; why not.",
     "recover": "Finish or undo what a crash left behind.",
     "demo": "The whole story on a loop device, in a minute.",
 }

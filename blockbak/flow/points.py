@@ -57,6 +57,12 @@ def find(repository: Repository, name: str) -> tuple[Volume, Catalog, Point]:
     return volume, catalog, point
 
 
+def newest_points(repository: Repository) -> list[str]:
+    """The name ``VOLUME@latest`` of each volume that has points, or should have."""
+    catalogs = {one.name: one.catalog() for one in repository.volumes()}
+    return [f"{name}@latest" for name, catalog in catalogs.items() if catalog.images or catalog.damage]
+
+
 def _unusable(rest: str, asked: dict[str, Catalog]) -> BlockbakError | None:
     """Why a point of that name, or every point of the volume, cannot be had although it is there."""
     for catalog in asked.values():

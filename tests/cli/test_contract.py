@@ -89,6 +89,11 @@ VERBS = [
         "export", lambda stock, place: ["web@latest", str(place / "out")],
         missing=["latest"], surplus=["latest", "b", "c"], point=["{}", "out"],
     ),
+    Verb(
+        "drill", lambda stock, place: [stock.newest, "--scratch", str(place)], surplus=["a", "b"], point=["{}"],
+        needs_root=True,
+    ),
+    Verb("status", lambda stock, place: [], surplus=["web", "b"], volume=["{}"]),
     Verb("recover", lambda stock, place: [], surplus=["x"]),
     Verb("demo", lambda stock, place: [], surplus=["x"], on_repository=False, needs_root=True),
 ]  # fmt: skip
