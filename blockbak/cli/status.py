@@ -63,7 +63,7 @@ def command(
     Exit status 0, or 3 with the reasons. With --format nagios it is that of a plugin: 0 OK, 1 WARNING, 2 CRITICAL,
     3 UNKNOWN, where it could not be found out.
     """
-    from blockbak.flow.status import status
+    from blockbak.flow.status import exported, status, write_textfile
     from blockbak.model import exposition
     from blockbak.model.health import Goals
 
@@ -72,11 +72,8 @@ def command(
         opened = common.open_repository(repository)
         with common.world() as world:
             report = status(opened, world, _goals(Goals(rpo, rto)), only=[volume] if volume is not None else [])
-        exported = exposition.text(
-            exposition.families(report.repository, report.room, report.volumes, report.at)
-        )  # fmt: skip
         if textfile is not None:
-            _write(textfile, exported)
+            write_textfile(report, textfile)
     except BlockbakError as error:
         if form != "nagios":
             raise
@@ -89,18 +86,12 @@ def command(
     if form == "json":
         render.document(as_document(report))
     elif form == "prometheus":
-        render.line(exported.removesuffix("\n"))
+        render.line(exported(report).removesuffix("\n"))
     else:
         _show(report)
     for name, reason in report.reasons:
         render.say(f"{name}: {reason.text}" if name else reason.text)
     context.exit(0 if report.ok else ATTENTION)
-
-
-def _write(path: str, text: str) -> None:
-    from blockbak.host import textfile
-
-    textfile.replace(path, text)
 
 
 def _goals(asked: Goals) -> Callable[[str, str], Goals]:

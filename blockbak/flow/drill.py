@@ -315,6 +315,10 @@ class _Drill:
             )
         if one.found.type == "btrfs" and not self._rename_btrfs(one, node, name):
             return []
+        if one.unmark is not None:
+            offset, value = one.unmark
+            _put(node, [(offset, bytes([value]))])
+            report.notes.append(f"{_capital(name)} was in use when the point was made; it has no journal to replay.")
         if one.replay:
             with self._step(f"replay {number}"):
                 looked.replayed = self._replayed(one, node, place, name)
@@ -336,13 +340,7 @@ class _Drill:
         try:
             with reading(node) as read:
                 blocks = list(btrfsid.renamed(read, one.place.length, bytes.fromhex(self.context.hex_id(32))))
-            descriptor = os.open(node, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                for offset, block in blocks:
-                    os.pwrite(descriptor, block, offset)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _put(node, blocks)
         except (ValueError, OSError) as error:
             self.differs(f"{_capital(name)} was not looked into, for it would be taken for the original: {error}.")
             return False
@@ -406,6 +404,17 @@ def _courses(read: Read, table: PartitionTable | None, opening: Opening) -> Iter
     for place in plan.places(table, opening.device_bytes):
         inside = partition.inside(read, place.start, place.length)
         yield plan.course(place, filesystem(inside, place.length), inside)
+
+
+def _put(node: str, pieces: Sequence[tuple[int, bytes]]) -> None:
+    """Write pieces to the copy, each at its offset. Raises OSError."""
+    descriptor = os.open(node, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        for offset, data in pieces:
+            os.pwrite(descriptor, data, offset)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _program(word: str) -> str:

@@ -10,6 +10,8 @@ from datetime import datetime
 from blockbak.errors import BlockbakError, Interrupted
 from blockbak.flow.context import Context
 from blockbak.flow.leftovers import remaining
+from blockbak.host import textfile
+from blockbak.model import exposition
 from blockbak.model.chain import chains, shortest
 from blockbak.model.events import Entry
 from blockbak.model.health import (
@@ -80,6 +82,16 @@ def status(
         leftovers=tuple(remaining(context)),
     )  # fmt: skip
     return Report(repository.path, now, judge_room(place, now), judged)
+
+
+def exported(report: Report) -> str:
+    """The text for Prometheus."""
+    return exposition.text(exposition.families(report.repository, report.room, report.volumes, report.at))
+
+
+def write_textfile(report: Report, path: str) -> None:
+    """Make the text for Prometheus what a file holds, all of it at once. Raises BadTarget."""
+    textfile.replace(path, exported(report))
 
 
 def job_of(entries: Sequence[Entry], volume: str) -> str:
@@ -182,7 +194,7 @@ def _growth(entries: Sequence[Entry], catalogs: Sequence[Catalog]) -> list[Growt
             stored[entry.volume, file] = size
             found.append(Growth(moment, size if entry.volume in known else 0))
             known.add(entry.volume)
-        elif entry.event in ("removed", "merged"):
+        if entry.event in ("removed", "merged"):
             gone = sum(stored.pop((entry.volume, file), 0) for file in _texts(entry, "files"))
             found.append(Growth(moment, -gone))
     if not found:

@@ -80,7 +80,8 @@ class Checker:
 @dataclass(frozen=True, slots=True)
 class Course:
     """What is done about one place. ``replay``: its journal wants to be replayed first. ``options`` are mount's,
-    without the one that says whether it may be written. ``unseen`` is why it is not looked into, a clause.
+    without the one that says whether it may be written. ``unmark`` is a byte to be written first, and its offset: it
+    says that a vfat was in use, which its checker would complain of. ``unseen`` is why it is not looked into, a clause.
     """
 
     place: Place
@@ -89,6 +90,7 @@ class Course:
     replay: bool = False
     fstype: str = ""
     options: tuple[str, ...] = ()
+    unmark: tuple[int, int] | None = None
     unseen: str = ""
 
 
@@ -143,7 +145,8 @@ def course(place: Place, found: Filesystem | None, read: Read) -> Course:
     checker, options = _WAYS[found.type]
     # ntfs has two drivers, of which mount(8) finds the one that is there.
     fstype = "" if found.type == "ntfs" else found.type
-    return Course(place, found, checker, _wants_replay(found.type, read, place.length), fstype, options)
+    unmark = _in_use(read) if found.type == "vfat" else None
+    return Course(place, found, checker, _wants_replay(found.type, read, place.length), fstype, options, unmark)
 
 
 def _holds_something(read: Read) -> bool:
@@ -157,6 +160,15 @@ def _wants_replay(kind: str, read: Read, length: int) -> bool:
     if kind in ("ext3", "ext4"):
         return bool(unclean(read, SECTOR, length)) or _has_orphans(read)
     return kind in ("xfs", "btrfs") and bool(unclean(read, SECTOR, length))
+
+
+def _in_use(read: Read) -> tuple[int, int] | None:
+    """kernel, fs/fat/inode.c, fat_set_state: bit 0 of a byte in the boot sector, at 65 (FAT32) or 37."""
+    sector = read(0, SECTOR)
+    if len(sector) < SECTOR:
+        return None
+    place = 65 if sector[82:87] == b"FAT32" else 37
+    return (place, sector[place] & ~1) if sector[place] & 1 else None
 
 
 def _has_orphans(read: Read) -> bool:

@@ -52,7 +52,9 @@ def nothing_left(program, tmp_path):
     yield
     settle(lambda: set(scratch_loops()) <= before)
     assert set(scratch_loops()) <= before
-    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".blockbak-drill-") and path.stat().st_size]
+    assert not [
+        path for path in tmp_path.rglob("*") if path.name.startswith(".blockbak-drill-") and path.stat().st_size
+    ]
     assert not list(program.state.glob("*"))
 
 
@@ -124,6 +126,19 @@ def test_a_btrfs_is_not_taken_for_its_original_which_is_mounted(program, loop, b
     assert (made.where / "since").read_text() == "the original goes on"
 
 
+def test_a_vfat_that_was_in_use_is_no_error(program, tmp_path):
+    source = tmp_path / "esp"
+    run("mkfs.vfat", "-C", "-F", "32", source, "65536")
+    put(source, 65, b"\x01")
+    # A kernel without a driver for it cannot mount it, and the drill says so.
+    known = subprocess.run(["modprobe", "-q", "vfat"], check=False).returncode == 0
+    report = drilled(program, program.backup(source)["point"], expect=0 if known else 3)
+    (one,) = report["filesystems"]
+    assert (one["checked"], one["mounted"]) == ("clean", known)
+    assert "was in use" in report["notes"][0]
+    assert len(report["differences"]) == (not known)
+
+
 # --- whole disks ------------------------------------------------------------------------------------------
 
 
@@ -159,7 +174,9 @@ def test_a_disk_with_partitions_and_what_is_never_started(program, loop, tmp_pat
     ]  # fmt: skip
     assert len(report["unseen"]) == 1
     assert report["unseen"][0].startswith("partition 4: it belongs to volume group vg-of-the-original")
-    said = dict(line.partition("=")[::2] for line in report["check_output"].splitlines() if line.startswith("BLOCKBAK_"))
+    said = dict(
+        line.partition("=")[::2] for line in report["check_output"].splitlines() if line.startswith("BLOCKBAK_")
+    )
     assert said["BLOCKBAK_POINT"] == point["point"]
     assert said["BLOCKBAK_VOLUME"] == point["volume"]
     assert said["BLOCKBAK_DEVICE"].startswith("/dev/loop")
@@ -358,7 +375,9 @@ def test_a_drill_that_is_killed_at_any_moment_leaves_nothing(program, slow_disk,
         ended.append(child.returncode)
         # -2: before it had come so far as to catch it.
         assert child.returncode in (0, 130, -signal.SIGINT, -number), said
-        assert settle_soon(lambda: not scratch_loops() and not lingering(mark)), f"after {moment:.2f} s of {seconds:.2f}"
+        assert settle_soon(lambda: not scratch_loops() and not lingering(mark)), (
+            f"after {moment:.2f} s of {seconds:.2f}"
+        )
     assert any(code != 0 for code in ended)
     assert drilled(program, slow_disk)["differences"] == []
 
