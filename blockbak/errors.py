@@ -496,6 +496,21 @@ class OutputFailed(Failed):
     advice = "What was asked for may have been done all the same; only the answer is lost."
 
 
+class NoDrillRoom(Failed):
+    message = "{path} has {free} bytes free; a drill of {point} may take {needed} there."
+    advice = "Make room there, name another directory with --scratch, or a logical volume with --target."
+
+
+class NoPlaceApart(Failed):
+    message = "No namespaces of its own could be made for the drill: {reason}."
+    advice = "It takes root with CAP_SYS_ADMIN: in a container that has not, drill on its host."
+
+
+class LoopFailed(Failed):
+    message = "No loop device could be made of {path}: {reason}."
+    advice = "'modprobe loop' brings the kernel's module for them; it takes Linux 5.8 or later."
+
+
 class DemoFailed(Failed):
     message = "The demo proved that something is wrong: {what}."
     advice = "Please report it: this must never happen."
@@ -545,6 +560,14 @@ class DamagedStream(Damage):
 class DamagedRepository(Damage):
     message = "{file} is damaged: {reason}."
     advice = "Bring it back from a copy; rescue.py beside it restores without it."
+
+
+class DamagedHistory(Damage):
+    message = "The history {file} is damaged: {reason}."
+    advice = (
+        "Every point is as it was. Bring the file back from a copy; or move history.jsonl and history.head away, and "
+        "keep them: a new history begins with what is done next."
+    )
 
 
 class MissingImage(Damage):

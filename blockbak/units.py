@@ -1,8 +1,9 @@
-"""Sizes and alignment: the only 512 in the package, and the only size parser."""
+"""Sizes, alignment and moments: the only 512 in the package, and the only size parser."""
 
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime
 
 SECTOR = 512
 """Bytes of the kernel's own sector (sysfs ``size``, ``stat``), whatever the device's."""
@@ -73,3 +74,8 @@ def format_seconds(seconds: float) -> str:
         return f"{minutes} min {rest:02d} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min"
+
+
+def iso(moment: datetime) -> str:
+    """ISO 8601 in UTC with milliseconds."""
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -21,6 +21,7 @@ PAGES = Path(__file__).parent.parent / "docs" / "man"
 FILES = [
     ("REPO/VOLUME/POINT.KIND.zst", "An image. A full is a plain zstd stream of the whole volume."),
     ("REPO/VOLUME/POINT.KIND.json", "Its manifest: the commit record, readable by people and by jq."),
+    ("REPO/history.jsonl", "What was done with the repository, a line each; see blockbak-history(8)."),
     ("FILE.json", "Beside a raw image FILE: its sidecar, which tells whether it is whole."),
     ("FILE.mapfile", "Beside a raw image, or a restored file: what could not be read or restored, for ddrescue."),
     ("REPO/RESTORE.txt, REPO/rescue.py", "How to restore without blockbak, and the script that does."),
@@ -158,7 +159,7 @@ day begins at 00:00, a week on Monday, and the rest on the first. A month that i
 instead. A time that summer time leaves out comes an hour later."""
 FORMS = [
     ("CALENDAR", " ".join(CALENDARS.split())),
-    ("DURATION", "90s, 15min (or 15m), 36h, 2d, 6w, 1y of 365 days; several one after the other, as in 1h 30m."),
+    ("DURATION", "90s, 15min (or 15m), 36h, 2d, 6w, or 1y, which is 365 days."),
     ("SIZE", "64K, 50M, 20G or 1T, in powers of 1024; a bare number is bytes."),
     ("SHARE", "5%."),
     ("LIST", 'Texts in brackets: ["vg/home", "vg/db"].'),

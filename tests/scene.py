@@ -23,6 +23,7 @@ from blockbak.host.kernel import Kernel
 from blockbak.model.chain import plan, points
 from blockbak.repository import local
 from blockbak.repository.local import FILE, Catalog, Repository, Volume
+from blockbak.repository.record import HEAD, HISTORY
 from blockbak.units import KIB
 from tests.doubles import context, new_repository
 from tests.faults import QuickKernel
@@ -197,8 +198,9 @@ class Scene:
         """All points but those ``gone`` are there and hold their bytes; a new one may be, and holds ``also``.
 
         Nothing listed is half-made: everything verifies. What is made of ``files`` that are as they were
-        ``before``, when all was good, needs not be restored.
+        ``before``, when all was good, needs not be restored. Whatever was torn or failed, the history is whole.
         """
+        assert self.repository().record.flaws() == []
         files = self.files()
         if before is not None and files == before:
             return self.names
@@ -301,7 +303,7 @@ def _recovered(scene: Scene) -> None:
     assert scene.listed() == scene.names
     assert scene.catalog().leftovers == 0
     assert len(list(scene.where.glob("*.zst"))) == len(scene.names)
-    assert sorted(os.listdir(scene.place)) == sorted([*CARRIED, FILE, VOLUME])
+    assert sorted(os.listdir(scene.place)) == sorted([*CARRIED, FILE, HISTORY, HEAD, VOLUME])
     for name in CARRIED:
         assert (scene.place / name).read_bytes() == (CARRIED_FROM / name).read_bytes()
 

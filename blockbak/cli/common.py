@@ -304,6 +304,7 @@ def world(wait: float = 0) -> Iterator[Context]:
     from blockbak.cli import render
     from blockbak.flow.context import Context
     from blockbak.host.kernel import Kernel, allow_many_files, keep_memory
+    from blockbak.host.system import user_name
 
     caught: list[int] = []
 
@@ -332,5 +333,6 @@ def world(wait: float = 0) -> Iterator[Context]:
             wait=wait,
             run_dir=os.environ.get("BLOCKBAK_RUN_DIR") or "/run/blockbak",
             run=run_id(),
+            user=user_name(),
             voice=render.say_about if render.logs() else None,
         )

@@ -33,6 +33,9 @@ VERBS = {
     "run": "Run the jobs of the configuration that are due.",
     "config": "Check or show the configuration of jobs.",
     "timers": "Have systemd or cron run the jobs.",
+    "history": "What was done with a repository, by whom, with which result.",
+    "drill": "Restore a point to scratch, check it, and time it.",
+    "status": "Whether every volume can be relied on; why not.",
     "recover": "Finish or undo what a crash left behind.",
     "demo": "The whole story on a loop device, in a minute.",
 }

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 import click
 
 from blockbak.errors import BlockbakError
-from blockbak.model.identity import plain
+from blockbak.model.identity import all_plain, plain
 from blockbak.units import format_seconds, format_size
 
 if TYPE_CHECKING:
@@ -75,22 +75,11 @@ def _message(text: str) -> None:
         _drop(sys.stderr)
 
 
-def _encodable(value: Any) -> Any:
-    """Built-in values, every text in them valid UTF-8."""
-    if isinstance(value, str):
-        return plain(value)
-    if isinstance(value, dict):
-        return {_encodable(key): _encodable(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_encodable(one) for one in value]
-    return value
-
-
 def document(value: object) -> None:
     """One JSON document on standard output."""
     import msgspec
 
-    _answer(msgspec.json.format(msgspec.json.encode(_encodable(msgspec.to_builtins(value))), indent=2))
+    _answer(msgspec.json.format(msgspec.json.encode(all_plain(msgspec.to_builtins(value))), indent=2))
 
 
 def log_with(voice: Voice) -> None:

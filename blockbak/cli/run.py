@@ -93,6 +93,7 @@ def _job(report: JobReport) -> dict[str, Any]:
         "points": [asdict(point) for point in report.points],
         "synthetic": [asdict(one.point) | {"written": one.written} for one in report.synthetic],
         "verified": None if verified is None else {"ok": verified.ok, "images": len(verified.images)},
+        "drilled": [asdict(one) | {"ok": one.ok, "rto_seconds": one.rto_seconds} for one in report.drilled],
         "errors": [error.as_dict() for error in report.errors],
         "attention": list(report.attention), "seconds": report.seconds, "exit": report.exit,
     }  # fmt: skip
@@ -115,7 +116,7 @@ class _Told:
 
     def __call__(self, report: JobReport, step: Step) -> None:
         from blockbak.errors import BlockbakError
-        from blockbak.flow import synthesize, verify
+        from blockbak.flow import drill, synthesize, verify
 
         facts = {"job": report.job}
         if isinstance(step, BlockbakError):
@@ -129,6 +130,13 @@ class _Told:
             bad = sum(not verdict.ok for verdict in step.images)
             result = f"{bad} damaged" if bad else "nothing wrong in what was looked at"
             self.line(f"{report.job}: {render.count(len(step.images), 'image')} verified: {result}.", facts)
+        elif isinstance(step, drill.Report):
+            about = facts | {"volume": step.volume, "point": step.point}
+            result = "all as it should be" if step.ok else render.count(len(step.differences), "thing") + " to look at"
+            took = render.seconds(step.rto_seconds)
+            self.line(f"{step.volume}: drill of {step.point} done in {took}: {result}.", about)
+            for difference in step.differences:
+                render.say_about(difference, about)
         else:
             self._point(step, facts | {"volume": step.volume, "point": step.point})
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Protocol
 
+from blockbak import units
 from blockbak.host.kernel import Kernel
 
 
@@ -79,6 +80,5 @@ class Context:
         return replace(self, facts=known, say=lambda sentence: voice(sentence, known))
 
 
-def iso(moment: datetime) -> str:
-    """ISO 8601 in UTC with milliseconds."""
-    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+iso = units.iso
+"""ISO 8601 in UTC with milliseconds."""

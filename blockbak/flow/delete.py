@@ -10,6 +10,7 @@ from typing import TypeAlias
 from blockbak.errors import Damage, DamagedImage, Interrupted, NewerFormat, PointNeeded
 from blockbak.flow.context import Context
 from blockbak.flow.points import find, hidden_images, highest_sequence, open_reader
+from blockbak.flow.recording import Doing, recorded
 from blockbak.flow.verify import check_image
 from blockbak.model.chain import POINT_CHARS, Image, Point, chains, points, shortest
 from blockbak.repository.local import Catalog, Repository, Volume
@@ -128,6 +129,13 @@ def delete(repository: Repository, names: Sequence[str], context: Context, *, dr
     """Delete the named points. Raises NoSuchPoint, AmbiguousPoint, PointNeeded, and Damage where an image
     that must take over is not whole, or where it cannot be told what an image needs; nothing is removed then.
     """
+    if dry_run:
+        return _delete(repository, names, context, Doing(), dry_run=True)
+    with recorded(repository, "removed", context, asked=list(names)) as doing:
+        return _delete(repository, names, context, doing, dry_run=False)
+
+
+def _delete(repository: Repository, names: Sequence[str], context: Context, doing: Doing, *, dry_run: bool) -> Report:
     by_volume: dict[str, set[str]] = {}
     asked = [_named(repository, name) for name in names]
     for volume_name, point in asked:
@@ -151,7 +159,7 @@ def delete(repository: Repository, names: Sequence[str], context: Context, *, dr
                 _verify(volume, removal, context)
         spaces = [volume.space_of(_files(removal, broken)) for volume, removal, broken in plans]
         if not dry_run:
-            _remove(plans, context)
+            _remove(plans, by_volume, context, doing)
     images = [image for _, removal, _ in plans for image in removal.images]
     return Report(
         list(dict.fromkeys(point for _, point in asked)),
@@ -167,15 +175,21 @@ def _files(removal: Removal, broken: Sequence[str]) -> list[str]:
     return [*(image.file for image in removal.images), *broken]
 
 
-def _remove(plans: Sequence[tuple[Volume, Removal, list[str]]], context: Context) -> None:
+def _remove(
+    plans: Sequence[tuple[Volume, Removal, list[str]]], gone: Mapping[str, Collection[str]], context: Context,
+    doing: Doing,
+) -> None:  # fmt: skip
     removed = 0
     for volume, removal, broken in plans:
+        files: list[str] = []
+        doing.part(volume.name, sorted(gone[volume.name]), files=files)
         for file in _files(removal, broken):
             try:
                 context.check()
             except Interrupted as error:
                 raise Interrupted(state=f"{removed} images were removed, what is left is whole") from error
             volume.remove(file)
+            files.append(file)
             removed += 1
 
 

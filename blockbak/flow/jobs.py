@@ -6,9 +6,18 @@ import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, tzinfo
+from datetime import UTC, datetime, tzinfo
 
-from blockbak.errors import BadBlockSize, BadConfig, BlockbakError, NoConfig, NoSourceFits, NoSuchJob, UnsafeConfig
+from blockbak.errors import (
+    BadBlockSize,
+    BadConfig,
+    BlockbakError,
+    Damage,
+    NoConfig,
+    NoSourceFits,
+    NoSuchJob,
+    UnsafeConfig,
+)
 from blockbak.flow.backup import check_block_size
 from blockbak.flow.context import Context
 from blockbak.flow.hot import HotOptions
@@ -18,6 +27,7 @@ from blockbak.model import config as configs
 from blockbak.model import schedule
 from blockbak.model.chain import Point, chains
 from blockbak.model.config import Config, Job, Problem, Selector, Unusable
+from blockbak.model.events import Entry
 from blockbak.model.facts import FULL, INCREMENTAL
 from blockbak.model.schedule import Due, Made
 from blockbak.repository.local import Catalog, Repository
@@ -172,24 +182,41 @@ def catalog_of(repository: Repository, volume: str) -> Catalog:
 
 def wanted(job: Job, found: Sequence[str], repository: Repository, zone: tzinfo, context: Context) -> list[Wanted]:
     """What is due of each of these sources. Raises Damage, UnreadableStore and NoPermission of the repository."""
-    return [_wanted(job, source, repository, zone, context) for source in found]
+    try:
+        entries = repository.record.entries()
+    except Damage as error:
+        # The points tell nearly all, and whoever verifies is told.
+        context.say(f"What is due is told without the history: {error}")
+        entries = []
+    return [_wanted(job, source, repository, entries, zone, context) for source in found]
 
 
-def _wanted(job: Job, source: str, repository: Repository, zone: tzinfo, context: Context) -> Wanted:
+def _wanted(
+    job: Job, source: str, repository: Repository, entries: Sequence[Entry], zone: tzinfo, context: Context
+) -> Wanted:
     try:
         volume = look(repository, request(job, source, "auto"), context).name
     except BlockbakError as error:
         # Whatever is due of it: only trying tells people that it cannot be had.
         return Wanted(source, "", Due(INCREMENTAL, f"it cannot be looked at ({str(error).removesuffix('.')})"))
     catalog = catalog_of(repository, volume)
-    due = schedule.kind_due(job.kinds, past(catalog), context.now(), zone, full=_last_full(repository, volume))
-    return Wanted(source, volume, due)
+    full = last_full(entries, volume)
+    return Wanted(source, volume, schedule.kind_due(job.kinds, past(catalog), context.now(), zone, full=full))
 
 
-def _last_full(repository: Repository, volume: str) -> datetime | None:
-    """When the newest full of a volume was made, by the record: its image may have been merged since."""
-    del repository, volume
+def last_full(entries: Sequence[Entry], volume: str) -> datetime | None:
+    """When the newest full of a volume was read from its source, by the history: its image may be merged since."""
+    for entry in reversed(entries):
+        if entry.event == "made" and entry.volume == volume and entry.points and entry.facts.get("kind") == FULL:
+            return _moment_of_id(entry.points[0])
     return None
+
+
+def _moment_of_id(point: str) -> datetime | None:
+    try:
+        return datetime.strptime(point.partition("-")[0], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+    except ValueError:
+        return None
 
 
 def synthetic_due(job: Job, catalog: Catalog, zone: tzinfo, now: datetime) -> str:

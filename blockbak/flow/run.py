@@ -25,7 +25,7 @@ from blockbak.errors import (
     RunKilled,
     StoreFailed,
 )
-from blockbak.flow import jobs, synthesize, verify
+from blockbak.flow import drill, jobs, status, synthesize, verify
 from blockbak.flow.backup import Report as PointReport
 from blockbak.flow.backup import backup, backup_all, both
 from blockbak.flow.context import Context, Quiet, iso
@@ -35,14 +35,17 @@ from blockbak.host.jobstate import State
 from blockbak.host.system import reading_idly
 from blockbak.model import telling
 from blockbak.model.config import Config, Job, Notify
+from blockbak.model.drill import DrillOptions
 from blockbak.model.facts import DIFFERENTIAL, FULL, INCREMENTAL
+from blockbak.model.health import Goals
 from blockbak.model.schedule import Due, due_since
 from blockbak.model.telling import Age, Event, Outcome
 from blockbak.repository.local import Repository
+from blockbak.units import format_seconds
 
 DONE, NOT_DUE, RUNNING, PLANNED, FAILED = "done", "not due", "running", "planned", "failed"
 
-Step: TypeAlias = PointReport | synthesize.Report | verify.Report | BlockbakError | str
+Step: TypeAlias = PointReport | synthesize.Report | verify.Report | drill.Report | BlockbakError | str
 """What comes of a part of a run; a string is a sentence."""
 
 
@@ -72,7 +75,7 @@ class JobReport:
     synthetic: list[synthesize.Report] = field(default_factory=list)
     pruned: dict[str, Any] = field(default_factory=dict)
     verified: verify.Report | None = None
-    drilled: dict[str, Any] = field(default_factory=dict)
+    drilled: list[drill.Report] = field(default_factory=list)
     errors: list[BlockbakError] = field(default_factory=list)
     attention: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -118,6 +121,7 @@ def run_jobs(
             return reports
     if not options.dry_run:
         tell_missing(config, context, well)
+        write_textfiles(config, context)
     return reports
 
 
@@ -266,6 +270,7 @@ class _Run:
             volumes = self._whole()
             self._synthesize(repository, volumes)
             self._verify(repository, state)
+            self._drill(repository, state)
 
     @contextmanager
     def _limited(self) -> Iterator[None]:
@@ -358,6 +363,35 @@ class _Run:
             if found.locked is None:
                 state.verified = iso(self._context.now())
 
+    def _drill(self, repository: Repository, state: State) -> None:
+        """Restore the newest point of each of the job's volumes to scratch. What differs needs a look."""
+        plan = self._job.drill
+        if plan is None or "drill" not in self.report.extra:
+            return
+        # The configuration has named the target, which is what overwriting it takes.
+        options = DrillOptions(
+            target=plan.target, overwrite=bool(plan.target), checker=plan.checker, check=plan.check, boot=plan.boot,
+            boot_pattern=plan.boot_pattern, boot_seconds=plan.boot_seconds,
+        )  # fmt: skip
+        volumes = dict.fromkeys(one.volume for one in self.report.wanted if one.volume)
+        done = [self._drilled(repository, volume, options) for volume in volumes]
+        if done and all(done):
+            state.drilled = iso(self._context.now())
+
+    def _drilled(self, repository: Repository, volume: str, options: DrillOptions) -> bool:
+        """Whether a drill came to its end, whatever it found."""
+        report, rto, done = self.report, self._job.rto, False
+        with self._noted():
+            found = drill.drill(repository, f"{volume}@latest", options, self._context.about(volume=volume))
+            report.drilled.append(found)
+            report.attention += [f"Drill of {volume}@{found.point}: {difference}" for difference in found.differences]
+            if rto is not None and found.rto_seconds > rto:
+                took, most = format_seconds(found.rto_seconds), format_seconds(rto)
+                report.attention.append(f"Drill of {volume}@{found.point}: it took {took}; the RTO is {most}.")
+            self._done(found)
+            done = True
+        return done
+
     @contextmanager
     def _noted(self) -> Iterator[None]:
         """An error of a part of the run, which does not keep the rest from being done, unless it must end."""
@@ -406,6 +440,28 @@ def remember(config: Config, context: Context) -> None:
         jobstate.save_notify(context.state_dir, config.notify, context.kernel)
     except StoreFailed as error:
         context.say(f"Who is told of trouble cannot be kept for later: {error}")
+
+
+def write_textfiles(config: Config, context: Context) -> None:
+    """Leave how all volumes are for Prometheus, where the configuration says so. What fails is said."""
+    for place in config.repositories.values():
+        if not place.textfile:
+            continue
+        try:
+            found = status.status(Repository(place.path, context.kernel), context, goals(config))
+            status.write_textfile(found, place.textfile)
+        except BlockbakError as error:
+            context.say(f"{place.textfile} is not what it should be: {error}")
+
+
+def goals(config: Config) -> Callable[[str, str], Goals]:
+    """What is asked of a volume, by its job."""
+
+    def of(_: str, name: str) -> Goals:
+        job = config.jobs.get(name)
+        return Goals(job.rpo, job.rto) if job is not None else Goals()
+
+    return of
 
 
 # --- telling people --------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from blockbak.flow.backup import Report as PointReport
 from blockbak.flow.backup import report
 from blockbak.flow.context import Context, iso
 from blockbak.flow.points import find, open_chain, open_point
+from blockbak.flow.recording import recorded
 from blockbak.host.blockio import PartialFile
 from blockbak.image import codec
 from blockbak.image.compose import Composer, Tally
@@ -33,6 +34,14 @@ class Report:
     clones: int
     written: bool
 
+    @property
+    def facts(self) -> dict[str, object]:
+        """What the history says of it."""
+        return {
+            "file": self.point.file, "stored_bytes": self.point.stored_bytes, "cloned_bytes": self.cloned_bytes,
+            "copied_bytes": self.copied_bytes, "encoded_bytes": self.encoded_bytes,
+        }  # fmt: skip
+
 
 def synthesize(
     repository: Repository,
@@ -48,6 +57,16 @@ def synthesize(
     If the point is held that way already, nothing is written and that image is reported. Raises
     NoSuchVolume, NoSuchPoint, Damage, ComposeFailed, NoSpace, StoreFailed.
     """
+    with recorded(repository, "merged", context, volume=name, kind=kind) as doing:
+        made = _synthesize(repository, name, context, at, kind, compress)
+        doing.points, doing.quiet = [made.point.point], not made.written
+        doing.facts |= made.facts
+    return made
+
+
+def _synthesize(
+    repository: Repository, name: str, context: Context, at: str | None, kind: Kind, compress: str
+) -> Report:
     volume = repository.volume(name)
     with volume.locked(exclusive=True, wait=context.wait, check=context.check, say=context.say), ExitStack() as stack:
         catalog = volume.catalog()

@@ -58,10 +58,13 @@ class Selector:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A repository: its name in the configuration, and its directory."""
+    """A repository: its name in the configuration, its directory, and the file in which each run leaves how its volumes
+    are, for Prometheus ("" for none).
+    """
 
     name: str
     path: str
+    textfile: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -429,6 +432,8 @@ KEYS: tuple[Key, ...] = (
     Key(_TOP, "timezone", _zone, "ZONE", "the machine's", "The time zone of all calendars, such as Europe/Berlin or "
         "UTC. Calendars of minutes and hours always count in UTC.", ""),
     Key(_REPOSITORY, "path", _directory, "DIRECTORY", "", "The repository's directory; 'blockbak init' makes it."),
+    Key(_REPOSITORY, "textfile", _directory, "FILE", "none", "The file in which each run leaves what 'blockbak status' "
+        "says, for the textfile collector of Prometheus's node exporter."),
 
     Key(_JOB, "repository", _text, "NAME", "the only one", "The repository, by its name in this file. It may be left "
         "out where there is just one."),
@@ -599,7 +604,9 @@ class _Reader:
         """What it says. Raises Unusable."""
         top = self._table((), (), self._document, ("repositories", "jobs", "notify"))
         repositories = {
-            name: Place(name, values["path"]) for name, values in self._named("repositories", ()) if values["path"]
+            name: Place(name, values["path"], values["textfile"] or "")
+            for name, values in self._named("repositories", ())
+            if values["path"]
         }
         if not self._of(self._document.get("repositories")):
             self._problem(("repositories",), "names no repository")

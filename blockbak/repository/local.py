@@ -47,10 +47,13 @@ from blockbak.host.blockio import (
 from blockbak.host.kernel import Kernel
 from blockbak.model.chain import Image, Point, chains, plan, points
 from blockbak.repository import manifest
+from blockbak.repository.record import HEAD, HISTORY, Record
 
 VERSION = 1
 FILE = "repository.json"
 _SHIPPED = ("rescue.py", "RESTORE.txt")
+_OWN = {FILE, *_SHIPPED, HISTORY, HEAD}
+"""No volume can have these names, whether the file is there yet or not."""
 NAME_MAX = 200
 NAME_RULE = f"at most {NAME_MAX} letters, digits, '.', '_' and '-', not beginning with '.' or '-'"
 _LOOKS = 10
@@ -389,6 +392,11 @@ class Repository:
             raise NewerFormat(what=f"The repository {path}", detail=f"version {about.blockbak_repository}")
         self.id = about.id
 
+    @property
+    def record(self) -> Record:
+        """What was done with it."""
+        return Record(self.path, self.id, self.kernel)
+
     @classmethod
     def create(cls, path: str, *, repository_id: str, created: str, kernel: Kernel | None = None) -> Self:
         """Make a repository in a new or empty directory. Raises RepositoryExists, NoSpace, StoreFailed.
@@ -473,6 +481,8 @@ class Repository:
         if not usable_name(name):
             raise VolumeExists(volume=name, reason=f"it takes {NAME_RULE}")
         path = os.path.join(self.path, name)
+        if name in _OWN and not _is_directory(path):
+            raise VolumeExists(volume=name, reason="a file of the repository is called so")
         try:
             if not _is_directory(path):
                 self.kernel.mkdir(path)

@@ -107,6 +107,11 @@ VERBS = [
         "timers", lambda stock, place: ["install", "--cron", *configured(stock, place)],
         missing=[], surplus=["remove", "x"], on_repository=False,
     ),
+    Verb(
+        "drill", lambda stock, place: [stock.newest, "--scratch", str(place)], surplus=["a", "b"], point=["{}"],
+        needs_root=True,
+    ),
+    Verb("status", lambda stock, place: [], surplus=["web", "b"], volume=["{}"]),
     Verb("recover", lambda stock, place: [], surplus=["x"]),
     Verb("demo", lambda stock, place: [], surplus=["x"], on_repository=False, needs_root=True),
 ]  # fmt: skip

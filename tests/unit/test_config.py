@@ -252,7 +252,7 @@ def test_no_key_takes_what_is_of_another_sort(key):
 def test_every_key_does_something(monkeypatch):
     """Of each key some value makes another configuration than its default does."""
     values = {
-        "timezone": "'UTC'", "path": "'/other'", "repository": "'second'", "sources": "['/other']", "schedule": "'hourly'",
+        "timezone": "'UTC'", "path": "'/other'", "textfile": "'/x'", "repository": "'second'", "sources": "['/other']", "schedule": "'hourly'",
         "full": "'weekly'", "differential": "'weekly'", "incremental": "'weekly'", "synthetic": "'weekly'",
         "random_delay": "'1s'", "deadline": "'1h'", "wait": "'1s'", "rpo": "'7d'", "rto": "'1h'", "verify": "'weekly'",
         "verify_share": "'7%'", "name": "'x'", "mode": "'live'", "block_size": "'4K'", "compress": "'none'",
