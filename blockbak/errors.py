@@ -146,7 +146,7 @@ class RepositoryError(Failed):
 
 class NoRepositoryNamed(RepositoryError):
     message = "No repository was named."
-    advice = "Give '-r REPO' before the verb, or set BLOCKBAK_REPO."
+    advice = "Give '-r REPO' before the verb, set BLOCKBAK_REPO, or name just one in the configuration."
 
 
 class NotARepository(RepositoryError):
@@ -208,6 +208,20 @@ class NoSpace(RepositoryError):
 class StoreFailed(RepositoryError):
     message = "{path} could not be {action}: {reason}."
     advice = "Earlier points are untouched. Look at the kernel's log for the disk below it."
+
+
+class NoMergeRoom(RepositoryError):
+    message = "Merging what {volume} no longer keeps takes up to {needed} bytes first, and {free} are free."
+    advice = "Make room there. What no other point needed is gone already; all points are whole."
+
+
+class TooFar(RepositoryError):
+    message = "What there will be of {volume} at {moment} is not gone through: {reason}."
+    advice = "Take an earlier moment."
+
+
+class NotPinned(RepositoryError):
+    message = "Point {point} is not pinned."
 
 
 class NothingToMerge(RepositoryError):
@@ -397,6 +411,62 @@ class PeerFailed(MirrorError):
 class NotInStep(MirrorError):
     message = "{target} does not have the root of {source}: {have} in place of {need}."
     advice = "Memory or a processor may be failing at one end. Do not use the target; run again."
+# --- jobs -----------------------------------------------------------------------------------
+
+
+class JobError(Failed):
+    """A job of the configuration cannot be run as it is."""
+
+
+class NoConfig(JobError):
+    message = "The configuration {path} cannot be read: {reason}."
+    advice = "Write it, or name another one with '--config FILE' or BLOCKBAK_CONFIG; blockbak.toml(5) tells how."
+
+
+class BadConfig(JobError):
+    message = "The configuration {path} cannot be used; {count} wrong in it."
+    advice = "Nothing was done. Mend it, then look again with 'blockbak config check'."
+
+
+class NoSuchJob(JobError):
+    message = "The configuration has no job {job}; it has: {there}."
+
+
+class NoSuchZone(JobError):
+    message = "This machine knows no time zone {zone}."
+    advice = 'Take a name of /usr/share/zoneinfo, as in timezone = "Europe/Berlin".'
+
+
+class NoSourceFits(JobError):
+    message = "Job {job}: nothing that is here now fits the source {source}."
+    advice = "'blockbak devices' lists what is here; 'udevadm info --query=property NODE' what udev says of it."
+
+
+class JobRuns(JobError):
+    message = "Job {job} is being run already, by process {pid} on {host}."
+    advice = "Wait for it to end, or use '--wait SECONDS'."
+
+
+class DeadlinePassed(JobError):
+    message = "Job {job} was not done within its deadline of {seconds} seconds, so it was ended."
+    advice = "Points that it had made before are whole. Give it a longer deadline, or find out what it waited for."
+
+
+class RunKilled(JobError):
+    message = "The run of job {job} that began at {started} did not come to its end."
+    advice = (
+        "It was killed, or the machine went down. 'blockbak recover' puts right what it left; the next run goes on."
+    )
+
+
+class NoTimers(JobError):
+    message = "Timers cannot be installed: systemd does not run this machine."
+    advice = "'blockbak timers install --cron' prints lines for cron."
+
+
+class UnitFileTaken(JobError):
+    message = "{path} is not of blockbak's making, so it is not overwritten."
+    advice = "Move it away, or give the job another name."
 
 
 # --- the rest of exit 1 ---------------------------------------------------------------------
@@ -470,6 +540,21 @@ class OutputFailed(Failed):
     advice = "What was asked for may have been done all the same; only the answer is lost."
 
 
+class NoDrillRoom(Failed):
+    message = "{path} has {free} bytes free; a drill of {point} may take {needed} there."
+    advice = "Make room there, name another directory with --scratch, or a logical volume with --target."
+
+
+class NoPlaceApart(Failed):
+    message = "No namespaces of its own could be made for the drill: {reason}."
+    advice = "It takes root with CAP_SYS_ADMIN: in a container that has not, drill on its host."
+
+
+class LoopFailed(Failed):
+    message = "No loop device could be made of {path}: {reason}."
+    advice = "'modprobe loop' brings the kernel's module for them; it takes Linux 5.8 or later."
+
+
 class DemoFailed(Failed):
     message = "The demo proved that something is wrong: {what}."
     advice = "Please report it: this must never happen."
@@ -519,6 +604,19 @@ class DamagedStream(Damage):
 class DamagedRepository(Damage):
     message = "{file} is damaged: {reason}."
     advice = "Bring it back from a copy; rescue.py beside it restores without it."
+
+
+class DamagedHistory(Damage):
+    message = "The history {file} is damaged: {reason}."
+    advice = (
+        "Every point is as it was. Bring the file back from a copy; or move history.jsonl and history.head away, and "
+        "keep them: a new history begins with what is done next."
+    )
+
+
+class DamagedPin(Damage):
+    message = "The pin {file} is damaged: {reason}."
+    advice = "Its point stays as if it were immutable. Bring the file back from a copy, or move it away."
 
 
 class MissingImage(Damage):
@@ -650,6 +748,16 @@ class PointNeeded(Refused):
     advice = "Compose a synthetic full first ('blockbak synthesize'), or delete those points too."
 
 
+class PointPinned(Refused):
+    message = "Point {point} is {reason}."
+    advice = "'blockbak unpin {point}' takes that back."
+
+
+class PointImmutable(Refused):
+    message = "Point {point} is not touched before its time: {reason}."
+    advice = "Nobody takes that back before then; a later end can be set with 'blockbak pin'."
+
+
 class NotConfirmed(Refused):
     message = "{action} was not confirmed."
     advice = "Give '--yes', or type the name at the prompt."
@@ -663,6 +771,11 @@ class NotTogether(Refused):
 class UnsafeHook(Refused):
     message = "Hook {path} is not run: {reason}."
     advice = "A hook runs as root, so root must own it and its directories, and nobody else may write them."
+
+
+class UnsafeConfig(Refused):
+    message = "The configuration {path} is not used: {reason}."
+    advice = "It names programs that are run, so only its owner, who must be root or you, may write it."
 
 
 class CannotRest(Refused):

@@ -1,8 +1,8 @@
 """Tells what ``scripts/test`` ran, where, and how it ended; the exit status says whether all of it passed.
 
 Reads the directory given: ``checks`` (name and exit status of each check, tab between), and, if tests ran here,
-``pytest`` (its exit status and how the tests were chosen) and ``tests.xml`` (its JUnit report); if some were to run
-in the virtual machine, ``vm`` (exit status and how that machine is run) and ``vm.xml``.
+``pytest`` (a line for each run of it: exit status, the name of its JUnit report, how the tests were chosen); if some
+were to run in the virtual machine, ``vm`` (exit status and how that machine is run) and ``vm.xml``.
 """
 
 from __future__ import annotations
@@ -34,6 +34,13 @@ class Row:
         """How many ran, those that then left themselves out included."""
         return self.passed + self.failed + self.skipped
 
+    def add(self, other: Row) -> None:
+        """Count another's among its own."""
+        self.passed += other.passed
+        self.failed += other.failed
+        self.skipped += other.skipped
+        self.seconds += other.seconds
+
 
 def check_rows(results: Path) -> list[Row]:
     """A row for each check that is not pytest."""
@@ -45,12 +52,36 @@ def check_rows(results: Path) -> list[Row]:
     return rows
 
 
-def ended(results: Path, name: str) -> tuple[int, str] | None:
-    """How a run of pytest ended (its exit status), and the words that go with it; None if there was none."""
-    if not (results / name).exists():
+@dataclass(frozen=True)
+class Run:
+    """One run of pytest: its exit status, its JUnit report, and the words that go with it."""
+
+    status: int
+    report: Path
+    words: str
+
+    @property
+    def unexplained(self) -> bool:
+        """Whether it failed in a way that no case accounts for: 0 is all passed, 1 some failed."""
+        rows = counted(self.report).values()
+        return self.status != 0 and not (self.status == 1 and any(row.failed for row in rows))
+
+
+def runs_here(results: Path) -> list[Run]:
+    """The runs of this machine; none where no tests were asked for."""
+    file = results / "pytest"
+    lines = file.read_text().splitlines() if file.exists() else []
+    fields = [line.split("\t", maxsplit=2) for line in lines]
+    return [Run(int(status), results / report, words.rstrip()) for status, report, words in fields]
+
+
+def run_in_machine(results: Path) -> Run | None:
+    """The run in the virtual machine; None if none was to be."""
+    file = results / IN_MACHINE
+    if not file.exists():
         return None
-    status, words = (results / name).read_text().rstrip("\n").split("\t", maxsplit=1)
-    return int(status), words
+    status, words = file.read_text().rstrip("\n").split("\t", maxsplit=1)
+    return Run(int(status), results / "vm.xml", words)
 
 
 def counted(report: Path) -> dict[str, Row]:
@@ -72,36 +103,29 @@ def counted(report: Path) -> dict[str, Row]:
     return rows
 
 
-def unexplained(status: int, rows: dict[str, Row]) -> bool:
-    """Whether a run failed in a way that no case accounts for: 0 is all passed, 1 some failed."""
-    return status != 0 and not (status == 1 and any(row.failed for row in rows.values()))
-
-
-def rows_here(results: Path, status: int) -> list[Row]:
+def rows_here(runs: list[Run]) -> list[Row]:
     """A row for each level of tests of this machine, those that did not run included."""
     rows = {path.name: Row(path.name) for path in sorted(TESTS.iterdir()) if any(path.glob("test_*.py"))}
     rows.pop(IN_MACHINE, None)
-    rows |= counted(results / "tests.xml")
+    for run in runs:
+        for name, row in counted(run.report).items():
+            rows.setdefault(name, Row(name)).add(row)
     for row in rows.values():
         row.note = "" if row.count else "not run"
-    if unexplained(status, rows):
-        rows["pytest"] = Row("pytest", failed=1, note=f"exit {status}: see its own message above")
+    lost = [run for run in runs if run.unexplained]
+    if lost:
+        told = ", ".join(str(run.status) for run in lost)
+        rows["pytest"] = Row("pytest", failed=len(lost), note=f"exit {told}: see its own message above")
     return list(rows.values())
 
 
-def row_in_machine(results: Path, status: int) -> Row:
+def row_in_machine(run: Run) -> Row:
     """The row of the level that runs in the virtual machine. If nothing ran there, that is a failure."""
-    rows = counted(results / "vm.xml")
     row = Row(IN_MACHINE)
-    for one in rows.values():
-        row.passed, row.failed, row.skipped = (
-            row.passed + one.passed,
-            row.failed + one.failed,
-            row.skipped + one.skipped,
-        )
-        row.seconds += one.seconds
-    if unexplained(status, rows):
-        row.failed, row.note = row.failed + 1, f"exit {status}: see its own message above"
+    for one in counted(run.report).values():
+        row.add(one)
+    if run.unexplained:
+        row.failed, row.note = row.failed + 1, f"exit {run.status}: see its own message above"
     elif not row.passed + row.failed:
         row.failed, row.note = 1, "no test ran in the virtual machine"
     return row
@@ -110,18 +134,18 @@ def row_in_machine(results: Path, status: int) -> Row:
 def main(results: Path) -> int:
     """Print the table and the closing line; 0 if everything that ran passed, else 1."""
     rows = check_rows(results)
-    here, there = ended(results, "pytest"), ended(results, IN_MACHINE)
+    here, there = runs_here(results), run_in_machine(results)
     counts = {"here": 0, "in the virtual machine": 0}
     chosen = "no tests here"
     if here:
-        levels = rows_here(results, here[0])
-        counts["here"] = sum(row.count for row in counted(results / "tests.xml").values())
+        levels = rows_here(here)
+        counts["here"] = sum(row.count for run in here for row in counted(run.report).values())
         rows += levels
-        chosen = f"tests chosen by {here[1].rstrip()}"
+        chosen = "tests chosen by " + ", ".join(run.words for run in here)
     if there:
-        row = row_in_machine(results, there[0])
-        row.note = row.note or f"in the virtual machine, run by {there[1]}"
-        counts["in the virtual machine"] = sum(row.count for row in counted(results / "vm.xml").values())
+        row = row_in_machine(there)
+        row.note = row.note or f"in the virtual machine, run by {there.words}"
+        counts["in the virtual machine"] = sum(row.count for row in counted(there.report).values())
         rows.append(row)
     elif here:
         rows.append(Row(IN_MACHINE, note="not run"))

@@ -159,7 +159,7 @@ class _Told:
             named = f"'blockbak show {result.volume}@{result.point}' names what could not be read"
             render.say(f"{named}; --mapfile puts it in ddrescue's form.")
         if not self._as_json:
-            render.line(_would(result) if self._dry_run else summary(result))
+            render.line(would(result) if self._dry_run else summary(result))
 
     def end(self) -> int:
         """The exit status, once the document is printed."""
@@ -178,7 +178,8 @@ class _Told:
         return ATTENTION if any(report.attention for report in self._reports) else 0
 
 
-def _would(report: Report) -> str:
+def would(report: Report) -> str:
+    """What a dry run tells of a source."""
     parent = f" on {report.parent}" if report.parent else ""
     article = "an" if report.kind[0] == "i" else "a"
     return (

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 R = TypeVar("R")
 
+CONFIG = "/etc/blockbak/blockbak.toml"
+"""Where the configuration lies, if nobody says otherwise."""
 WORKERS_MAX = 10
 """More would take more memory than the promise allows, for devices faster than any seen so far."""
 WORKERS_WAITING = 2
@@ -63,8 +65,16 @@ def _seconds(_: click.Context, __: click.Parameter, value: float) -> float:
 PATH = _Path()
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 repository_option = click.option(
-    "-r", "--repository", type=PATH, metavar="REPO", help="The repository's directory (or BLOCKBAK_REPO)."
+    "-r",
+    "--repository",
+    type=PATH,
+    metavar="REPO",
+    help="The repository's directory (or BLOCKBAK_REPO, or the only one of the configuration).",
 )
+config_option = click.option(
+    "--config", "config_file", type=PATH, metavar="FILE",
+    help="The configuration (or BLOCKBAK_CONFIG) [/etc/blockbak/blockbak.toml].",
+)  # fmt: skip
 wait_option = click.option(
     "--wait", type=click.FloatRange(min=0), callback=_seconds, default=0, metavar="SECONDS",
     help="Wait so long for a volume that another run holds.",
@@ -279,17 +289,48 @@ def known_repository(named: str | None) -> Repository | None:
 
 
 def open_repository(named: str | None) -> Repository:
-    """The repository named here, before the verb, or by BLOCKBAK_REPO. Raises NoRepositoryNamed and what
-    opening it raises.
+    """The repository named here, before the verb, or by BLOCKBAK_REPO; else the only one of the configuration. Raises
+    NoRepositoryNamed and what opening it raises.
     """
     from blockbak.repository.local import Repository
 
-    path = named or click.get_current_context().obj or os.environ.get("BLOCKBAK_REPO")
+    path = named or click.get_current_context().obj or os.environ.get("BLOCKBAK_REPO") or _configured()
     if not path:
         raise NoRepositoryNamed
     if not _has_place(path):
         raise NotARepository(path=path, reason="the current directory is gone")
     return Repository(path)
+
+
+def config_path(named: str | None) -> str:
+    """The file of the configuration: the one named, that of BLOCKBAK_CONFIG, or the usual one."""
+    return os.path.abspath(named or os.environ.get("BLOCKBAK_CONFIG") or CONFIG)
+
+
+def _configured() -> str | None:
+    """The only repository of the configuration, where there is one that can be read and that has just one: what is
+    wrong with it is no reason to do without a restore.
+    """
+    try:
+        with open(config_path(None), encoding="utf-8", newline="") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError):
+        return None
+    from blockbak.model.config import Unusable, parse
+
+    try:
+        places = list(parse(text).repositories.values())
+    except Unusable:
+        return None
+    return places[0].path if len(places) == 1 else None
+
+
+@functools.cache
+def run_id() -> str:
+    """32 hex digits that name this process."""
+    import secrets
+
+    return secrets.token_hex(16)
 
 
 def state_dir() -> str:
@@ -343,6 +384,7 @@ def world(wait: float = 0) -> Iterator[Context]:
     from blockbak.cli import render
     from blockbak.flow.context import Context
     from blockbak.host.kernel import Kernel, allow_many_files, keep_memory
+    from blockbak.host.system import user_name
 
     caught: list[int] = []
 
@@ -370,4 +412,7 @@ def world(wait: float = 0) -> Iterator[Context]:
             kernel=Kernel(),
             wait=wait,
             run_dir=os.environ.get("BLOCKBAK_RUN_DIR") or "/run/blockbak",
+            run=run_id(),
+            user=user_name(),
+            voice=render.say_about if render.logs() else None,
         )

@@ -64,6 +64,15 @@ class Verb:
         return self.name
 
 
+def configured(stock: Stock, place: Path) -> list[str]:
+    """A configuration with one job, whose repository and source are those of the stock."""
+    file = place / "blockbak.toml"
+    file.write_text(
+        f'[repositories.main]\npath = "{stock.path}"\n[jobs.web]\nsources = ["{stock.source}"]\nname = "web"\n'
+    )
+    return ["--config", str(file)]
+
+
 VERBS = [
     Verb("devices", lambda stock, place: [], surplus=["x"], on_repository=False),
     Verb("init", lambda stock, place: [str(place / "new")], missing=[], surplus=["a", "b"], on_repository=False),
@@ -93,6 +102,20 @@ VERBS = [
         "export", lambda stock, place: ["web@latest", str(place / "out")],
         missing=["latest"], surplus=["latest", "b", "c"], point=["{}", "out"],
     ),
+    Verb("run", configured, on_repository=False),
+    Verb(
+        "config", lambda stock, place: ["check", *configured(stock, place)],
+        missing=[], surplus=["check", "x"], on_repository=False,
+    ),
+    Verb(
+        "timers", lambda stock, place: ["install", "--cron", *configured(stock, place)],
+        missing=[], surplus=["remove", "x"], on_repository=False,
+    ),
+    Verb(
+        "drill", lambda stock, place: [stock.newest, "--scratch", str(place)], surplus=["a", "b"], point=["{}"],
+        needs_root=True,
+    ),
+    Verb("status", lambda stock, place: [], surplus=["web", "b"], volume=["{}"]),
     Verb("recover", lambda stock, place: [], surplus=["x"]),
     Verb("demo", lambda stock, place: [], surplus=["x"], on_repository=False, needs_root=True),
 ]  # fmt: skip

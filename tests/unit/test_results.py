@@ -25,7 +25,7 @@ def written(place, cases):
 def told(place, checks=(0,), status=None, cases=(), machine=None, inside=()):
     (place / "checks").write_text("".join(f"check {n}\t{status}\n" for n, status in enumerate(checks)))
     if status is not None:
-        (place / "pytest").write_text(f"{status}\t-m 'not vm' \n")
+        (place / "pytest").write_text(f"{status}\ttests.xml\t-m 'not vm' \n")
         written(place / "tests.xml", cases)
     if machine is not None:
         (place / "vm").write_text(f"{machine}\tdirect\n")
@@ -77,6 +77,34 @@ def test_a_machine_without_a_report_failed(tmp_path):
 
 def test_a_run_that_left_no_report_failed(tmp_path):
     (tmp_path / "checks").write_text("ruff\t0\n")
-    (tmp_path / "pytest").write_text("3\t-m 'not vm' \n")
+    (tmp_path / "pytest").write_text("3\ttests.xml\t-m 'not vm' \n")
     done = subprocess.run([sys.executable, RESULTS, tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "cases", "expected"),
+    [
+        (0, [LEAKY.replace("error", "x")], (0, "3 passed, 0 failed")),
+        (1, [LEAKY], (1, "2 passed, 1 failed")),
+        # What failed in one run does not explain how the other ended.
+        (137, [], (1, "2 passed, 1 failed")),
+    ],
+)
+def test_of_two_runs_both_must_have_passed(tmp_path, status, cases, expected):
+    (tmp_path / "checks").write_text("check\t0\n")
+    (tmp_path / "pytest").write_text(f"0\ttests.xml\t-m one\n{status}\tbeside.xml\t-m other\n")
+    written(tmp_path / "tests.xml", [GOOD])
+    written(tmp_path / "beside.xml", cases)
+    done = subprocess.run([sys.executable, RESULTS, tmp_path], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == expected
+    assert "tests chosen by -m one, -m other" in done.stdout
+
+
+def test_a_run_whose_end_its_failures_do_not_explain_is_one_more(tmp_path):
+    (tmp_path / "checks").write_text("")
+    (tmp_path / "pytest").write_text("1\ttests.xml\t-m one\n1\tbeside.xml\t-m other\n")
+    written(tmp_path / "tests.xml", [BAD])
+    written(tmp_path / "beside.xml", [GOOD])
+    done = subprocess.run([sys.executable, RESULTS, tmp_path], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (1, "1 passed, 2 failed")
