@@ -411,6 +411,8 @@ class PeerFailed(MirrorError):
 class NotInStep(MirrorError):
     message = "{target} does not have the root of {source}: {have} in place of {need}."
     advice = "Memory or a processor may be failing at one end. Do not use the target; run again."
+
+
 # --- jobs -----------------------------------------------------------------------------------
 
 

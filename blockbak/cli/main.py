@@ -41,6 +41,7 @@ VERBS = {
     "drill": "Restore a point to scratch, check it, and time it.",
     "status": "Whether every volume can be relied on; why not.",
     "recover": "Finish or undo what a crash left behind.",
+    "plan": "What a policy will cost, before it is used.",
     "demo": "The whole story on a loop device, in a minute.",
 }
 """Each verb lives in a module of its name and is imported when used."""

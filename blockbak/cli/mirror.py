@@ -108,7 +108,7 @@ def command(
     that differ travel. Where SOURCE cannot be read, TARGET keeps what it has, and exit status is 3.
 
     A mirror is one copy, of now: what was deleted by mistake is gone from it after the next run. Restore points
-    ('blockbak backup') are for that. A repository that is named must not be overwritten.
+    ('blockbak backup') are for that. A repository that is named is not overwritten, and its history tells of it.
     """
     from blockbak.host.system import read_idly
 
@@ -138,7 +138,7 @@ def command(
     )
     if idle:
         read_idly()
-    report = _sent(request, through, as_json) if through or target == _STREAM else _mirrored(request, known)
+    report = _sent(request, through, known, as_json) if through or target == _STREAM else _mirrored(request, known)
     _show(report, as_json=as_json, streams=target == _STREAM)
     context.exit(ATTENTION if report.attention else 0)
 
@@ -160,7 +160,7 @@ def _mirrored(request: Request, known: Repository | None) -> Report:
             return mirror(replace(request, overwrite=True), world, repository=known)
 
 
-def _sent(request: Request, through: tuple[str, ...], as_json: bool) -> Report:
+def _sent(request: Request, through: tuple[str, ...], known: Repository | None, as_json: bool) -> Report:
     """To the other end."""
     from blockbak.flow.peers import send
     from blockbak.host import pipes
@@ -171,7 +171,7 @@ def _sent(request: Request, through: tuple[str, ...], as_json: bool) -> Report:
         if pipes.is_terminal(0) or pipes.is_terminal(1):
             raise click.UsageError("'-' takes two pipes, to and from the other end; or use --through.")
     with common.world() as world:
-        return send(request, through, world)
+        return send(request, through, world, repository=known)
 
 
 def _receive(target: str, known: Repository | None, *, overwrite: bool) -> None:

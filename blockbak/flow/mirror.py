@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from blockbak.errors import (
+    ATTENTION,
     BlockbakError,
     DuplicateIdentity,
     Interrupted,
@@ -23,6 +24,7 @@ from blockbak.flow.context import Context, never
 from blockbak.flow.hot import HotOptions, Member, foreseen, snapshots
 from blockbak.flow.instep import InStep, Target, Untouched, blocks_of, length_of, without
 from blockbak.flow.into_lvm import pool_of, twin_notes
+from blockbak.flow.recording import recorded
 from blockbak.flow.scan import Found, Sink, scan_into
 from blockbak.flow.source import AtRest, Seen, Settled, Source, check_source, look_at, resolve_mode
 from blockbak.flow.source import Request as SourceRequest
@@ -43,6 +45,11 @@ from blockbak.model.identity import Identity
 from blockbak.model.partition import PartitionTable, inside, parse
 from blockbak.repository.local import Repository
 
+_FACTS = (
+    "source", "target", "host", "method", "mode", "consistency", "root", "device_bytes", "read_bytes",
+    "differing_bytes", "moved_bytes", "written_bytes", "zeroed_bytes",
+)  # fmt: skip
+"""What the history says of a mirror."""
 _MEMBERS = ("LVM2_member", "linux_raid_member")
 
 
@@ -357,6 +364,20 @@ class _Sink:
         """Nobody waits for anybody."""
 
 
+@contextlib.contextmanager
+def noted(request: Request, target: str, repository: Repository | None, context: Context) -> Iterator[list[Report]]:
+    """What is put into the list is told in the history of the repository, if one is named; a dry run is not."""
+    reports: list[Report] = []
+    if repository is None or request.dry_run:
+        yield reports
+        return
+    with recorded(repository, "mirrored", context, source=request.source, target=target) as doing:
+        yield reports
+        for report in reports:
+            doing.exit = ATTENTION if report.attention else 0
+            doing.facts |= {name: getattr(report, name) for name in _FACTS}
+
+
 def mirror(request: Request, context: Context, *, repository: Repository | None = None) -> Report:
     """Bring a target on this machine in step; with ``dry_run`` only compare. ``repository`` is one that is known of.
 
@@ -364,6 +385,12 @@ def mirror(request: Request, context: Context, *, repository: Repository | None 
     begun of a new file, are read anyway. Raises every error of the source and snapshot trees, a Refused for a source
     or target that must not be, TargetFailed, TargetFull, NotReadBack, Interrupted.
     """
+    with noted(request, request.target, repository, context) as reports:
+        reports.append(_mirror(request, context, repository))
+    return reports[0]
+
+
+def _mirror(request: Request, context: Context, repository: Repository | None) -> Report:
     clock = context.timer()
     seen = look(request, context)
     target = look_at_target(request.target)

@@ -40,6 +40,7 @@ from blockbak.flow.mirror import (
     look,
     members,
     method_of,
+    noted,
     notes_on,
     opened,
     opening_of,
@@ -288,14 +289,23 @@ def _connected(through: tuple[str, ...], fds: tuple[int, int], line: _Line) -> I
         yield channel
 
 
-def send(request: Request, through: tuple[str, ...], context: Context, fds: tuple[int, int] = (0, 1)) -> Report:
+def send(
+    request: Request, through: tuple[str, ...], context: Context, fds: tuple[int, int] = (0, 1),
+    repository: Repository | None = None,
+) -> Report:  # fmt: skip
     """Bring the target of the other end in step: that of the program ``through`` (an argument list), or, without one,
     of who is at standard input and output, or at other descriptors to read and to write. The target of ``request`` is
-    not looked at.
+    not looked at. ``repository`` is one whose history tells of it.
 
     Raises every error of the source and snapshot trees, MirrorError, PeerRefused, MissingProgram, CommandFailed,
     Interrupted.
     """
+    with noted(request, " ".join(through) or "-", repository, context) as reports:
+        reports.append(_send(request, through, fds, context))
+    return reports[0]
+
+
+def _send(request: Request, through: tuple[str, ...], fds: tuple[int, int], context: Context) -> Report:
     clock = context.timer()
     seen = look(request, context)
     notes = snapshot_notes(seen, request, context)

@@ -1,4 +1,4 @@
-"""The time zone of this machine, or one by its name."""
+"""The time zone of this machine, or one by its name; and how long the machine runs."""
 
 from __future__ import annotations
 
@@ -32,3 +32,9 @@ def zone(name: str = "", local: str = _LOCAL) -> tzinfo:
             return ZoneInfo.from_file(file)
     except (OSError, ValueError):
         return UTC
+
+
+def uptime() -> float:
+    """Seconds since the boot."""
+    with open("/proc/uptime", encoding="ascii") as file:
+        return float(file.read().split()[0])

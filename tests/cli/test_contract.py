@@ -117,6 +117,10 @@ VERBS = [
     ),
     Verb("status", lambda stock, place: [], surplus=["web", "b"], volume=["{}"]),
     Verb("recover", lambda stock, place: [], surplus=["x"]),
+    Verb(
+        "plan", lambda stock, place: ["--source", str(stock.source), "--keep-daily", "7"], surplus=["x", "y"],
+        on_repository=False,
+    ),
     Verb("demo", lambda stock, place: [], surplus=["x"], on_repository=False, needs_root=True),
 ]  # fmt: skip
 
@@ -250,6 +254,8 @@ def test_a_surplus_argument_is_a_wrong_command_line(verb: Verb) -> None:
         ["demo", "--size", "1M"], ["demo", "--size", "much"], ["demo", "--dir", "/no/such/place"],
         ["list", "--wait", "1"], ["cold", "x", "y", "--sidecar", "z"],
         ["cold", "x", "y", "--limit", "1K"], ["adopt", "x", "--name", "../y"], ["restore", "-", "--create-lv", "v/l"],
+        ["plan"], ["plan", "x", "--source", "y"], ["plan", "x", "--keep-daily", "3"], ["plan", "--source", "y", "--change", "no"],
+        ["plan", "--source", "y", "--change", "200%"], ["plan", "--source", "y", "--schedule", "soon"],
         ["mirror", "x", "y", "--through", "ssh z"], ["mirror", "x", "--through", "'"], ["mirror", "x", "--through", ""],
         ["mirror", "x", "--through", "ssh z", "--yes"], ["mirror", "x", "y", "--block-size", "5000"],
         ["mirror", "x", "y", "--freeze-with", "z"], ["mirror", "x", "y", "--freeze-deadline", "9"],
