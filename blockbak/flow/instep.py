@@ -93,12 +93,15 @@ class InStep:
     """What the target holds, and holds by now. Safe from several threads, each in other pieces (``PIECE_BYTES``, from
     a multiple of it). ``permit`` is asked before each write, and may raise.
 
-    ``known`` is the map of what it holds once all was brought. For the reading back eight bytes are kept of each
+    ``resized`` says that the target got another size when it was opened. ``known`` is the map of what it holds once all was brought. For the reading back eight bytes are kept of each
     piece that is written: 64 MiB for 16 TiB.
     """
 
-    def __init__(self, target: Target, geometry: Geometry, permit: Callable[[], None] = never) -> None:
+    def __init__(
+        self, target: Target, geometry: Geometry, permit: Callable[[], None] = never, *, resized: bool = False
+    ) -> None:
         self.target, self.geometry, self._permit = target, geometry, permit
+        self.resized = resized
         self.known = MapSum(geometry)
         pieces = -(-geometry.device_bytes // PIECE_BYTES)
         self._marks: npt.NDArray[np.uint64] = np.zeros(pieces, np.uint64)

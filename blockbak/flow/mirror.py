@@ -286,6 +286,11 @@ def brought(
             yield old, never if pool is None else pool.check
 
 
+def is_resized(target: Device | None, incoming: Incoming, dry_run: bool) -> bool:
+    """Whether opening it gave a file another size."""
+    return not dry_run and target is not None and not target.is_block and target.size != incoming.size
+
+
 @contextlib.contextmanager
 def incomplete(step: InStep) -> Iterator[None]:
     """What goes wrong inside leaves a target that is in step in parts only, and says so."""
@@ -293,7 +298,7 @@ def incomplete(step: InStep) -> Iterator[None]:
     try:
         yield
     except BlockbakError as error:
-        if step.touched.any():
+        if step.touched.any() or step.resized:
             told = f"{place} is incomplete; run again, and what is equal by then does not move again"
         else:
             told = f"nothing was written to {place}"
@@ -408,7 +413,7 @@ def _mirror(request: Request, context: Context, repository: Repository | None) -
                 overwrite=overwrite, dry_run=request.dry_run,
             )
         )  # fmt: skip
-        step = InStep(place, incoming.opening.geometry, permit)
+        step = InStep(place, incoming.opening.geometry, permit, resized=is_resized(target, incoming, request.dry_run))
         sink = _Sink(step, dry_run=request.dry_run)
         with incomplete(step):
             watched = checked(context, source)

@@ -37,6 +37,7 @@ from blockbak.flow.mirror import (
     checked,
     incomplete,
     is_older_copy,
+    is_resized,
     look,
     members,
     method_of,
@@ -646,7 +647,7 @@ def _received(
     with brought(
         path, target, incoming, repository, context, overwrite=overwrite, dry_run=said.dry_run
     ) as (place, permit):  # fmt: skip
-        step = InStep(place, opening.geometry, permit)
+        step = InStep(place, opening.geometry, permit, resized=is_resized(target, incoming, said.dry_run))
         ready = wire.Ready(
             context.program, plain(context.host), plain(path), target.size if target else 0, method, notes
         )

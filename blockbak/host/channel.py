@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
@@ -146,7 +144,6 @@ class Program:
         self._process = process
         assert process.stdin is not None  # noqa: S101 - both are pipes
         assert process.stdout is not None  # noqa: S101
-        self._stdin = process.stdin
         self.write_fd, self.read_fd = process.stdin.fileno(), process.stdout.fileno()
 
     def ended(self) -> str:
@@ -162,33 +159,17 @@ class Program:
         return f"{program} ended with status {status}{known}"
 
     def close(self) -> None:
-        """Close its input and wait for it; who does not end by itself is made to."""
-        with contextlib.suppress(OSError):
-            self._stdin.close()
-        for number in (0, signal.SIGTERM, signal.SIGKILL):
-            if number:
-                self._process.send_signal(number)
-            deadline = time.monotonic() + _GRACE_SECONDS
-            while time.monotonic() < deadline:
-                # Its output must not keep it: nobody reads that any more.
-                if self._drained() and self._process.poll() is not None:
-                    break
-                time.sleep(0.01)
-            if self._process.poll() is not None:
-                break
+        """Close both its ends and wait for it; who does not end by that is made to."""
+        for stream in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):
+                if stream is not None:
+                    stream.close()
+        for end in (lambda: None, self._process.terminate, self._process.kill):
+            end()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_GRACE_SECONDS)
+                return
         self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
-
-    def _drained(self) -> bool:
-        try:
-            while os.read(self.read_fd, 1 << 16):
-                pass
-        except BlockingIOError:
-            return self._process.poll() is not None
-        except OSError:
-            return True
-        return True
 
 
 @contextlib.contextmanager
@@ -212,7 +193,6 @@ def started(argv: Sequence[str]) -> Iterator[Program]:
             ) from error
         program = Program(process)
         try:
-            os.set_blocking(program.read_fd, False)
             with through():
                 yield program
         finally:
