@@ -469,8 +469,12 @@ class _Receiving:
         self.root = ""
 
     def run(self, stop: Callable[[], None]) -> None:
-        """Until the sender has sent all. Raises TargetFailed, TargetFull, MirrorError, PeerRefused, Interrupted."""
-        workers.run(self._jobs(), self._hand, workers=self._context.workers, check=self._context.check, stop=stop)
+        """Until the sender has sent all. ``stop`` has whoever waits for the sender wait no more. Raises TargetFailed,
+        TargetFull, MirrorError, PeerRefused, Interrupted.
+        """
+        workers.run(
+            self._jobs(), lambda: self._hand(stop), workers=self._context.workers, check=self._context.check, stop=stop
+        )
 
     def _looks(self) -> Iterator[_Look]:
         geometry, block = self._geometry, self._geometry.block_bytes
@@ -535,17 +539,20 @@ class _Receiving:
         number, low = divmod(message.start // self._geometry.block_bytes, BLOCKS_PER_SECTION)
         return self._geometry.zero_rows(number)[low : low + known.blocks], np.zeros(known.blocks, bool)
 
-    def _hand(self) -> Callable[[_Look | _Bring], None]:
+    def _hand(self, stop: Callable[[], None]) -> Callable[[_Look | _Bring], None]:
         buffer = aligned(PIECE_BYTES)
 
         def work(job: _Look | _Bring) -> None:
-            if isinstance(job, _Look):
-                self._send_rows(job, buffer)
-                return
             try:
-                self._bring(job)
-            finally:
-                self._free.put(job.buffer)
+                if isinstance(job, _Look):
+                    self._send_rows(job, buffer)
+                else:
+                    self._bring(job)
+                    self._free.put(job.buffer)
+            except BaseException:
+                # Another worker may be waiting for a sender that has nothing more to say, and holds all others up.
+                stop()
+                raise
 
         return work
 
