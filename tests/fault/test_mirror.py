@@ -463,6 +463,25 @@ def test_noise_after_a_right_preamble_is_refused(role, source, tmp_path, rng):
         assert not target.exists()
 
 
+def test_a_receiver_that_fails_does_not_wait_for_a_sender_that_says_nothing(source, tmp_path):
+    target = old(tmp_path)
+    kernel = FaultyKernel("pwritev", errno.EIO, 1)
+    carried = 0
+
+    def silent(_, data):
+        nonlocal carried
+        kept = data[: max(0, 3 * MIB - carried)]
+        carried += len(data)
+        return kept
+
+    there = context(tmp_path / "state", kernel=kernel)
+    begin = time.monotonic()
+    ended = over_pipes(Request(str(source), ""), target, tmp_path / "state", there=there, to_receiver=silent)
+    assert time.monotonic() - begin < 20
+    assert isinstance(ended.receiver, TargetFailed)
+    assert "Writing byte" in str(failed(ended.sender))
+
+
 def replaced_by(noise):
     def change(offset, data):
         return noise if offset == 0 else b""
