@@ -177,8 +177,7 @@ class _Run:
         if self._options.force:
             report.wanted = [jobs.forced(one) for one in report.wanted]
         elif job.reading.together and any(one.due.kind for one in report.wanted):
-            # A set is of one instant: none of it is left out.
-            report.wanted = [jobs.forced(one) for one in report.wanted]
+            report.wanted = [jobs.forced(one, "its set is of one instant") for one in report.wanted]
         now = self._context.now()
         for what, calendar, last in (
             ("verify", job.verify, state.verified),
@@ -258,12 +257,15 @@ class _Run:
         state.error = report.errors[0].name if report.errors else ""
         known = {one.source: one.volume or state.volumes.get(one.source, "") for one in report.wanted}
         state.volumes = {source: volume for source, volume in known.items() if volume} or state.volumes
+        events: list[Event] = []
         if not report.interrupted:
             events = telling.after(outcome_of(report, context), failing=state.failing)
             state.failing = report.exit != 0
             self.recovered = any(event.kind == telling.RECOVERY for event in events)
+        try:
             tell_people(self._config.notify, events, context)
-        save(state, job, context)
+        finally:
+            save(state, job, context)
 
     def _work(self, repository: Repository, state: State) -> None:
         """All that is due, within the deadline."""

@@ -105,6 +105,8 @@ def _service(job: Job, config: Config, call: Call) -> str:
         "Type=oneshot",
         *_environment(call),
         f"ExecStart={_command(call, 'run', job.name)}",
+        "# The log has the answers as well, with what they are about.",
+        "StandardOutput=null",
         "# 3: there is a point, and something to look at; people were told.",
         "SuccessExitStatus=3",
         "Nice=10",

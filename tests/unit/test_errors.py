@@ -23,6 +23,7 @@ CLASSES = {one.__name__: one for one in tree(errors.BlockbakError)}
 # These group others and say nothing of their own.
 GROUPS = {
     "RestError",
+    "JobError",
     "BlockbakError",
     "Failed",
     "SourceError",
