@@ -210,6 +210,20 @@ class StoreFailed(RepositoryError):
     advice = "Earlier points are untouched. Look at the kernel's log for the disk below it."
 
 
+class NoMergeRoom(RepositoryError):
+    message = "Merging what {volume} no longer keeps takes up to {needed} bytes first, and {free} are free."
+    advice = "Make room there. What no other point needed is gone already; all points are whole."
+
+
+class TooFar(RepositoryError):
+    message = "What there will be of {volume} at {moment} is not gone through: {reason}."
+    advice = "Take an earlier moment."
+
+
+class NotPinned(RepositoryError):
+    message = "Point {point} is not pinned."
+
+
 class NothingToMerge(RepositoryError):
     message = "No differential can be composed of {volume} at {point}: the point is a full itself."
     advice = "Name a later point with --at; one that only a full holds needs no other image."
@@ -570,6 +584,11 @@ class DamagedHistory(Damage):
     )
 
 
+class DamagedPin(Damage):
+    message = "The pin {file} is damaged: {reason}."
+    advice = "Its point stays as if it were immutable. Bring the file back from a copy, or move it away."
+
+
 class MissingImage(Damage):
     message = "The image {file} is missing, though its manifest is there."
     advice = "Bring it back from a copy, or delete the point."
@@ -679,6 +698,16 @@ class TargetExists(Refused):
 class PointNeeded(Refused):
     message = "Point {point} is needed by {needed_by}, and no other image serves them."
     advice = "Compose a synthetic full first ('blockbak synthesize'), or delete those points too."
+
+
+class PointPinned(Refused):
+    message = "Point {point} is {reason}."
+    advice = "'blockbak unpin {point}' takes that back."
+
+
+class PointImmutable(Refused):
+    message = "Point {point} is not touched before its time: {reason}."
+    advice = "Nobody takes that back before then; a later end can be set with 'blockbak pin'."
 
 
 class NotConfirmed(Refused):

@@ -92,6 +92,13 @@ def _job(report: JobReport) -> dict[str, Any]:
         "also": dict(report.extra),
         "points": [asdict(point) for point in report.points],
         "synthetic": [asdict(one.point) | {"written": one.written} for one in report.synthetic],
+        "pruned": [
+            {
+                "volume": one.volume, "removed": one.removed, "composed": one.composed, "freed_bytes": one.freed_bytes,
+                "damage": one.damage,
+            }
+            for one in report.pruned
+        ],
         "verified": None if verified is None else {"ok": verified.ok, "images": len(verified.images)},
         "drilled": [asdict(one) | {"ok": one.ok, "rto_seconds": one.rto_seconds} for one in report.drilled],
         "errors": [error.as_dict() for error in report.errors],
@@ -116,7 +123,7 @@ class _Told:
 
     def __call__(self, report: JobReport, step: Step) -> None:
         from blockbak.errors import BlockbakError
-        from blockbak.flow import drill, synthesize, verify
+        from blockbak.flow import drill, prune, synthesize, verify
 
         facts = {"job": report.job}
         if isinstance(step, BlockbakError):
@@ -126,6 +133,13 @@ class _Told:
         elif isinstance(step, synthesize.Report):
             about = facts | {"volume": step.point.volume, "point": step.point.point}
             self.line(f"{step.point.volume}: synthetic full {step.point.point} composed.", about)
+        elif isinstance(step, prune.Report):
+            if step.removed:
+                freed = render.size(step.freed_bytes)
+                told = f"{step.volume}: {render.count(len(step.removed), 'image')} removed, {freed} freed."
+                self.line(told, facts | {"volume": step.volume})
+            for sentence in step.damage:
+                render.say_about(sentence, facts | {"volume": step.volume})
         elif isinstance(step, verify.Report):
             bad = sum(not verdict.ok for verdict in step.images)
             result = f"{bad} damaged" if bad else "nothing wrong in what was looked at"

@@ -24,7 +24,7 @@ from blockbak.flow.hot import HotOptions
 from blockbak.flow.source import Request, look, look_at
 from blockbak.host import clock, notifier, selection
 from blockbak.model import config as configs
-from blockbak.model import schedule
+from blockbak.model import retention, schedule
 from blockbak.model.chain import Point, chains
 from blockbak.model.config import Config, Job, Problem, Selector, Unusable
 from blockbak.model.events import Entry
@@ -199,9 +199,13 @@ def _wanted(
     except BlockbakError as error:
         # Whatever is due of it: only trying tells people that it cannot be had.
         return Wanted(source, "", Due(INCREMENTAL, f"it cannot be looked at ({str(error).removesuffix('.')})"))
-    catalog = catalog_of(repository, volume)
-    full = last_full(entries, volume)
-    return Wanted(source, volume, schedule.kind_due(job.kinds, past(catalog), context.now(), zone, full=full))
+    catalog, now = catalog_of(repository, volume), context.now()
+    due = schedule.kind_due(job.kinds, past(catalog), now, zone, full=last_full(entries, volume))
+    if job.retention is not None and due.kind not in ("", FULL):
+        fulls = retention.checks(entries, volume).fulls
+        if retention.full_due(catalog.points, job.retention, now, fulls):
+            due = Due(FULL, f"{due.reason}; full_every: the last full of its own is too old")
+    return Wanted(source, volume, due)
 
 
 def last_full(entries: Sequence[Entry], volume: str) -> datetime | None:

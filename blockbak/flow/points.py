@@ -212,7 +212,7 @@ def open_point(volume: Volume, catalog: Catalog, point: Point, stack: ExitStack)
         except (Damage, NewerFormat) as error:
             attempt.close()
             first = first or error
-            without.add(_culprit(volume, chain))
+            without.add(culprit(volume, chain))
         except BaseException:
             attempt.close()
             raise
@@ -227,7 +227,7 @@ def _why_gap(catalog: Catalog, point: Point) -> Exception | None:
     return next((error for error in catalog.damage if error.fields["point"] in parents), None)
 
 
-def _culprit(volume: Volume, chain: Sequence[Image]) -> str:
+def culprit(volume: Volume, chain: Sequence[Image]) -> str:
     """The first image of a chain that fails its own checks; the top where only the sum is wrong."""
     for length in range(1, len(chain) + 1):
         with ExitStack() as stack:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, tzinfo
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from blockbak.errors import (
     ATTENTION,
@@ -25,7 +25,7 @@ from blockbak.errors import (
     RunKilled,
     StoreFailed,
 )
-from blockbak.flow import drill, jobs, status, synthesize, verify
+from blockbak.flow import drill, jobs, prune, status, synthesize, verify
 from blockbak.flow.backup import Report as PointReport
 from blockbak.flow.backup import backup, backup_all, both
 from blockbak.flow.context import Context, Quiet, iso
@@ -44,7 +44,7 @@ from blockbak.units import format_seconds
 
 DONE, NOT_DUE, RUNNING, PLANNED, FAILED = "done", "not due", "running", "planned", "failed"
 
-Step: TypeAlias = PointReport | synthesize.Report | verify.Report | drill.Report | BlockbakError | str
+Step: TypeAlias = PointReport | synthesize.Report | prune.Report | verify.Report | drill.Report | BlockbakError | str
 """What comes of a part of a run; a string is a sentence."""
 
 
@@ -72,7 +72,7 @@ class JobReport:
     extra: dict[str, str] = field(default_factory=dict)
     points: list[PointReport] = field(default_factory=list)
     synthetic: list[synthesize.Report] = field(default_factory=list)
-    pruned: dict[str, Any] = field(default_factory=dict)
+    pruned: list[prune.Report] = field(default_factory=list)
     verified: verify.Report | None = None
     drilled: list[drill.Report] = field(default_factory=list)
     errors: list[BlockbakError] = field(default_factory=list)
@@ -208,6 +208,8 @@ class _Run:
         if self._look(repository, jobstate.load(self._context.state_dir, self._job.name)):
             self.report.state = PLANNED
             self._points(repository, dry_run=True)
+            for what, reason in self.report.extra.items():
+                self._done(f"{what} is due: {reason}.")
 
     # --- doing it ----------------------------------------------------------------------------------------------------
 
@@ -268,6 +270,7 @@ class _Run:
             self._points(repository, dry_run=False)
             volumes = self._whole()
             self._synthesize(repository, volumes)
+            self._prune(repository, volumes)
             self._verify(repository, state)
             self._drill(repository, state)
 
@@ -342,6 +345,19 @@ class _Run:
                 self.report.synthetic.append(made)
                 self._done(made)
 
+    def _prune(self, repository: Repository, volumes: Sequence[str]) -> None:
+        """Keep what the policy says, of each volume that is as it should be."""
+        policy = self._job.retention
+        if policy is None:
+            return
+        for volume in volumes:
+            with self._noted():
+                context, compress = self._context.about(volume=volume), self._job.reading.compress
+                found = prune.prune(repository, volume, policy, context, compress=compress)
+                self.report.pruned.append(found)
+                self.report.attention += [f"{volume}: {sentence}" for sentence in found.damage]
+                self._done(found)
+
     def _verify(self, repository: Repository, state: State) -> None:
         """Check a share of all that the job's volumes hold."""
         if "verify" not in self.report.extra:
@@ -375,7 +391,7 @@ class _Run:
 
     def _drilled(self, repository: Repository, volume: str, options: DrillOptions) -> bool:
         """Whether a drill came to its end, whatever it found."""
-        report, rto, done = self.report, self._job.rto, False
+        report, rto = self.report, self._job.rto
         with self._noted():
             found = drill.drill(repository, f"{volume}@latest", options, self._context.about(volume=volume))
             report.drilled.append(found)
@@ -384,8 +400,7 @@ class _Run:
                 took, most = format_seconds(found.rto_seconds), format_seconds(rto)
                 report.attention.append(f"Drill of {volume}@{found.point}: it took {took}; the RTO is {most}.")
             self._done(found)
-            done = True
-        return done
+        return any(one.volume == volume for one in report.drilled)
 
     @contextmanager
     def _noted(self) -> Iterator[None]:

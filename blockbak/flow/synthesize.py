@@ -78,8 +78,9 @@ def _synthesize(
         known = next((image for image in point.images if image.opening.kind == kind), None)
         if known is not None and _usable(volume, known, opened.chain):
             return Report(report(known), 0, 0, 0, 0, written=False)
-        layers = view if kind == FULL else _deltas(view)
-        image, tally = _compose(volume, layers, view, kind, compress, context)
+        if kind != FULL and len(view.layers) == 1:
+            raise NothingToMerge(volume=name, point=point.id)
+        image, tally = compose(volume, view, 0 if kind == FULL else 1, kind, compress, context)
         return Report(
             report(image),
             tally.cloned_bytes,
@@ -112,18 +113,17 @@ def _usable(volume: Volume, image: Image, chain: list[Image]) -> bool:
     return True
 
 
-def _deltas(view: PointView) -> PointView:
-    """The layers above the full: together they say what a differential says."""
-    if len(view.layers) == 1:
-        raise NothingToMerge(volume=view.top.opening.volume, point=view.top.opening.point)
-    return PointView(view.layers[1:])
-
-
-def _compose(
-    volume: Volume, layers: PointView, whole: PointView, kind: Kind, compress: str, context: Context
+def compose(
+    volume: Volume, whole: PointView, below: int, kind: Kind, compress: str, context: Context
 ) -> tuple[Image, Tally]:
+    """An image of the point ``whole`` without its first ``below`` layers: a full, if that is none of them, else a delta
+    on the point of the last of them. It is sealed and committed, and its map, read back, is the point's.
+
+    The volume must be held. Raises Damage, ComposeFailed, NoSpace, StoreFailed, Interrupted.
+    """
     started, clock = context.now(), context.timer()
-    top, base = whole.top.opening, whole.layers[0]
+    layers = PointView(whole.layers[below:])
+    top, base = whole.top.opening, whole.layers[max(below - 1, 0)]
     opening = Opening(
         repository=top.repository, image=context.hex_id(32), volume=top.volume, point=top.point,
         sequence=top.sequence, kind=kind, synthetic=True,

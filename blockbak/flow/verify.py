@@ -318,7 +318,7 @@ def _verify(
             clock += lock.waited
             catalog = volume.catalog()
             if points is None:
-                verdicts += [_unusable(error) for error in catalog.damage]
+                verdicts += [_unusable(error) for error in (*catalog.damage, *volume.pins()[1])]
             leftovers += [f"{name}/{file}" for file in (*catalog.partials, *catalog.orphans, *catalog.deleted)]
             images = _selected(volume, catalog, points)
             whole = chains(catalog.images)

@@ -10,7 +10,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -45,7 +45,9 @@ from blockbak.host.blockio import (
     write_durably,
 )
 from blockbak.host.kernel import Kernel
+from blockbak.model import pin
 from blockbak.model.chain import Image, Point, chains, plan, points
+from blockbak.model.pin import Pin
 from blockbak.repository import manifest
 from blockbak.repository.record import HEAD, HISTORY, Record
 
@@ -63,6 +65,8 @@ _NAME = re.compile(
     r"(?P<point>\d{8}T\d{6}Z-[0-9a-f]{4})\.(?P<kind>full|incremental|differential)(?:\.(?P<number>[1-9]\d*))?"
     r"\.(?P<end>zst|json|json\.deleted|zst\.partial|json\.partial)"
 )
+
+_PIN = re.compile(r"(?P<point>\d{8}T\d{6}Z-[0-9a-f]{4})\.(?P<number>[1-9]\d*)\.pin")
 
 
 class _Repository(msgspec.Struct):
@@ -319,6 +323,66 @@ class Volume:
                 self._kernel.unlink(self._at(aside))
         except OSError as error:
             raise store_error(error, f"{self.name}/{name}", "written anew") from error
+
+    # --- pins ----------------------------------------------------------------------------------
+
+    def _pin_files(self) -> dict[str, list[str]]:
+        """The files of each pinned point, the one that counts last."""
+        found: dict[str, list[tuple[int, str]]] = {}
+        for name in self.names():
+            if parts := _PIN.fullmatch(name):
+                found.setdefault(parts["point"], []).append((int(parts["number"]), name))
+        return {point: [name for _, name in sorted(numbered)] for point, numbered in found.items()}
+
+    def pins(self) -> tuple[dict[str, Pin], list[BlockbakError]]:
+        """The pins by point, also those whose time is over; and what is wrong with pins. A point whose pin cannot be
+        read counts as immutable without end. Raises NoPermission, UnreadableStore for the directory.
+        """
+        pins: dict[str, Pin] = {}
+        flaws: list[BlockbakError] = []
+        for point, names in self._pin_files().items():
+            name = names[-1]
+            try:
+                data = self._read_small(name)
+                if data is not None:  # else taken back since the directory was read
+                    pins[point] = pin.decode(data, name, point)
+            except (Damage, NewerFormat, NoPermission) as error:
+                error.fields.update({"volume": self.name, "point": point, "kind": "pin", "image": name})
+                flaws.append(error)
+                pins[point] = Pin(point, f"its pin {name} cannot be read", "", "unknown", "", immutable=True)
+        return pins, flaws
+
+    def pin(self, made: Pin) -> None:
+        """Pin a point, or pin it otherwise. Needs the exclusive lock. Raises NoSpace, StoreFailed.
+
+        The old pin must not go before the new one is durable.
+        """
+        old = self._pin_files().get(made.point, [])
+        match = _PIN.fullmatch(old[-1]) if old else None
+        name = f"{made.point}.{int(match['number']) + 1 if match else 1}.pin"
+        try:
+            if self._is_there(name + ".partial"):
+                self._kernel.unlink(self._at(name + ".partial"))
+        except OSError as error:
+            raise store_error(error, f"{self.name}/{name}", "written") from error
+        write_durably(self._at(name), f"{self.name}/{name}", pin.encode(made), self._kernel)
+        self._unlink_pins(old)
+
+    def unpin(self, point: str) -> None:
+        """Take a point's pin away, if it has one. Needs the exclusive lock. Raises StoreFailed.
+
+        The one that counts goes last: whatever is left of them after a crash still pins.
+        """
+        self._unlink_pins(self._pin_files().get(point, []))
+
+    def _unlink_pins(self, names: Sequence[str]) -> None:
+        try:
+            for name in names:
+                self._kernel.unlink(self._at(name))
+            if names:
+                sync_directory(self.path, self._kernel)
+        except OSError as error:
+            raise store_error(error, f"{self.name}/{names[0]}", "removed") from error
 
     def space_of(self, files: Collection[str]) -> Space:
         """The disk space of images, and how much of it other images of the volume share."""

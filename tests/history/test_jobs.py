@@ -192,6 +192,72 @@ def test_a_share_is_verified_when_it_is_due_and_damage_is_a_failure(machine):
     assert [error.name for error in report.errors] == ["DamagedImage"]
 
 
+def test_what_the_policy_lets_go_is_pruned_but_not_of_what_failed(machine):
+    machine.configure('schedule = "daily"', "[jobs.web.retention]\nkeep_last = 3\nfull_every = '0s'")
+    for day in range(5):
+        machine.write(day)
+        report = machine.once()
+        assert report.exit == 0, report.errors
+        machine.now += timedelta(days=1)
+    assert len(machine.kinds()) == 3
+    assert [len(one.removed) > 0 for one in report.pruned] == [True]
+    moved = machine.source.rename(machine.place / "moved")
+    machine.configure('schedule = "daily"', "[jobs.web.retention]\nkeep_last = 1\nfull_every = '0s'")
+    report = machine.once()
+    assert (report.exit, report.pruned) == (1, [])
+    assert len(machine.kinds()) == 3
+    moved.rename(machine.source)
+    assert machine.once().exit == 0
+    assert len(machine.kinds()) == 1
+
+
+def test_a_full_of_its_own_is_made_as_often_as_the_policy_wants(machine):
+    machine.configure('schedule = "daily"', "[jobs.web.retention]\nkeep_last = 2\nfull_every = '10d'")
+    fulls = []
+    for day in range(21):
+        fulls += [day for point in machine.once().points if point.kind == "full"]
+        machine.now += timedelta(days=1)
+    assert fulls == [0, 10, 20]
+
+
+def test_a_full_that_was_merged_is_not_made_again_before_its_time(machine):
+    """The policy lets its image go within days; the history knows of it all the same."""
+    machine.configure('schedule = "daily"\nfull = "monthly"', "[jobs.web.retention]\nkeep_last = 2\nfull_every = '0s'")
+    fulls = []
+    for day in range(35):
+        fulls += [day for point in machine.once().points if point.kind == "full"]
+        machine.now += timedelta(days=1)
+    assert fulls == [0, 31]
+
+
+def test_what_each_run_leaves_for_prometheus(machine):
+    machine.configure('schedule = "daily"\nrpo = "30h"')
+    machine.file.write_text(
+        machine.file.read_text().replace("[jobs.web]", f'textfile = "{machine.place}/b.prom"\n[jobs.web]')
+    )
+    machine.once()
+    text = (machine.place / "b.prom").read_text()
+    assert "rpo" in text
+    assert str(30 * 3600) in text
+
+
+@pytest.mark.slow
+def test_a_drill_when_it_is_due(machine, as_root):
+    machine.configure('schedule = "daily"\nrto = "1h"', '[jobs.web.drill]\nschedule = "weekly"')
+    report = machine.once()
+    assert report.exit == 0, (report.errors, report.attention)
+    assert [one.ok for one in report.drilled] == [True]
+    machine.now += timedelta(days=1)
+    assert machine.once().drilled == []
+    machine.now += timedelta(days=6)
+    machine.configure('schedule = "daily"\nrto = "1s"', '[jobs.web.drill]\nschedule = "weekly"')
+    timer = iter(range(0, 1 << 30, 5))
+    machine.context = replace(machine.context, timer=lambda: float(next(timer)))
+    report = machine.once()
+    assert report.exit == 3
+    assert "the RTO is 1.0 s" in report.attention[0]
+
+
 def test_a_repository_that_is_not_there_is_a_failure_and_the_next_job_is_run(machine):
     machine.configure(
         'schedule = "daily"\nrepository = "main"',
