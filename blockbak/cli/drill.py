@@ -63,8 +63,8 @@ def _pattern(_: click.Context, __: click.Parameter, value: str) -> str:
 @click.pass_context
 def command(
     context: click.Context, point: str | None, job_name: str | None, scratch: str | None, target: str | None,
-    overwrite: bool, checker: bool, check: tuple[str, ...], check_seconds: float, boot: bool, boot_pattern: str, boot_seconds: float,
-    config_file: str | None, repository: str | None, as_json: bool, wait: float,
+    overwrite: bool, checker: bool, check: tuple[str, ...], check_seconds: float, boot: bool, boot_pattern: str,
+    boot_seconds: float, config_file: str | None, repository: str | None, as_json: bool, wait: float,
 ) -> None:  # fmt: skip
     """Prove that POINT, or the newest point of each volume, can be restored, and how long that takes.
 
@@ -73,9 +73,9 @@ def command(
     and at last the check command is run. Volume groups, arrays and encrypted devices are named and never started.
 
     The check command is told BLOCKBAK_POINT, BLOCKBAK_VOLUME, BLOCKBAK_DEVICE (the copy), BLOCKBAK_MOUNTS (a directory
-    with all mounts) and BLOCKBAK_MOUNT_1 and so on, by partition; 1 where there is no partition table. It may mount
-    more, such as an overlay to write on: it sees mounts and processes of its own, which end with the drill. Nothing is
-    left behind, also if the drill is killed.
+    with all mounts), BLOCKBAK_MOUNT (the first of them) and BLOCKBAK_MOUNT_1 and so on, by partition; 1 where there is
+    no partition table. It may mount more, such as an overlay to write on: it sees mounts and processes of its own,
+    which end with the drill. Nothing is left behind, also if the drill is killed.
 
     With --job, what the command line says goes before what the job says.
 
