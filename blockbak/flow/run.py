@@ -37,7 +37,6 @@ from blockbak.model import telling
 from blockbak.model.config import Config, Job, Notify
 from blockbak.model.drill import DrillOptions
 from blockbak.model.facts import DIFFERENTIAL, FULL, INCREMENTAL
-from blockbak.model.health import Goals
 from blockbak.model.schedule import Due, due_since
 from blockbak.model.telling import Age, Event, Outcome
 from blockbak.repository.local import Repository
@@ -386,11 +385,7 @@ class _Run:
         plan = self._job.drill
         if plan is None or "drill" not in self.report.extra:
             return
-        # The configuration has named the target, which is what overwriting it takes.
-        options = DrillOptions(
-            target=plan.target, overwrite=bool(plan.target), checker=plan.checker, check=plan.check, boot=plan.boot,
-            boot_pattern=plan.boot_pattern, boot_seconds=plan.boot_seconds,
-        )  # fmt: skip
+        options = drill.options_of(plan)
         volumes = dict.fromkeys(one.volume for one in self.report.wanted if one.volume)
         done = [self._drilled(repository, volume, options) for volume in volumes]
         if done and all(done):
@@ -465,20 +460,12 @@ def write_textfiles(config: Config, context: Context) -> None:
         if not place.textfile:
             continue
         try:
-            found = status.status(Repository(place.path, context.kernel), context, goals(config))
+            repository = Repository(place.path, context.kernel)
+            jobs = status.jobs_into(config, repository)
+            found = status.status(repository, context, status.goals(config), jobs=jobs)
             status.write_textfile(found, place.textfile)
         except BlockbakError as error:
             context.say(f"{place.textfile} is not what it should be: {error}")
-
-
-def goals(config: Config) -> Callable[[str, str], Goals]:
-    """What is asked of a volume, by its job."""
-
-    def of(_: str, name: str) -> Goals:
-        job = config.jobs.get(name)
-        return Goals(job.rpo, job.rto) if job is not None else Goals()
-
-    return of
 
 
 # --- telling people --------------------------------------------------------------------------------------------------
