@@ -17,6 +17,7 @@ from blockbak.errors import BadBlockSize, Interrupted, NoRepositoryNamed, NotARe
 
 if TYPE_CHECKING:
     from blockbak.flow.context import Context
+    from blockbak.model.config import Config
     from blockbak.repository.local import Repository
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -305,6 +306,26 @@ def open_repository(named: str | None) -> Repository:
 def config_path(named: str | None) -> str:
     """The file of the configuration: the one named, that of BLOCKBAK_CONFIG, or the usual one."""
     return os.path.abspath(named or os.environ.get("BLOCKBAK_CONFIG") or CONFIG)
+
+
+def known_config(named: str | None) -> Config | None:
+    """The configuration, for a verb that can do without; None where none is named and there is none. Raises NoConfig,
+    BadConfig.
+    """
+    path = config_path(named)
+    if not named and not os.environ.get("BLOCKBAK_CONFIG") and not os.path.exists(path):
+        return None
+    from blockbak.flow.jobs import load
+
+    return load(path)
+
+
+def only_repository(config: Config | None) -> str | None:
+    """The directory of the only repository of a configuration, where nothing else names one."""
+    if config is None or click.get_current_context().obj or os.environ.get("BLOCKBAK_REPO"):
+        return None
+    places = list(config.repositories.values())
+    return places[0].path if len(places) == 1 else None
 
 
 def _configured() -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from blockbak.errors import ATTENTION, BlockbakError, Interrupted
 
 if TYPE_CHECKING:
     from blockbak.flow.drill import Looked, Report
+    from blockbak.model.drill import DrillOptions
 
 
 def _words(_: click.Context, __: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -35,9 +37,12 @@ def _pattern(_: click.Context, __: click.Parameter, value: str) -> str:
     "  blockbak -r /srv/backup drill\n"
     "  blockbak -r /srv/backup drill web@latest --check '/usr/local/sbin/look-at web'\n"
     "  blockbak -r /srv/backup drill root@latest --boot --boot-pattern 'web1 login:'\n"
-    "  blockbak -r /srv/backup drill db@latest --target /dev/vg/drill --yes",
+    "  blockbak -r /srv/backup drill db@latest --target /dev/vg/drill --yes\n"
+    "  blockbak drill --job nightly",
 )
 @click.argument("point", required=False)
+@click.option("--job", "job_name", metavar="JOB",
+              help="Drill the newest point of each of the job's volumes, as its configuration says.")  # fmt: skip
 @click.option("--scratch", type=common.PATH, metavar="DIR",
               help="Where the copy's sparse file is made [the state directory, or TMPDIR].")  # fmt: skip
 @click.option("--target", type=common.PATH, metavar="DEVICE", help="Restore to this device instead; it keeps the copy.")
@@ -53,12 +58,13 @@ def _pattern(_: click.Context, __: click.Parameter, value: str) -> str:
               help="What its serial console must say.")  # fmt: skip
 @click.option("--boot-seconds", type=click.FloatRange(min=1), default=600, show_default=True, metavar="SECONDS",
               help="Within what time.")  # fmt: skip
+@common.config_option
 @common.repository_options
 @click.pass_context
 def command(
-    context: click.Context, point: str | None, scratch: str | None, target: str | None, overwrite: bool, checker: bool,
-    check: tuple[str, ...], check_seconds: float, boot: bool, boot_pattern: str, boot_seconds: float,
-    repository: str | None, as_json: bool, wait: float,
+    context: click.Context, point: str | None, job_name: str | None, scratch: str | None, target: str | None,
+    overwrite: bool, checker: bool, check: tuple[str, ...], check_seconds: float, boot: bool, boot_pattern: str,
+    boot_seconds: float, config_file: str | None, repository: str | None, as_json: bool, wait: float,
 ) -> None:  # fmt: skip
     """Prove that POINT, or the newest point of each volume, can be restored, and how long that takes.
 
@@ -67,13 +73,17 @@ def command(
     and at last the check command is run. Volume groups, arrays and encrypted devices are named and never started.
 
     The check command is told BLOCKBAK_POINT, BLOCKBAK_VOLUME, BLOCKBAK_DEVICE (the copy), BLOCKBAK_MOUNTS (a directory
-    with all mounts) and BLOCKBAK_MOUNT_1 and so on, by partition; 1 where there is no partition table. It may mount
-    more, such as an overlay to write on: it sees mounts and processes of its own, which end with the drill. Nothing is
-    left behind, also if the drill is killed.
+    with all mounts), BLOCKBAK_MOUNT (the first of them) and BLOCKBAK_MOUNT_1 and so on, by partition; 1 where there is
+    no partition table. It may mount more, such as an overlay to write on: it sees mounts and processes of its own,
+    which end with the drill. Nothing is left behind, also if the drill is killed.
+
+    With --job, what the command line says goes before what the job says.
 
     Exit status 3 if something is not as it should be, 4 if an image is damaged. The history has a line of each drill.
     """
-    from blockbak.flow.drill import drill
+    from dataclasses import replace
+
+    from blockbak.flow.drill import drill, points_of
     from blockbak.flow.points import newest_points
     from blockbak.model.drill import DrillOptions
 
@@ -83,16 +93,26 @@ def command(
         raise click.UsageError("--target takes one point: name it.")
     if target is not None and scratch is not None and not boot:
         raise click.UsageError("Name one of the two: --target or --scratch.")
+    if point is not None and job_name is not None:
+        raise click.UsageError("Name one of the two: POINT or --job.")
+    if config_file is not None and job_name is None:
+        raise click.UsageError("--config is for --job.")
     options = DrillOptions(
         target or "", overwrite, scratch or "", checker, check, check_seconds, boot, boot_pattern, boot_seconds
     )
-    opened = common.open_repository(repository)
+    if job_name is not None:
+        options, path = _of_job(context, config_file, job_name, options)
+        opened = common.open_repository(repository or path)
+        names = points_of(opened, job_name)
+    else:
+        opened = common.open_repository(repository)
+        names = [point] if point is not None else newest_points(opened)
     reports: list[Report] = []
     errors: list[BlockbakError] = []
     with common.world(wait) as world:
-        for name in [point] if point is not None else newest_points(opened):
+        for name in names:
             try:
-                reports.append(drill(opened, name, options, world))
+                reports.append(drill(opened, name, options, replace(world, job=job_name or "")))
             except Interrupted:
                 raise
             except BlockbakError as error:
@@ -102,6 +122,32 @@ def command(
     _show(reports, errors, as_json=as_json)
     code = errors[0].exit_code if errors else 0 if all(one.ok for one in reports) else ATTENTION
     context.exit(code)
+
+
+def _of_job(
+    context: click.Context, config_file: str | None, name: str, asked: DrillOptions
+) -> tuple[DrillOptions, str | None]:
+    """What a job asks for, where the command line does not say otherwise; and its repository's directory, where nothing
+    else names one.
+    """
+    from dataclasses import replace
+
+    from click.core import ParameterSource
+
+    from blockbak.flow.drill import options_of
+    from blockbak.flow.jobs import chosen, load
+
+    config = load(common.config_path(config_file))
+    (job,) = chosen(config, [name])
+    if job.drill is not None:
+        said = {
+            option: getattr(asked, option)
+            for option in ("checker", "check", "check_seconds", "boot", "boot_pattern", "boot_seconds", "scratch")
+            if context.get_parameter_source(option) is ParameterSource.COMMANDLINE
+        }
+        asked = replace(options_of(job.drill), **said)
+    elsewhere = context.find_root().obj or os.environ.get("BLOCKBAK_REPO")
+    return asked, None if elsewhere else config.path_of(job)
 
 
 def as_document(report: Report) -> dict[str, object]:

@@ -113,12 +113,12 @@ class _Told:
         self._dry_run, self._as_json = dry_run, as_json
 
     def line(self, sentence: str, facts: dict[str, str]) -> None:
-        """An answer: a line of the log where there is one for programs, else on standard output."""
+        """An answer, on standard output; a log for programs has it as well, with what it is about."""
         from blockbak.cli import log
 
         if not log.for_people():
             render.say_about(sentence, facts)
-        elif not self._as_json:
+        if not self._as_json:
             render.line(sentence)
 
     def __call__(self, report: JobReport, step: Step) -> None:

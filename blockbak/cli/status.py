@@ -11,10 +11,8 @@ from blockbak.cli import common, render
 from blockbak.errors import ATTENTION, BlockbakError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from blockbak.flow.status import Report
-    from blockbak.model.health import Goals, Health, Room
+    from blockbak.model.health import Health, Room
 
 FORMATS = ("text", "json", "prometheus", "nagios")
 
@@ -47,31 +45,34 @@ def _duration(_: click.Context, __: click.Parameter, value: str | None) -> float
               help="For people, for scripts, or for a monitoring system.")  # fmt: skip
 @click.option("--textfile", type=common.PATH, metavar="FILE",
               help="Write the text for Prometheus to FILE as well, all of it at once.")  # fmt: skip
+@common.config_option
 @common.repository_option
 @common.json_option
 @click.pass_context
 def command(
     context: click.Context, volume: str | None, rpo: float | None, rto: float | None, form: str, textfile: str | None,
-    repository: str | None, as_json: bool,
+    config_file: str | None, repository: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Whether every volume, or VOLUME, can be relied on: how old its newest good point is, when it was last drilled and
     how long that took, how much of it was verified, how long the room lasts, and what killed runs left.
 
     A point is good if all images that restore it are there and none was found damaged when last verified. Nothing is
-    locked or changed. --rpo and --rto stand for all volumes.
+    locked or changed. RPO and RTO are those of the volume's job, by the configuration; --rpo and --rto stand for all.
 
     Exit status 0, or 3 with the reasons. With --format nagios it is that of a plugin: 0 OK, 1 WARNING, 2 CRITICAL,
     3 UNKNOWN, where it could not be found out.
     """
-    from blockbak.flow.status import exported, status, write_textfile
+    from blockbak.flow.status import exported, goals, jobs_into, status, write_textfile
     from blockbak.model import exposition
     from blockbak.model.health import Goals
 
     form = "json" if as_json else form
     try:
-        opened = common.open_repository(repository)
+        config = common.known_config(config_file)
+        opened = common.open_repository(repository or common.only_repository(config))
+        only, jobs = ([volume], []) if volume is not None else ([], jobs_into(config, opened))
         with common.world() as world:
-            report = status(opened, world, _goals(Goals(rpo, rto)), only=[volume] if volume is not None else [])
+            report = status(opened, world, goals(config, Goals(rpo, rto)), only=only, jobs=jobs)
         if textfile is not None:
             write_textfile(report, textfile)
     except BlockbakError as error:
@@ -92,10 +93,6 @@ def command(
     for name, reason in report.reasons:
         render.say(f"{name}: {reason.text}" if name else reason.text)
     context.exit(0 if report.ok else ATTENTION)
-
-
-def _goals(asked: Goals) -> Callable[[str, str], Goals]:
-    return lambda _volume, _job: asked
 
 
 def as_document(report: Report) -> dict[str, object]:

@@ -173,6 +173,6 @@ def _failed(jobs: tuple[str, ...], config_file: str | None, *, as_json: bool) ->
         told = run.tell_unfinished(config, job, world)
     if as_json:
         render.document({"job": job.name, "unfinished": told})
-    elif log.for_people():
+    else:
         render.line(f"{job.name}: {'people were told of its last run' if told else 'its last run came to its end'}.")
     return 0

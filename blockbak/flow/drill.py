@@ -21,6 +21,7 @@ from blockbak.errors import (
     MissingProgram,
     NoDrillRoom,
     NoPermission,
+    NoSuchPoint,
     TargetHolds,
 )
 from blockbak.flow import restore
@@ -28,6 +29,7 @@ from blockbak.flow.context import Context
 from blockbak.flow.part import whole
 from blockbak.flow.points import find, open_point
 from blockbak.flow.recording import recorded
+from blockbak.flow.status import job_of
 from blockbak.flow.target import look_at_target
 from blockbak.flow.writing import PointContent, Writing, read_back, write_all
 from blockbak.host import emulator, loops, scanners
@@ -38,6 +40,7 @@ from blockbak.host.runner import package_of, which
 from blockbak.model import btrfsid, extent, partition
 from blockbak.model import drill as plan
 from blockbak.model.chain import Point
+from blockbak.model.config import Drill as JobDrill
 from blockbak.model.drill import Course, DrillOptions
 from blockbak.model.facts import Opening
 from blockbak.model.filesystem import Read, filesystem
@@ -99,6 +102,23 @@ class Report:
     def ok(self) -> bool:
         """Whether nothing needs to be looked at."""
         return not self.differences
+
+
+def options_of(job: JobDrill) -> DrillOptions:
+    """What a job asks for. The configuration has named its target, which is what overwriting it takes."""
+    return DrillOptions(
+        target=job.target, overwrite=bool(job.target), checker=job.checker, check=job.check, boot=job.boot,
+        boot_pattern=job.boot_pattern, boot_seconds=job.boot_seconds,
+    )  # fmt: skip
+
+
+def points_of(repository: Repository, job: str) -> list[str]:
+    """The newest point of each volume of a job, as ``VOLUME@latest``. Raises NoSuchPoint where it has made none."""
+    entries = repository.record.entries()
+    found = [f"{name}@latest" for name in repository.volume_names() if job_of(entries, name) == job]
+    if not found:
+        raise NoSuchPoint(point=f"of job {job}")
+    return found
 
 
 def drill(repository: Repository, point_name: str, options: DrillOptions, context: Context) -> Report:

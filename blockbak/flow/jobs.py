@@ -228,11 +228,11 @@ def synthetic_due(job: Job, catalog: Catalog, zone: tzinfo, now: datetime) -> st
     return schedule.synthetic_due(job.kinds, past(catalog), now, zone)
 
 
-def forced(one: Wanted) -> Wanted:
+def forced(one: Wanted, why: str = "forced") -> Wanted:
     """The same, due whether it is or not."""
     if one.due.kind:
         return one
-    return Wanted(one.source, one.volume, Due(INCREMENTAL, f"forced: {one.due.reason}"))
+    return Wanted(one.source, one.volume, Due(INCREMENTAL, f"{why}: {one.due.reason}"))
 
 
 def kind_asked(due: Due) -> str:

@@ -37,7 +37,6 @@ from blockbak.model import telling
 from blockbak.model.config import Config, Job, Notify
 from blockbak.model.drill import DrillOptions
 from blockbak.model.facts import DIFFERENTIAL, FULL, INCREMENTAL
-from blockbak.model.health import Goals
 from blockbak.model.schedule import Due, due_since
 from blockbak.model.telling import Age, Event, Outcome
 from blockbak.repository.local import Repository
@@ -177,8 +176,7 @@ class _Run:
         if self._options.force:
             report.wanted = [jobs.forced(one) for one in report.wanted]
         elif job.reading.together and any(one.due.kind for one in report.wanted):
-            # A set is of one instant: none of it is left out.
-            report.wanted = [jobs.forced(one) for one in report.wanted]
+            report.wanted = [jobs.forced(one, "its set is of one instant") for one in report.wanted]
         now = self._context.now()
         for what, calendar, last in (
             ("verify", job.verify, state.verified),
@@ -258,12 +256,15 @@ class _Run:
         state.error = report.errors[0].name if report.errors else ""
         known = {one.source: one.volume or state.volumes.get(one.source, "") for one in report.wanted}
         state.volumes = {source: volume for source, volume in known.items() if volume} or state.volumes
+        events: list[Event] = []
         if not report.interrupted:
             events = telling.after(outcome_of(report, context), failing=state.failing)
             state.failing = report.exit != 0
             self.recovered = any(event.kind == telling.RECOVERY for event in events)
+        try:
             tell_people(self._config.notify, events, context)
-        save(state, job, context)
+        finally:
+            save(state, job, context)
 
     def _work(self, repository: Repository, state: State) -> None:
         """All that is due, within the deadline."""
@@ -384,11 +385,7 @@ class _Run:
         plan = self._job.drill
         if plan is None or "drill" not in self.report.extra:
             return
-        # The configuration has named the target, which is what overwriting it takes.
-        options = DrillOptions(
-            target=plan.target, overwrite=bool(plan.target), checker=plan.checker, check=plan.check, boot=plan.boot,
-            boot_pattern=plan.boot_pattern, boot_seconds=plan.boot_seconds,
-        )  # fmt: skip
+        options = drill.options_of(plan)
         volumes = dict.fromkeys(one.volume for one in self.report.wanted if one.volume)
         done = [self._drilled(repository, volume, options) for volume in volumes]
         if done and all(done):
@@ -463,20 +460,12 @@ def write_textfiles(config: Config, context: Context) -> None:
         if not place.textfile:
             continue
         try:
-            found = status.status(Repository(place.path, context.kernel), context, goals(config))
+            repository = Repository(place.path, context.kernel)
+            jobs = status.jobs_into(config, repository)
+            found = status.status(repository, context, status.goals(config), jobs=jobs)
             status.write_textfile(found, place.textfile)
         except BlockbakError as error:
             context.say(f"{place.textfile} is not what it should be: {error}")
-
-
-def goals(config: Config) -> Callable[[str, str], Goals]:
-    """What is asked of a volume, by its job."""
-
-    def of(_: str, name: str) -> Goals:
-        job = config.jobs.get(name)
-        return Goals(job.rpo, job.rto) if job is not None else Goals()
-
-    return of
 
 
 # --- telling people --------------------------------------------------------------------------------------------------

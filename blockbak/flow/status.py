@@ -13,6 +13,7 @@ from blockbak.flow.leftovers import remaining
 from blockbak.host import textfile
 from blockbak.model import exposition
 from blockbak.model.chain import chains, shortest
+from blockbak.model.config import Config
 from blockbak.model.events import Entry
 from blockbak.model.health import (
     Attempt,
@@ -31,6 +32,7 @@ from blockbak.model.health import (
 )
 from blockbak.repository.local import Catalog, Repository, Volume
 
+_NO_GOALS = Goals()
 _DONE_EXITS = (0, 3)
 """Of a backup that made a point."""
 
@@ -58,10 +60,32 @@ class Report:
         ]
 
 
+def goals(config: Config | None, asked: Goals = _NO_GOALS) -> Callable[[str, str], Goals]:
+    """What is asked of a volume, by its name and its job's: what was ``asked`` for all, else what the job says."""
+
+    def of(_: str, name: str) -> Goals:
+        job = config.jobs.get(name) if config is not None else None
+        if job is None:
+            return asked
+        return Goals(job.rpo if asked.rpo is None else asked.rpo, job.rto if asked.rto is None else asked.rto)
+
+    return of
+
+
+def jobs_into(config: Config | None, repository: Repository) -> list[str]:
+    """The jobs of the configuration that make points in this repository."""
+    if config is None:
+        return []
+    here = os.path.realpath(repository.path)
+    return [name for name, job in config.jobs.items() if os.path.realpath(config.path_of(job)) == here]
+
+
 def status(
-    repository: Repository, context: Context, goals: Callable[[str, str], Goals], *, only: Sequence[str] = ()
-) -> Report:
-    """Judge every volume, or those in ``only``. ``goals`` gives what is asked of a volume, by its name and its job's.
+    repository: Repository, context: Context, goals: Callable[[str, str], Goals], *, only: Sequence[str] = (),
+    jobs: Sequence[str] = (),
+) -> Report:  # fmt: skip
+    """Judge every volume, or those in ``only``. ``goals`` gives what is asked of a volume, by its name and its job's;
+    ``jobs`` are those that should have made points here.
 
     Raises NoSuchVolume, NoPermission, UnreadableStore where not even the directories can be read.
     """
@@ -79,9 +103,16 @@ def status(
     place = Place(
         free_bytes=about.f_bavail * about.f_frsize, total_bytes=about.f_blocks * about.f_frsize,
         growth=tuple(_growth(entries, [catalog for _, catalog in catalogs.values()])), damage=tuple(damage),
-        leftovers=tuple(remaining(context)),
+        leftovers=tuple(remaining(context)), idle_jobs=tuple(_idle(jobs, catalogs, entries)),
     )  # fmt: skip
     return Report(repository.path, now, judge_room(place, now), judged)
+
+
+def _idle(jobs: Sequence[str], volumes: Iterable[str], entries: Sequence[Entry]) -> list[str]:
+    """The jobs that made no point of what is here."""
+    there = set(volumes)
+    made = {one.job for one in entries if one.event == "made" and one.points and one.volume in there}
+    return [name for name in jobs if name not in made]
 
 
 def exported(report: Report) -> str:

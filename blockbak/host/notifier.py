@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
-from blockbak.errors import BlockbakError, CommandFailed, UnsafeHook
+from blockbak.errors import BlockbakError, CommandFailed, Interrupted, UnsafeHook
 from blockbak.host import runner
 from blockbak.host.hooks import unsafe, way_to
 from blockbak.model.telling import Event
@@ -24,7 +24,8 @@ URLS_SECONDS = 120.0
 
 
 def by_command(argv: Sequence[str], event: Event, check: Callable[[], None], seconds: float = COMMAND_SECONDS) -> str:
-    """Run the command with the event in its environment and on standard input; why it failed, or "".
+    """Run the command with the event in its environment and on standard input; why it failed, or "". ``check`` may
+    raise Interrupted.
 
     It is run as root, so nobody else may be able to exchange it.
     """
@@ -33,6 +34,8 @@ def by_command(argv: Sequence[str], event: Event, check: Callable[[], None], sec
     text = json.dumps(event.document()).encode() + b"\n"
     try:
         runner.run(argv, deadline=seconds, input=text, env=event.environment(), check=check)
+    except Interrupted:
+        raise
     except BlockbakError as error:
         return str(error)
     return ""
@@ -62,6 +65,8 @@ def by_urls(urls: Sequence[str], event: Event, check: Callable[[], None], second
         done = runner.run(argv, deadline=seconds, input=json.dumps(message).encode(), accept=(0, 1), check=check)
     except CommandFailed as error:
         return f"Nobody was told by mail or web: {error.fields['status']}."
+    except Interrupted:
+        raise
     except BlockbakError as error:
         return str(error)
     failed = done.stdout.split()

@@ -236,7 +236,7 @@ class Growth:
 @dataclass(frozen=True, slots=True)
 class Place:
     """The repository itself. ``growth`` in any order; ``damage``: clauses on its history and its files; ``leftovers``:
-    what killed runs left on the machine.
+    what killed runs left on the machine; ``idle_jobs``: jobs that should have made points here, and made none.
     """
 
     free_bytes: int
@@ -244,6 +244,7 @@ class Place:
     growth: tuple[Growth, ...] = ()
     damage: tuple[str, ...] = ()
     leftovers: tuple[str, ...] = ()
+    idle_jobs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +300,8 @@ def _room_reasons(place: Place, full_at: datetime | None, now: datetime) -> Iter
         yield Reason("RoomRunsOut", "warning", f"The repository will be full in {left}, at the rate at which it grows.")
     if place.damage:
         yield Reason("Damaged", "critical", _listed("What cannot be used", place.damage))
+    if place.idle_jobs:
+        yield Reason("NoPointOfJob", "critical", _listed("Jobs that have made no point here", place.idle_jobs))
     yield from _leftover_reasons(place.leftovers)
 
 

@@ -131,3 +131,12 @@ def test_a_configuration_that_others_may_write_is_not_used(place):
     assert warning.endswith(f"and others may read it: chmod 600 {place.file}")
     place.file.chmod(0o600)
     assert place.document("config", "check")["warnings"] == []
+
+
+def test_status_knows_what_the_configuration_asks_of_a_volume(place):
+    place.configure('schedule = "daily"\nrpo = "36h"')
+    place.ok("run")
+    (volume,) = place.document("status")["volumes"]
+    assert (volume["job"], volume["goals"]["rpo"], volume["rpo_met"]) == ("web", 36 * 3600.0, True)
+    (volume,) = place.document("status", "--rpo", "1h")["volumes"]
+    assert volume["goals"]["rpo"] == 3600.0

@@ -109,7 +109,7 @@ VERBS = [
     ),
     Verb(
         "timers", lambda stock, place: ["install", "--cron", *configured(stock, place)],
-        missing=[], surplus=["remove", "x"], on_repository=False,
+        missing=[], on_repository=False,
     ),
     Verb(
         "drill", lambda stock, place: [stock.newest, "--scratch", str(place)], surplus=["a", "b"], point=["{}"],

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.jobs import Place
 from tests.cli.program import PLAIN, PLAIN_UID, document, fails, ok, run
 from tests.cli.stock import Stock, copied
 from tests.host.stage import flip
@@ -65,6 +66,8 @@ def test_all_volumes_are_drilled_whatever_becomes_of_one(repo: Stock, tmp_path: 
         ["latest", "--boot-pattern", "(", "--boot"],
         ["latest", "--check", "'unclosed"],
         ["latest", "--check-seconds", "0"],
+        ["latest", "--job", "web"],
+        ["latest", "--config", "/nowhere"],
     ],
 )
 def test_words_that_do_not_go_together(stock: Stock, words: list[str]) -> None:
@@ -75,6 +78,26 @@ def test_a_repository_without_points(tmp_path: Path, as_root: None) -> None:
     ok("init", tmp_path / "new")
     assert "no point yet" in ok("-r", tmp_path / "new", "drill").text
     assert document("-r", tmp_path / "new", "drill") == {"drills": [], "errors": []}
+
+
+def test_a_job_is_drilled_as_it_says(tmp_path: Path, as_root: None) -> None:
+    place = Place(tmp_path)
+    check = 'check = ["/bin/sh", "-c", "echo $BLOCKBAK_VOLUME; exit 9"]'
+    place.configure(more=f'[jobs.web.drill]\nschedule = "yearly"\n{check}')
+    assert (
+        place.document("drill", "--job", "web", status=1)["error"]["message"] == "There is no restore point of job web."
+    )
+    place.run("run")
+    (one,) = place.document("drill", "--job", "web", "--scratch", tmp_path, status=3)["drills"]
+    assert (one["check_status"], one["check_output"]) == (9, one["volume"])
+    # What the command line says goes first.
+    (one,) = place.document("drill", "--job", "web", "--check", "true", "--scratch", tmp_path)["drills"]
+    assert one["check_status"] == 0
+    (web,) = place.document("status")["volumes"]
+    assert web["drilled"]["ok"] is True
+    last = document("-r", place.repository, "history")["entries"][-1]
+    assert (last["event"], last["job"]) == ("drilled", "web")
+    assert place.document("drill", "--job", "db", status=1)["error"]["name"] == "NoSuchJob"
 
 
 def test_a_drill_takes_root(stock: Stock, public: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.jobs import Place
 from tests.cli.program import document, fails, ok, run
 from tests.cli.stock import Stock
 from tests.expositions import parse
@@ -137,6 +138,59 @@ def test_status_takes_no_lock_and_changes_nothing(repo: Stock) -> None:
     before = {path: path.read_bytes() for path in repo.path.rglob("*") if path.is_file()}
     ok("-r", repo.path, "status")
     assert {path: path.read_bytes() for path in repo.path.rglob("*") if path.is_file()} == before
+
+
+# --- by the configuration ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def test_a_job_that_has_made_no_point_is_a_reason(place: Place) -> None:
+    found = place.document("status", status=3)
+    assert [(one["volume"], one["name"], one["level"]) for one in found["reasons"]] == [
+        ("", "NoPointOfJob", "critical")
+    ]
+    place.ok("run")
+    found = place.document("status")
+    assert (found["ok"], found["volumes"][0]["job"]) == (True, "web")
+
+
+def test_a_volume_is_judged_by_its_job(place: Place) -> None:
+    place.ok("run")
+    place.configure('rpo = "2d"\nrto = "1h"')
+    (web,) = place.document("status", status=3)["volumes"]
+    assert web["goals"] == {"rpo": 2 * 86400, "rto": 3600}
+    assert [one["name"] for one in web["reasons"]] == ["NeverDrilled"]
+    # What the command line says goes first.
+    (web,) = place.document("status", "--rpo", "0.001s", status=3)["volumes"]
+    assert web["goals"] == {"rpo": 0.001, "rto": 3600}
+    ok("-r", place.repository, "backup", place.source, "--name", "other")
+    other = of(place.document("status", status=3), "other")
+    assert (other["job"], other["goals"]) == ("", {"rpo": None, "rto": None})
+
+
+def test_a_backup_of_a_job_that_failed_is_a_reason_until_one_does_not(place: Place) -> None:
+    place.ok("run")
+    held = place.source.read_bytes()
+    place.source.unlink()
+    assert place.run("run", "--force").status == 1
+    found = place.document("status", status=3)
+    assert [one["name"] for one in found["reasons"]] == ["BackupFailed"]
+    assert "NoSuchSource" in found["reasons"][0]["text"]
+    place.source.write_bytes(held)
+    place.ok("run", "--force")
+    assert place.document("status")["ok"] is True
+
+
+def test_a_configuration_that_cannot_be_used(place: Place) -> None:
+    place.file.write_text("nonsense")
+    assert place.document("status", status=1)["error"]["name"] == "BadConfig"
+    ended = place.run("status", "--format", "nagios")
+    assert ended.status == 3
+    assert ended.text.startswith("BLOCKBAK UNKNOWN - ")
 
 
 # --- formats -------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ CLASSES = {one.__name__: one for one in tree(errors.BlockbakError)}
 GROUPS = {
     "RestError",
     "MirrorError",
+    "JobError",
     "BlockbakError",
     "Failed",
     "SourceError",

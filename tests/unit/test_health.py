@@ -200,6 +200,11 @@ def test_what_is_removed_makes_room():
     assert found.ok
 
 
+def test_jobs_that_made_nothing_here_are_named():
+    (reason,) = judge_room(Place(10, 10, idle_jobs=("a", "b")), NOW).reasons
+    assert (reason.name, reason.text) == ("NoPointOfJob", "Jobs that have made no point here: a; b.")
+
+
 def test_room_that_runs_out_is_told_in_time():
     growth = (Growth(ago(10 * DAY), 0), Growth(ago(5 * DAY), 10 * 86_400))
     enough, short = int(ROOM_SECONDS) + 3600, int(ROOM_SECONDS) - 3600

@@ -95,7 +95,7 @@ def test_only_what_never_unmounts_has_mounts_of_its_own(config):
     hot, cold = lines(units["blockbak-job-web-1.service"]), lines(units["blockbak-job-db.service"])
     assert {"ProtectSystem=yes", 'ReadWritePaths=-"/srv/back up"', "ReadWritePaths=-/var/lib/blockbak"} <= set(hot)
     both = set(hot) & set(cold)
-    assert {"DevicePolicy=closed", "DeviceAllow=block-* rwm", "NoNewPrivileges=yes", "UMask=0077"} <= both
+    assert {"DevicePolicy=closed", "DeviceAllow=block-* rwm", "LockPersonality=yes", "UMask=0077"} <= both
     # Each of these would give it a mount namespace (systemd.exec(5)), in which what it unmounts stays mounted.
     namespaces = ("Protect", "Private", "ReadWrite", "ReadOnly", "Inaccessible", "TemporaryFile", "Bind", "MountFlags")
     assert not [line for line in cold if line.startswith(namespaces)]
