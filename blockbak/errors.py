@@ -146,7 +146,7 @@ class RepositoryError(Failed):
 
 class NoRepositoryNamed(RepositoryError):
     message = "No repository was named."
-    advice = "Give '-r REPO' before the verb, or set BLOCKBAK_REPO."
+    advice = "Give '-r REPO' before the verb, set BLOCKBAK_REPO, or name just one in the configuration."
 
 
 class NotARepository(RepositoryError):
@@ -208,6 +208,20 @@ class NoSpace(RepositoryError):
 class StoreFailed(RepositoryError):
     message = "{path} could not be {action}: {reason}."
     advice = "Earlier points are untouched. Look at the kernel's log for the disk below it."
+
+
+class NoMergeRoom(RepositoryError):
+    message = "Merging what {volume} no longer keeps takes up to {needed} bytes first, and {free} are free."
+    advice = "Make room there. What no other point needed is gone already; all points are whole."
+
+
+class TooFar(RepositoryError):
+    message = "What there will be of {volume} at {moment} is not gone through: {reason}."
+    advice = "Take an earlier moment."
+
+
+class NotPinned(RepositoryError):
+    message = "Point {point} is not pinned."
 
 
 class NothingToMerge(RepositoryError):
@@ -367,6 +381,96 @@ class RestVoid(RestError):
     advice = "No point was made. Give it more time with a longer deadline, or stop its users instead of freezing it."
 
 
+# --- mirrors -------------------------------------------------------------------------------
+
+
+class MirrorError(Failed):
+    """A mirror did not come to its end."""
+
+
+class PeerGone(MirrorError):
+    message = "The other end of the mirror is gone: {reason}."
+    advice = "Run again once it can be reached: what is equal by then does not move again."
+
+
+class PeerNotUnderstood(MirrorError):
+    message = "What the other end says is not a mirror's language: {reason}."
+    advice = "A shell that greets who logs in, or a connection that alters bytes, would do that."
+
+
+class PeerVersion(MirrorError):
+    message = "The other end speaks version {theirs} of the mirror's language, this blockbak version {ours}."
+    advice = "Use the same release of blockbak at both ends."
+
+
+class PeerFailed(MirrorError):
+    message = "{host}: {stderr}"
+    advice = "{advice}"
+
+
+class NotInStep(MirrorError):
+    message = "{target} does not have the root of {source}: {have} in place of {need}."
+    advice = "Memory or a processor may be failing at one end. Do not use the target; run again."
+
+
+# --- jobs -----------------------------------------------------------------------------------
+
+
+class JobError(Failed):
+    """A job of the configuration cannot be run as it is."""
+
+
+class NoConfig(JobError):
+    message = "The configuration {path} cannot be read: {reason}."
+    advice = "Write it, or name another one with '--config FILE' or BLOCKBAK_CONFIG; blockbak.toml(5) tells how."
+
+
+class BadConfig(JobError):
+    message = "The configuration {path} cannot be used; {count} wrong in it."
+    advice = "Nothing was done. Mend it, then look again with 'blockbak config check'."
+
+
+class NoSuchJob(JobError):
+    message = "The configuration has no job {job}; it has: {there}."
+
+
+class NoSuchZone(JobError):
+    message = "This machine knows no time zone {zone}."
+    advice = 'Take a name of /usr/share/zoneinfo, as in timezone = "Europe/Berlin".'
+
+
+class NoSourceFits(JobError):
+    message = "Job {job}: nothing that is here now fits the source {source}."
+    advice = "'blockbak devices' lists what is here; 'udevadm info --query=property NODE' what udev says of it."
+
+
+class JobRuns(JobError):
+    message = "Job {job} is being run already, by process {pid} on {host}."
+    advice = "Wait for it to end, or use '--wait SECONDS'."
+
+
+class DeadlinePassed(JobError):
+    message = "Job {job} was not done within its deadline of {seconds} seconds, so it was ended."
+    advice = "Points that it had made before are whole. Give it a longer deadline, or find out what it waited for."
+
+
+class RunKilled(JobError):
+    message = "The run of job {job} that began at {started} did not come to its end."
+    advice = (
+        "It was killed, or the machine went down. 'blockbak recover' puts right what it left; the next run goes on."
+    )
+
+
+class NoTimers(JobError):
+    message = "Timers cannot be installed: systemd does not run this machine."
+    advice = "'blockbak timers install --cron' prints lines for cron."
+
+
+class UnitFileTaken(JobError):
+    message = "{path} is not of blockbak's making, so it is not overwritten."
+    advice = "Move it away, or give the job another name."
+
+
 # --- the rest of exit 1 ---------------------------------------------------------------------
 
 
@@ -438,6 +542,21 @@ class OutputFailed(Failed):
     advice = "What was asked for may have been done all the same; only the answer is lost."
 
 
+class NoDrillRoom(Failed):
+    message = "{path} has {free} bytes free; a drill of {point} may take {needed} there."
+    advice = "Make room there, name another directory with --scratch, or a logical volume with --target."
+
+
+class NoPlaceApart(Failed):
+    message = "No namespaces of its own could be made for the drill: {reason}."
+    advice = "It takes root with CAP_SYS_ADMIN: in a container that has not, drill on its host."
+
+
+class LoopFailed(Failed):
+    message = "No loop device could be made of {path}: {reason}."
+    advice = "'modprobe loop' brings the kernel's module for them; it takes Linux 5.8 or later."
+
+
 class DemoFailed(Failed):
     message = "The demo proved that something is wrong: {what}."
     advice = "Please report it: this must never happen."
@@ -487,6 +606,19 @@ class DamagedStream(Damage):
 class DamagedRepository(Damage):
     message = "{file} is damaged: {reason}."
     advice = "Bring it back from a copy; rescue.py beside it restores without it."
+
+
+class DamagedHistory(Damage):
+    message = "The history {file} is damaged: {reason}."
+    advice = (
+        "Every point is as it was. Bring the file back from a copy; or move history.jsonl and history.head away, and "
+        "keep them: a new history begins with what is done next."
+    )
+
+
+class DamagedPin(Damage):
+    message = "The pin {file} is damaged: {reason}."
+    advice = "Its point stays as if it were immutable. Bring the file back from a copy, or move it away."
 
 
 class MissingImage(Damage):
@@ -554,6 +686,24 @@ class ImageInRepository(Refused):
     advice = "Write it elsewhere, or make a point of the device with 'blockbak backup'."
 
 
+class MirrorSourceInUse(Refused):
+    message = "{path} is in use ({holders})."
+    advice = (
+        "A logical volume is mirrored while it is used with --from-snapshot. Stop what uses anything else first, or "
+        "make a point of it with 'blockbak backup --mode cold'."
+    )
+
+
+class MirrorOntoItself(Refused):
+    message = "{target} and {source} share bytes: a copy of the one cannot lie on the other."
+    advice = "Name a target on another disk."
+
+
+class PeerRefused(Refused):
+    message = "{host}: {stderr}"
+    advice = "{advice}"
+
+
 class TargetInUse(Refused):
     message = "{path} is in use ({holders})."
     advice = "Unmount or stop what uses it first."
@@ -574,13 +724,13 @@ class VolumeNameTaken(Refused):
 
 
 class TargetTooSmall(Refused):
-    message = "{path} has {have} bytes; the point needs at least {need}."
+    message = "{path} has {have} bytes; at least {need} are needed."
 
 
 class TargetSectorSize(Refused):
     message = (
-        "{path} has {have}-byte sectors, the point holds a partition table for {need}-byte sectors: "
-        "it would not be readable there."
+        "{path} has {have}-byte sectors, and the partition table that is to lie there is for {need}-byte sectors: "
+        "it would not be readable."
     )
     advice = "Restore it to a file, or to a device with {need}-byte sectors."
 
@@ -600,6 +750,16 @@ class PointNeeded(Refused):
     advice = "Compose a synthetic full first ('blockbak synthesize'), or delete those points too."
 
 
+class PointPinned(Refused):
+    message = "Point {point} is {reason}."
+    advice = "'blockbak unpin {point}' takes that back."
+
+
+class PointImmutable(Refused):
+    message = "Point {point} is not touched before its time: {reason}."
+    advice = "Nobody takes that back before then; a later end can be set with 'blockbak pin'."
+
+
 class NotConfirmed(Refused):
     message = "{action} was not confirmed."
     advice = "Give '--yes', or type the name at the prompt."
@@ -613,6 +773,11 @@ class NotTogether(Refused):
 class UnsafeHook(Refused):
     message = "Hook {path} is not run: {reason}."
     advice = "A hook runs as root, so root must own it and its directories, and nobody else may write them."
+
+
+class UnsafeConfig(Refused):
+    message = "The configuration {path} is not used: {reason}."
+    advice = "It names programs that are run, so only its owner, who must be root or you, may write it."
 
 
 class CannotRest(Refused):

@@ -1,8 +1,9 @@
-"""Sizes and alignment: the only 512 in the package, and the only size parser."""
+"""Sizes, alignment and moments: the only 512 in the package, and the only size parser."""
 
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime
 
 SECTOR = 512
 """Bytes of the kernel's own sector (sysfs ``size``, ``stat``), whatever the device's."""
@@ -12,6 +13,8 @@ MIB = 1024 * KIB
 GIB = 1024 * MIB
 TIB = 1024 * GIB
 
+_SPANS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400, "y": 365 * 86400}
+_SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*(min|[smhdwy])")
 _FACTORS = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": TIB}
 _SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
@@ -39,6 +42,16 @@ def parse_size(text: str) -> int:
     return int(found[1]) * _FACTORS[found[2].upper()]
 
 
+def parse_duration(text: str) -> float:
+    """Seconds named by ``90s``, ``15min`` (or ``15m``), ``1h 30m``, ``2d``, ``6w``, ``1y`` of 365 days. Raises
+    ValueError.
+    """
+    words = text.strip()
+    if not words or _SPAN.sub("", words).strip():
+        raise ValueError(f"not a duration: {text!r}")
+    return float(sum(float(number) * _SPANS[unit] for number, unit in _SPAN.findall(words)))
+
+
 def format_size(value: int) -> str:
     """``value`` bytes for people, binary units, three digits: ``1.30 GiB``."""
     if value < KIB:
@@ -61,3 +74,8 @@ def format_seconds(seconds: float) -> str:
         return f"{minutes} min {rest:02d} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min"
+
+
+def iso(moment: datetime) -> str:
+    """ISO 8601 in UTC with milliseconds."""
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

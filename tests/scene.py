@@ -16,13 +16,15 @@ from pathlib import Path
 import pytest
 
 from blockbak.errors import TargetExists
-from blockbak.flow import backup, delete, recover, restore, synthesize, verify
+from blockbak.flow import backup, delete, pin, prune, recover, restore, synthesize, verify
 from blockbak.flow.context import Context
 from blockbak.host.blockio import is_marked
 from blockbak.host.kernel import Kernel
 from blockbak.model.chain import plan, points
+from blockbak.model.retention import Policy
 from blockbak.repository import local
 from blockbak.repository.local import FILE, Catalog, Repository, Volume
+from blockbak.repository.record import HEAD, HISTORY
 from blockbak.units import KIB
 from tests.doubles import context, new_repository
 from tests.faults import QuickKernel
@@ -197,8 +199,9 @@ class Scene:
         """All points but those ``gone`` are there and hold their bytes; a new one may be, and holds ``also``.
 
         Nothing listed is half-made: everything verifies. What is made of ``files`` that are as they were
-        ``before``, when all was good, needs not be restored.
+        ``before``, when all was good, needs not be restored. Whatever was torn or failed, the history is whole.
         """
+        assert self.repository().record.flaws() == []
         files = self.files()
         if before is not None and files == before:
             return self.names
@@ -301,9 +304,31 @@ def _recovered(scene: Scene) -> None:
     assert scene.listed() == scene.names
     assert scene.catalog().leftovers == 0
     assert len(list(scene.where.glob("*.zst"))) == len(scene.names)
-    assert sorted(os.listdir(scene.place)) == sorted([*CARRIED, FILE, VOLUME])
+    assert sorted(os.listdir(scene.place)) == sorted([*CARRIED, FILE, HISTORY, HEAD, VOLUME])
     for name in CARRIED:
         assert (scene.place / name).read_bytes() == (CARRIED_FROM / name).read_bytes()
+
+
+def _middles(scene: Scene) -> None:
+    """Five points, of which a policy of one and a pin keep the third and the fifth."""
+    for number in (7, 8):
+        scene.change(number)
+        scene.back_up("incremental")
+    pin.pin(scene.repository(), scene.names[2], "to be kept", scene.world())
+
+
+def _prune(scene: Scene, repository: Repository, world: Context) -> object:
+    return prune.prune(repository, VOLUME, Policy(last=1), world)
+
+
+def _pruned(scene: Scene) -> None:
+    """A synthetic full and one incremental are left, or what a crash left beside them."""
+    kept = [scene.names[2], scene.names[4]]
+    assert scene.listed() == kept
+    points = scene.catalog().points
+    assert "full" in [image.opening.kind for image in points[0].images]
+    assert [scene.restored(point) for point in kept] == [scene.held[point] for point in kept]
+    assert list(scene.volume().pins()[0]) == [scene.names[2]]
 
 
 def _target(scene: Scene) -> str:
@@ -382,6 +407,13 @@ DEEDS = {
             _recovered,
             _crashed,
             gone=lambda scene: (scene.names[-1],),
+        ),
+        Deed(
+            "prune",
+            _prune,
+            _pruned,
+            _middles,
+            gone=lambda scene: (scene.names[0], scene.names[1], scene.names[3]),
         ),
         _restore("to-a-new-file", lambda scene: None, overwrite=False),
         _restore("to-an-old-file", _old_target),

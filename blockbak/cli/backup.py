@@ -8,39 +8,11 @@ from typing import TYPE_CHECKING
 import click
 
 from blockbak.cli import common, nextboot, render
-from blockbak.errors import ATTENTION, BadBlockSize, BlockbakError
+from blockbak.errors import ATTENTION, BlockbakError
 
 if TYPE_CHECKING:
     from blockbak.flow.backup import Report
     from blockbak.model.quiesce import RestOptions
-
-
-def _block_size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
-    if value is None:
-        return None
-    from blockbak.flow.backup import check_block_size
-
-    size = common.parsed_bytes(value, "4K to 1M")
-    try:
-        check_block_size(size)
-    except BadBlockSize as error:
-        raise click.BadParameter("take a power of two from 4K to 1M") from error
-    return size
-
-
-def _store_size(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
-    from blockbak.model.snapshot import parse_size as parse_store
-    from blockbak.units import parse_size
-
-    if value is None:
-        return None
-    try:
-        size = parse_store(value, 1 << 40, parse_size)
-    except ValueError:
-        size = 0
-    if size <= 0:
-        raise click.BadParameter(f"{value!r} is neither a size like 20G nor a share like 15%")
-    return value
 
 
 def summary(report: Report) -> str:
@@ -86,38 +58,12 @@ def summary(report: Report) -> str:
 @click.option(
     "--block-size",
     "block_bytes",
-    callback=_block_size,
+    callback=common.block_size,
     metavar="4K…1M",
     help="Unit of change detection [64K].",
 )
 @common.compress_option
-@click.option(
-    "--snapshot-size",
-    callback=_store_size,
-    metavar="SIZE|SHARE%",
-    help="Room for what is written to the volume while it is read [10%, at least 1G, as far as there is room]. "
-    "Of a thin pool it must be free.",
-)
-@click.option(
-    "--snapshot-limit",
-    callback=_store_size,
-    metavar="SIZE|SHARE%",
-    help="How far a snapshot that fills is extended [until it cannot overflow].",
-)
-@click.option(
-    "--freeze-with",
-    multiple=True,
-    metavar="HOOK",
-    help="A program that rests an application around the snapshot, or postgresql, mariadb, mysql; may be repeated.",
-)
-@click.option(
-    "--freeze-deadline",
-    type=click.FloatRange(min=1),
-    default=60,
-    show_default=True,
-    metavar="SECONDS",
-    help="After this the application goes on, whatever happens, and no point is made.",
-)
+@common.snapshot_options
 @click.option("--together", is_flag=True, help="Snapshot all volumes at one instant; thick ones only.")
 @click.option(
     "--together-deadline",
@@ -213,7 +159,7 @@ class _Told:
             named = f"'blockbak show {result.volume}@{result.point}' names what could not be read"
             render.say(f"{named}; --mapfile puts it in ddrescue's form.")
         if not self._as_json:
-            render.line(_would(result) if self._dry_run else summary(result))
+            render.line(would(result) if self._dry_run else summary(result))
 
     def end(self) -> int:
         """The exit status, once the document is printed."""
@@ -232,7 +178,8 @@ class _Told:
         return ATTENTION if any(report.attention for report in self._reports) else 0
 
 
-def _would(report: Report) -> str:
+def would(report: Report) -> str:
+    """What a dry run tells of a source."""
     parent = f" on {report.parent}" if report.parent else ""
     article = "an" if report.kind[0] == "i" else "a"
     return (

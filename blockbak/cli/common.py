@@ -13,15 +13,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from blockbak.errors import Interrupted, NoRepositoryNamed, NotARepository
+from blockbak.errors import BadBlockSize, Interrupted, NoRepositoryNamed, NotARepository, NotConfirmed
 
 if TYPE_CHECKING:
     from blockbak.flow.context import Context
+    from blockbak.model.config import Config
     from blockbak.repository.local import Repository
 
 F = TypeVar("F", bound=Callable[..., Any])
 R = TypeVar("R")
 
+CONFIG = "/etc/blockbak/blockbak.toml"
+"""Where the configuration lies, if nobody says otherwise."""
 WORKERS_MAX = 10
 """More would take more memory than the promise allows, for devices faster than any seen so far."""
 WORKERS_WAITING = 4
@@ -63,8 +66,16 @@ def _seconds(_: click.Context, __: click.Parameter, value: float) -> float:
 PATH = _Path()
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 repository_option = click.option(
-    "-r", "--repository", type=PATH, metavar="REPO", help="The repository's directory (or BLOCKBAK_REPO)."
+    "-r",
+    "--repository",
+    type=PATH,
+    metavar="REPO",
+    help="The repository's directory (or BLOCKBAK_REPO, or the only one of the configuration).",
 )
+config_option = click.option(
+    "--config", "config_file", type=PATH, metavar="FILE",
+    help="The configuration (or BLOCKBAK_CONFIG) [/etc/blockbak/blockbak.toml].",
+)  # fmt: skip
 wait_option = click.option(
     "--wait", type=click.FloatRange(min=0), callback=_seconds, default=0, metavar="SECONDS",
     help="Wait so long for a volume that another run holds.",
@@ -165,6 +176,74 @@ def parsed_bytes(value: str, advice: str) -> int:
         raise click.BadParameter(f"{value!r} is not a size; take {advice}") from error
 
 
+def block_size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    """A power of two from 4K to 1M."""
+    if value is None:
+        return None
+    from blockbak.flow.backup import check_block_size
+
+    size = parsed_bytes(value, "4K to 1M")
+    try:
+        check_block_size(size)
+    except BadBlockSize as error:
+        raise click.BadParameter("take a power of two from 4K to 1M") from error
+    return size
+
+
+def store_size(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """A size, or a share of the volume."""
+    from blockbak.model.snapshot import parse_size as parse_store
+    from blockbak.units import parse_size
+
+    if value is None:
+        return None
+    try:
+        size = parse_store(value, 1 << 40, parse_size)
+    except ValueError:
+        size = 0
+    if size <= 0:
+        raise click.BadParameter(f"{value!r} is neither a size like 20G nor a share like 15%")
+    return value
+
+
+_SNAPSHOT = (
+    click.option(
+        "--snapshot-size",
+        callback=store_size,
+        metavar="SIZE|SHARE%",
+        help="Room for what is written to the volume while it is read [10%, at least 1G, as far as there is room]. "
+        "Of a thin pool it must be free.",
+    ),
+    click.option(
+        "--snapshot-limit",
+        callback=store_size,
+        metavar="SIZE|SHARE%",
+        help="How far a snapshot that fills is extended [until it cannot overflow].",
+    ),
+    click.option(
+        "--freeze-with",
+        multiple=True,
+        metavar="HOOK",
+        help="A program that rests an application around the snapshot, or postgresql, mariadb, mysql; may be repeated.",
+    ),
+    click.option(
+        "--freeze-deadline",
+        type=click.FloatRange(min=1),
+        default=60,
+        show_default=True,
+        metavar="SECONDS",
+        help="After this the application goes on, whatever happens, and the snapshot is void.",
+    ),
+)
+
+
+def snapshot_options(function: F) -> F:
+    """How a snapshot is made: ``snapshot_size``, ``snapshot_limit``, ``freeze_with`` and ``freeze_deadline``."""
+    for option in reversed(_SNAPSHOT):
+        function = option(function)
+    return function
+
+
 def rate(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
     """Bytes a second."""
     if value is None:
@@ -184,6 +263,18 @@ def volume_name(_: click.Context, __: click.Parameter, value: str | None) -> str
     return value
 
 
+def confirm(target: str) -> None:
+    """A person at a terminal may type the target's name instead of ``--yes``. Raises NotConfirmed, Interrupted."""
+    from blockbak.cli import render
+
+    try:
+        typed = render.ask(f"Everything on {target} will be overwritten. Type its name to go on")
+    except KeyboardInterrupt:
+        raise Interrupted(state="nothing was changed") from None
+    if typed != target:
+        raise NotConfirmed(action=f"Overwriting {target}")
+
+
 def known_repository(named: str | None) -> Repository | None:
     """The repository as ``open_repository`` finds it, for a verb that can do without; None where none is named, or
     where the one of BLOCKBAK_REPO is not there now.
@@ -199,17 +290,68 @@ def known_repository(named: str | None) -> Repository | None:
 
 
 def open_repository(named: str | None) -> Repository:
-    """The repository named here, before the verb, or by BLOCKBAK_REPO. Raises NoRepositoryNamed and what
-    opening it raises.
+    """The repository named here, before the verb, or by BLOCKBAK_REPO; else the only one of the configuration. Raises
+    NoRepositoryNamed and what opening it raises.
     """
     from blockbak.repository.local import Repository
 
-    path = named or click.get_current_context().obj or os.environ.get("BLOCKBAK_REPO")
+    path = named or click.get_current_context().obj or os.environ.get("BLOCKBAK_REPO") or _configured()
     if not path:
         raise NoRepositoryNamed
     if not _has_place(path):
         raise NotARepository(path=path, reason="the current directory is gone")
     return Repository(path)
+
+
+def config_path(named: str | None) -> str:
+    """The file of the configuration: the one named, that of BLOCKBAK_CONFIG, or the usual one."""
+    return os.path.abspath(named or os.environ.get("BLOCKBAK_CONFIG") or CONFIG)
+
+
+def known_config(named: str | None) -> Config | None:
+    """The configuration, for a verb that can do without; None where none is named and there is none. Raises NoConfig,
+    BadConfig.
+    """
+    path = config_path(named)
+    if not named and not os.environ.get("BLOCKBAK_CONFIG") and not os.path.exists(path):
+        return None
+    from blockbak.flow.jobs import load
+
+    return load(path)
+
+
+def only_repository(config: Config | None) -> str | None:
+    """The directory of the only repository of a configuration, where nothing else names one."""
+    if config is None or click.get_current_context().obj or os.environ.get("BLOCKBAK_REPO"):
+        return None
+    places = list(config.repositories.values())
+    return places[0].path if len(places) == 1 else None
+
+
+def _configured() -> str | None:
+    """The only repository of the configuration, where there is one that can be read and that has just one: what is
+    wrong with it is no reason to do without a restore.
+    """
+    try:
+        with open(config_path(None), encoding="utf-8", newline="") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError):
+        return None
+    from blockbak.model.config import Unusable, parse
+
+    try:
+        places = list(parse(text).repositories.values())
+    except Unusable:
+        return None
+    return places[0].path if len(places) == 1 else None
+
+
+@functools.cache
+def run_id() -> str:
+    """32 hex digits that name this process."""
+    import secrets
+
+    return secrets.token_hex(16)
 
 
 def state_dir() -> str:
@@ -263,6 +405,7 @@ def world(wait: float = 0) -> Iterator[Context]:
     from blockbak.cli import render
     from blockbak.flow.context import Context
     from blockbak.host.kernel import Kernel, allow_many_files, keep_memory
+    from blockbak.host.system import user_name
 
     caught: list[int] = []
 
@@ -290,4 +433,7 @@ def world(wait: float = 0) -> Iterator[Context]:
             kernel=Kernel(),
             wait=wait,
             run_dir=os.environ.get("BLOCKBAK_RUN_DIR") or "/run/blockbak",
+            run=run_id(),
+            user=user_name(),
+            voice=render.say_about if render.logs() else None,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import click
@@ -11,9 +12,10 @@ from blockbak.errors import BlockbakError, Damage
 
 if TYPE_CHECKING:
     from blockbak.model.chain import Point
+    from blockbak.model.pin import Pin
 
 
-def _as_dict(point: Point, lost: set[str]) -> dict[str, object]:
+def _as_dict(point: Point, lost: set[str], pins: dict[str, Pin]) -> dict[str, object]:
     first = point.images[0]
     opening, closing = first.opening, first.closing
     return {
@@ -33,6 +35,7 @@ def _as_dict(point: Point, lost: set[str]) -> dict[str, object]:
         "bad_bytes": closing.bad_bytes,
         "root": closing.root,
         "restorable": point.id not in lost,
+        "pin": pins.get(point.id),
         "images": [
             {
                 "kind": image.opening.kind,
@@ -45,7 +48,7 @@ def _as_dict(point: Point, lost: set[str]) -> dict[str, object]:
     }
 
 
-def _row(point: Point) -> list[object]:
+def _row(point: Point, pins: dict[str, Pin]) -> list[object]:
     first = point.images[0]
     kinds = ", ".join(
         f"synthetic {image.opening.kind}" if image.opening.synthetic else image.opening.kind for image in point.images
@@ -61,6 +64,7 @@ def _row(point: Point) -> list[object]:
         first.closing.consistency
         + (f", {render.size(first.closing.hole_bytes)} left out" if first.closing.hole_bytes else "")
         + (f", {render.size(first.closing.bad_bytes)} unreadable" if first.closing.bad_bytes else ""),
+        *([pins[point.id].reason if point.id in pins else ""] if pins else []),
     ]
 
 
@@ -72,22 +76,27 @@ def _row(point: Point) -> list[object]:
 def command(context: click.Context, volume: str | None, repository: str | None, as_json: bool) -> None:
     """The restore points, oldest first; those of VOLUME, or of all.
 
-    Exit status 4 if a manifest is damaged, an image missing, or a point without its parent; what is whole
+    Exit status 4 if a manifest or a pin is damaged, an image missing, or a point without its parent; what is whole
     is listed all the same.
     """
     opened = common.open_repository(repository)
     volumes = [opened.volume(volume)] if volume is not None else opened.volumes()
     catalogs = [one.catalog() for one in volumes]
     points = [point for catalog in catalogs for point in catalog.points]
+    found = [one.pins() for one in volumes]
+    now = datetime.now(UTC)
+    pins = {point: pin for by_point, _ in found for point, pin in by_point.items() if pin.stands(now)}
     gaps = [gap for catalog in catalogs for gap in catalog.gaps]
     damage: list[BlockbakError] = [error for catalog in catalogs for error in catalog.damage] + list(gaps)
+    damage += [error for _, flaws in found for error in flaws]
     lost = {str(gap.fields["point"]) for gap in gaps}
     if as_json:
-        render.document([_as_dict(point, lost) for point in points])
+        render.document([_as_dict(point, lost, pins) for point in points])
     elif points:
+        columns = ["volume", "point", "made (UTC)", "images", "parent", "size", "stored", "consistency"]
         render.table(
-            ["volume", "point", "made (UTC)", "images", "parent", "size", "stored", "consistency"],
-            [_row(point) for point in points],
+            [*columns, "pin"] if pins else columns,
+            [_row(point, pins) for point in points],
             numeric=["size", "stored"],
             spare=["parent", "made (UTC)"],  # what `show` says, and what the point's id says itself
         )

@@ -29,8 +29,19 @@ VERBS = {
     "verify": "Check that stored bytes are what they were.",
     "synthesize": "Compose a full from existing images, without the source.",
     "delete": "Remove points that nothing needs.",
+    "mirror": "Bring a copy of a device in step with it, here or on another host.",
+    "pin": "Say that a point stays.",
+    "unpin": "Take pins back.",
+    "prune": "Keep what a policy says; merge and remove the rest.",
     "export": "Write a point as a raw or qcow2 file.",
+    "run": "Run the jobs of the configuration that are due.",
+    "config": "Check or show the configuration of jobs.",
+    "timers": "Have systemd or cron run the jobs.",
+    "history": "What was done with a repository, by whom, with which result.",
+    "drill": "Restore a point to scratch, check it, and time it.",
+    "status": "Whether every volume can be relied on; why not.",
     "recover": "Finish or undo what a crash left behind.",
+    "plan": "What a policy will cost, before it is used.",
     "demo": "The whole story on a loop device, in a minute.",
 }
 """Each verb lives in a module of its name and is imported when used."""
@@ -68,8 +79,16 @@ class Verbs(click.Group):
 )
 @click.version_option(__version__, prog_name="blockbak")
 @common.repository_option
+@click.option(
+    "--log",
+    "log_form",
+    type=click.Choice(["human", "json", "journal"]),
+    envvar="BLOCKBAK_LOG",
+    help="Messages as lines of a log that say which run, volume and point they are about (or BLOCKBAK_LOG). "
+    "'run' logs in any case: for people on a terminal, else to the journal or as JSON.",
+)
 @click.pass_context
-def cli(context: click.Context, repository: str | None) -> None:
+def cli(context: click.Context, repository: str | None, log_form: str | None) -> None:
     """Images of disks, partitions and logical volumes: full, incremental, restorable to the byte.
 
     \b
@@ -80,6 +99,10 @@ def cli(context: click.Context, repository: str | None) -> None:
       blockbak -r /srv/backup restore latest /dev/sdc
     """
     context.obj = repository
+    if log_form is not None:
+        from blockbak.cli import log
+
+        log.begin(log_form)
 
 
 def _stand_in() -> None:

@@ -11,13 +11,13 @@ import io
 import os
 import sys
 import threading
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
 import click
 
 from blockbak.errors import BlockbakError
-from blockbak.model.identity import plain
+from blockbak.model.identity import all_plain, plain
 from blockbak.units import format_seconds, format_size
 
 if TYPE_CHECKING:
@@ -28,6 +28,10 @@ _CONTROLS = {code: text for code, text in _ESCAPED.items() if chr(code) not in "
 """Characters that would steer a terminal: a name that holds them is shown, not obeyed."""
 
 _lost: list[OSError] = []
+Voice: TypeAlias = Callable[[str, str, Mapping[str, str]], None]
+"""Takes a message for a log: its level (``info`` or ``error``), its sentence, and what it is about."""
+_voice: list[Voice] = []
+"""Empty where messages are for people."""
 
 
 def lost() -> OSError | None:
@@ -71,26 +75,38 @@ def _message(text: str) -> None:
         _drop(sys.stderr)
 
 
-def _encodable(value: Any) -> Any:
-    """Built-in values, every text in them valid UTF-8."""
-    if isinstance(value, str):
-        return plain(value)
-    if isinstance(value, dict):
-        return {_encodable(key): _encodable(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_encodable(one) for one in value]
-    return value
-
-
 def document(value: object) -> None:
     """One JSON document on standard output."""
     import msgspec
 
-    _answer(msgspec.json.format(msgspec.json.encode(_encodable(msgspec.to_builtins(value))), indent=2))
+    _answer(msgspec.json.format(msgspec.json.encode(all_plain(msgspec.to_builtins(value))), indent=2))
+
+
+def log_with(voice: Voice) -> None:
+    """From now on messages are lines of a log."""
+    _voice[:] = [voice]
+
+
+def logs() -> bool:
+    """Whether messages are lines of a log."""
+    return bool(_voice)
+
+
+def log_line(text: str) -> None:
+    """A line of a log, on standard error."""
+    _message(text)
 
 
 def say(sentence: str) -> None:
     """A message for people, on standard error."""
+    say_about(sentence, {})
+
+
+def say_about(sentence: str, facts: Mapping[str, str]) -> None:
+    """The same; a log is told what it is about (``job``, ``volume``, ``point``) as well."""
+    if _voice:
+        _voice[0]("info", sentence.translate(_ESCAPED), facts)
+        return
     _message(f"blockbak: {sentence.translate(_CONTROLS)}")
 
 
@@ -117,11 +133,28 @@ def failure(error: BlockbakError, *, as_json: bool) -> None:
     """Why nothing came of it."""
     if as_json:
         document({"error": error.as_dict()})
+    if _voice:
+        _log_failure(error)
+        return
     say(str(error))
     if error.hint:
         say(error.hint)
     for note in getattr(error, "__notes__", ()):
         say(note)
+
+
+def _log_failure(error: BlockbakError, facts: Mapping[str, str] | None = None) -> None:
+    """One line, advice and notes with it."""
+    more = " ".join([str(error), error.hint, *getattr(error, "__notes__", ())]).strip()
+    _voice[0]("error", more.translate(_ESCAPED), {**(facts or {}), "error": error.name})
+
+
+def failure_about(error: BlockbakError, facts: Mapping[str, str]) -> None:
+    """Why nothing came of a part of what was to be done."""
+    if _voice:
+        _log_failure(error, facts)
+    else:
+        failure(error, as_json=False)
 
 
 def wrong_usage(error: click.ClickException, *, as_json: bool) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from blockbak.cli import common, render
-from blockbak.errors import ATTENTION, Interrupted, NotConfirmed, TargetExists
+from blockbak.errors import ATTENTION, TargetExists
 
 if TYPE_CHECKING:
     from blockbak.flow import rawrestore
@@ -36,16 +36,6 @@ def describe(plan: Plan) -> list[str]:
 def _what(plan: Plan) -> str:
     part = f"partition {plan.partition.number} of " if plan.partition else ""
     return f"{part}{plan.point} of {plan.volume}"
-
-
-def _confirm(target: str) -> None:
-    """A person at a terminal may type the target's name instead of ``--yes``. Raises NotConfirmed, Interrupted."""
-    try:
-        typed = render.ask(f"Everything on {target} will be overwritten. Type its name to go on")
-    except KeyboardInterrupt:
-        raise Interrupted(state="nothing was changed") from None
-    if typed != target:
-        raise NotConfirmed(action=f"Overwriting {target}")
 
 
 @click.command(
@@ -143,7 +133,7 @@ def command(
         for sentence in describe(plan):
             render.say(sentence)
         # Asked outside of a world: there a signal is a wish, and nobody would look for it.
-        _confirm(str(error.fields["path"]))
+        common.confirm(str(error.fields["path"]))
         # By its id: what a name such as latest means may have changed since it was shown.
         request = replace(request, point=f"{plan.volume}@{plan.point}", overwrite=True)
         with common.world(wait) as world:
@@ -172,7 +162,7 @@ def _raw(
     except TargetExists as error:
         if image == _STREAM or not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise
-        _confirm(str(error.fields["path"]))
+        common.confirm(str(error.fields["path"]))
         with common.world() as world:
             done = flow.restore(replace(request, overwrite=True), world, repository=known)
     _show_raw(done, as_json=as_json)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import click
 
 from blockbak.cli import common, render
-from blockbak.errors import Damage, Failed
 
 if TYPE_CHECKING:
     from blockbak.flow.verify import Report
@@ -50,7 +49,8 @@ def command(
     """Check the named points with all images they need, or everything: every stored byte.
 
     A word with a slash, or the name of a file with a sidecar beside it, is a raw image, which is checked against
-    its sidecar; that needs no repository.
+    its sidecar; that needs no repository. Where everything is checked, the repository's history is too: an altered
+    or missing line is damage.
 
     Exit status 4 if damage was found, 1 if all that is wrong is that an image is of a newer blockbak.
     Partial files, orphans and half-done deletions are mentioned and are no damage.
@@ -75,8 +75,7 @@ def command(
             of_points = verify(opened, named, world, share=share, pick=pick)
             report = replace(of_points, images=[*verdicts, *of_points.images], seconds=seconds + of_points.seconds)
     _show(report, share, as_json=as_json)
-    # A newer image and a volume that is held are both a plain failure.
-    context.exit(Damage.exit_code if report.damaged else 0 if report.ok else Failed.exit_code)
+    context.exit(report.exit)
 
 
 def _show(report: Report, share: float, *, as_json: bool) -> None:
@@ -86,11 +85,14 @@ def _show(report: Report, share: float, *, as_json: bool) -> None:
     if as_json:
         document: dict[str, object] = {
             "ok": report.ok, "images": [asdict(verdict) for verdict in report.images],
-            "leftovers": report.leftovers, "seconds": report.seconds,
+            "leftovers": report.leftovers, "history": [error.as_dict() for error in report.history],
+            "seconds": report.seconds,
         }  # fmt: skip
         render.document({**document, "error": report.locked.as_dict()} if report.locked else document)
     if report.locked is not None:
         render.failure(report.locked, as_json=False)
+    for error in report.history:
+        render.failure(error, as_json=False)
     for file in report.leftovers:
         render.say(f"{file} is left over from a run that did not end; 'blockbak recover' treats it.")
     for verdict in report.images:
@@ -103,6 +105,7 @@ def _show(report: Report, share: float, *, as_json: bool) -> None:
         newer = sum(verdict.newer for verdict in report.images)
         read = sum(verdict.checked_bytes for verdict in report.images)
         told = [f"{bad} damaged"] if bad else []
+        told += ["the history damaged"] if report.history else []
         told += [f"{newer} of a newer blockbak"] if newer else []
         result = ", ".join(told) or ("all whole" if share == 1 else f"nothing wrong in a sample of {100 * share:g}%")
         if report.locked is not None:

@@ -7,10 +7,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from blockbak.errors import DamagedRawImage, SourceError, UnreadableStore
+from blockbak.errors import ATTENTION, DamagedRawImage, SourceError, UnreadableStore
 from blockbak.flow.backup import Held, Report, make_point
 from blockbak.flow.context import Context
 from blockbak.flow.rawcheck import check, damage, opened
+from blockbak.flow.recording import recorded
 from blockbak.flow.source import Circumstances, Request, Seen, Settled, volume_name
 from blockbak.host.blockio import Bytes, SourceReader
 from blockbak.host.device import Device
@@ -83,6 +84,14 @@ def adopt(repository: Repository, wish: Wish, context: Context) -> Report:
     """Make the point. Raises NoSuchImage, NoSidecar, DamagedSidecar, DamagedRawImage, VolumeLocked and what making
     an image raises; there is no point then.
     """
+    with recorded(repository, "adopted", context, source=wish.file) as doing:
+        made = _adopt(repository, wish, context)
+        doing.volume, doing.points, doing.exit = made.volume, [made.point], ATTENTION if made.attention else 0
+        doing.facts |= made.facts
+    return made
+
+
+def _adopt(repository: Repository, wish: Wish, context: Context) -> Report:
     clock = context.timer()
     with opened(wish.file, context) as raw:
         said = raw.said

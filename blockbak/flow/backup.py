@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import TypeAlias
 
 from blockbak.errors import (
+    ATTENTION,
     BadBlockSize,
     BlockbakError,
     Damage,
@@ -67,6 +68,16 @@ class Report:
     hole_bytes: int = 0
     notes: list[str] = field(default_factory=list)
     attention: bool = False
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What the history says of it."""
+        return {
+            "kind": self.kind, "parent": self.parent, "sequence": self.sequence, "file": self.file,
+            "stored_bytes": self.stored_bytes, "changed_bytes": self.changed_bytes, "read_bytes": self.read_bytes,
+            "device_bytes": self.device_bytes, "bad_bytes": self.bad_bytes, "mode": self.mode,
+            "consistency": self.consistency, "source": self.source,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +272,7 @@ def _backup_group(
         _plan_group(repository, requests, hot, context, tell)
         return
     clock = context.timer()
+    noted = _Noted(repository, context, tell)
     with ExitStack() as stack:
         held: list[Held] = []
         for request in requests:
@@ -269,14 +281,43 @@ def _backup_group(
                 if hot.together:
                     _check_member(held[-1].seen, [one.seen for one in held[:-1]])
             except BlockbakError as error:
-                tell(error)
+                noted.failed(error, [request] if not hot.together else requests, clock)
                 if hot.together or isinstance(error, Interrupted):
                     return
         try:
             waited = sum(one.lock.waited for one in held)
-            _read_held(repository, held, hot, clock + waited, context, tell)
+            _read_held(repository, held, hot, clock + waited, context, noted)
         except BlockbakError as error:
-            tell(error)
+            noted.failed(error, held, clock)
+
+
+@dataclass(frozen=True, slots=True)
+class _Noted:
+    """Tells each outcome, once the history has a line of it."""
+
+    repository: Repository
+    context: Context
+    tell: Callable[[Result], None]
+
+    def made(self, report: Report) -> None:
+        """A point. Where the history could not be written, somebody must look at that."""
+        missing = self.repository.record.append(
+            "made", self.context, volume=report.volume, points=[report.point],
+            exit=ATTENTION if report.attention else 0, seconds=report.seconds, facts=report.facts,
+        )  # fmt: skip
+        if missing:
+            report = replace(report, notes=[*report.notes, missing], attention=True)
+        self.tell(report)
+
+    def failed(self, error: BlockbakError, of: Sequence[Held | Request], clock: float) -> None:
+        """No point of any of these, since ``clock``."""
+        for one in of:
+            volume, request = (one.volume.name, one.request) if isinstance(one, Held) else ("", one)
+            self.repository.record.append(
+                "made", self.context, volume=volume, exit=error.exit_code, error=error.name,
+                seconds=self.context.timer() - clock, facts={"source": request.source},
+            )  # fmt: skip
+        self.tell(error)
 
 
 def _plan_group(
@@ -350,7 +391,7 @@ def _read_held(
     hot: HotOptions,
     clock: float,
     context: Context,
-    tell: Callable[[Result], None],
+    noted: _Noted,
 ) -> None:
     """The points of sources that are held: the hot ones from snapshots that are all made first."""
     members = [Member(one.seen, _newest(one.volume)) for one in held if one.seen.mode == "hot"]
@@ -377,13 +418,13 @@ def _read_held(
             except BlockbakError as error:
                 if left:
                     error.add_note(left)
-                tell(error)
+                noted.failed(error, [one], clock)
                 if isinstance(error, Interrupted):
                     return
                 continue
             if left:
                 report = replace(report, notes=[*report.notes, left], attention=True)
-            tell(replace(report, seconds=round(context.timer() - clock, 3)))
+            noted.made(replace(report, seconds=round(context.timer() - clock, 3)))
             clock = context.timer()
 
 
@@ -405,6 +446,7 @@ def make_point(repository: Repository, held: Held, source: Source, context: Cont
     given, if one is: else DamagedRawImage is raised, and there is no point.
     """
     request, volume, seen = held.request, held.volume, held.seen
+    context = context.about(volume=volume.name)
     held.lock.claim(str(seen.identity))
     catalog = volume.catalog()
     for line in volume.tidy(catalog):
@@ -548,6 +590,7 @@ def _make(job: _Making, context: Context) -> Report:
     started, clock = context.now(), context.timer()
     context = replace(context, check=both(context.check, job.source.check))
     opening = _opening(job, job.source.moment or started, context)
+    context = context.about(volume=volume.name, point=opening.point)
     file = volume.free_name(opening.point, opening.kind)
     with volume.begin(file) as partial:
         writer = ImageWriter(partial, opening, job.parent.claimed_digests() if job.parent else None)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Protocol
 
+from blockbak import units
 from blockbak.host.kernel import Kernel
 
 
@@ -47,7 +48,9 @@ class Context:
     """``now`` is the wall clock in UTC, ``timer`` a monotonic one in seconds. ``hex_id(n)`` gives n random
     hex digits. ``check`` raises Interrupted once someone asked to stop; it is called where stopping leaves
     nothing half-made. ``say`` takes sentences for people. ``workers`` is a number of threads,
-    ``run_dir`` a place that does not outlive the boot.
+    ``run_dir`` a place that does not outlive the boot. ``run`` are 32 hex digits that name this process in the
+    history, ``user`` who runs it, ``job`` the job of the configuration that it is for ("" without one). ``voice`` takes
+    sentences with what they are ``facts`` of, for logs; None where nobody asks for that.
     """
 
     now: Callable[[], datetime]
@@ -63,8 +66,19 @@ class Context:
     kernel: Kernel
     wait: float = 0
     run_dir: str = "/run/blockbak"
+    run: str = ""
+    job: str = ""
+    user: str = ""
+    voice: Callable[[str, Mapping[str, str]], None] | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    def about(self, **facts: str) -> Context:
+        """The same, but what is said is said of these (``volume``, ``point``) as well."""
+        if (voice := self.voice) is None:
+            return self
+        known = {**self.facts, **facts}
+        return replace(self, facts=known, say=lambda sentence: voice(sentence, known))
 
 
-def iso(moment: datetime) -> str:
-    """ISO 8601 in UTC with milliseconds."""
-    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+iso = units.iso
+"""ISO 8601 in UTC with milliseconds."""

@@ -7,11 +7,21 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from blockbak.errors import Damage, DamagedImage, Interrupted, NewerFormat, PointNeeded
+from blockbak.errors import (
+    Damage,
+    DamagedImage,
+    Interrupted,
+    NewerFormat,
+    PointImmutable,
+    PointNeeded,
+    PointPinned,
+)
 from blockbak.flow.context import Context
 from blockbak.flow.points import find, hidden_images, highest_sequence, open_reader
+from blockbak.flow.recording import Doing, recorded
 from blockbak.flow.verify import check_image
 from blockbak.model.chain import POINT_CHARS, Image, Point, chains, points, shortest
+from blockbak.model.pin import standing
 from blockbak.repository.local import Catalog, Repository, Volume
 
 Chain: TypeAlias = tuple[Image, ...]
@@ -125,9 +135,17 @@ def _spare_hopes(images: Sequence[Image], gone: Collection[str], broken: Collect
 
 
 def delete(repository: Repository, names: Sequence[str], context: Context, *, dry_run: bool = False) -> Report:
-    """Delete the named points. Raises NoSuchPoint, AmbiguousPoint, PointNeeded, and Damage where an image
-    that must take over is not whole, or where it cannot be told what an image needs; nothing is removed then.
+    """Delete the named points. Raises NoSuchPoint, AmbiguousPoint, PointNeeded, PointPinned, PointImmutable, and
+    Damage where an image that must take over is not whole, or where it cannot be told what an image needs; nothing is
+    removed then.
     """
+    if dry_run:
+        return _delete(repository, names, context, Doing(), dry_run=True)
+    with recorded(repository, "removed", context, asked=list(names)) as doing:
+        return _delete(repository, names, context, doing, dry_run=False)
+
+
+def _delete(repository: Repository, names: Sequence[str], context: Context, doing: Doing, *, dry_run: bool) -> Report:
     by_volume: dict[str, set[str]] = {}
     asked = [_named(repository, name) for name in names]
     for volume_name, point in asked:
@@ -140,7 +158,9 @@ def delete(repository: Repository, names: Sequence[str], context: Context, *, dr
                 volume.locked(exclusive=not dry_run, wait=context.wait, check=context.check, say=context.say)
             )
             catalog = volume.catalog()
-            plans.append((volume, *_decide(volume, catalog, gone)))
+            removal, broken = _decide(volume, catalog, gone)
+            check_pins(volume, gone, removal.images, context)
+            plans.append((volume, removal, broken))
             if not dry_run:
                 for line in volume.tidy(catalog):
                     context.say(line)
@@ -148,10 +168,10 @@ def delete(repository: Repository, names: Sequence[str], context: Context, *, dr
                 lock.remember(highest_sequence(volume, catalog, lock))
         if not dry_run:
             for volume, removal, _ in plans:
-                _verify(volume, removal, context)
+                verify(volume, removal.verify, context)
         spaces = [volume.space_of(_files(removal, broken)) for volume, removal, broken in plans]
         if not dry_run:
-            _remove(plans, context)
+            _remove(plans, by_volume, context, doing)
     images = [image for _, removal, _ in plans for image in removal.images]
     return Report(
         list(dict.fromkeys(point for _, point in asked)),
@@ -167,25 +187,44 @@ def _files(removal: Removal, broken: Sequence[str]) -> list[str]:
     return [*(image.file for image in removal.images), *broken]
 
 
-def _remove(plans: Sequence[tuple[Volume, Removal, list[str]]], context: Context) -> None:
+def _remove(
+    plans: Sequence[tuple[Volume, Removal, list[str]]], gone: Mapping[str, Collection[str]], context: Context,
+    doing: Doing,
+) -> None:  # fmt: skip
     removed = 0
     for volume, removal, broken in plans:
+        files: list[str] = []
+        doing.part(volume.name, sorted(gone[volume.name]), files=files)
         for file in _files(removal, broken):
             try:
                 context.check()
             except Interrupted as error:
                 raise Interrupted(state=f"{removed} images were removed, what is left is whole") from error
             volume.remove(file)
+            files.append(file)
             removed += 1
+        for point in gone[volume.name]:
+            volume.unpin(point)  # one whose time is over
 
 
-def _verify(volume: Volume, removal: Removal, context: Context) -> None:
-    """Read the images that take over, frame by frame. Raises DamagedImage."""
-    if not removal.verify:
+def check_pins(volume: Volume, gone: Collection[str], images: Sequence[Image], context: Context) -> None:
+    """None of the points ``gone`` may be pinned, and none of the ``images`` that go be an immutable point's. Raises
+    PointPinned, PointImmutable.
+    """
+    for point, pin in standing(volume.pins()[0].values(), context.now()).items():
+        if pin.immutable and (point in gone or any(image.point == point for image in images)):
+            raise PointImmutable(point=point, reason=pin.reason)
+        if point in gone:
+            raise PointPinned(point=point, reason=pin.reason)
+
+
+def verify(volume: Volume, images: Sequence[Image], context: Context) -> None:
+    """Read images that take over from others, frame by frame. Raises DamagedImage."""
+    if not images:
         return
-    context.progress.begin("verifying what is kept", sum(image.image_bytes for image in removal.verify))
+    context.progress.begin("verifying what is kept", sum(image.image_bytes for image in images))
     try:
-        for image in removal.verify:
+        for image in images:
             with ExitStack() as stack:
                 flaws, _ = check_image(open_reader(volume, image, stack, from_disk=True), context)
             if flaws:

@@ -7,10 +7,11 @@ import os
 from dataclasses import dataclass, field, replace
 from stat import S_ISREG
 
-from blockbak.errors import BadTarget, BlockbakError, CommandFailed, NoPermission, NoSpace, TargetExists
+from blockbak.errors import ATTENTION, BadTarget, BlockbakError, CommandFailed, NoPermission, NoSpace, TargetExists
 from blockbak.flow import restore
 from blockbak.flow.context import Context
 from blockbak.flow.points import find, newer_orphans
+from blockbak.flow.recording import recorded
 from blockbak.host import runner, scratch
 from blockbak.host.blockio import sync_directory
 from blockbak.repository.local import Repository
@@ -48,6 +49,17 @@ def export(
     CommandFailed, and what a restore raises.
     """
     path = os.path.abspath(path)
+    with recorded(repository, "exported", context, asked=name, file=path, format=file_format) as doing:
+        done = _locked_export(repository, name, path, file_format, context, overwrite=overwrite, partition=partition)
+        doing.volume, doing.points, doing.exit = done.volume, [done.point], ATTENTION if done.attention else 0
+        doing.facts |= {"device_bytes": done.device_bytes, "file_bytes": done.file_bytes, "partition": partition}
+    return done
+
+
+def _locked_export(
+    repository: Repository, name: str, path: str, file_format: str, context: Context, *, overwrite: bool,
+    partition: int,
+) -> Report:  # fmt: skip
     _check_file(path, overwrite=overwrite)
     volume, _, _ = find(repository, name)
     # Held all along: the restores below wait for nobody, and so it is not in the seconds.
@@ -70,7 +82,7 @@ def _export(
     try:
         with scratch.folder(os.path.dirname(path), _PREFIX) as folder:
             raw = os.path.join(folder, "raw")
-            done = restore.restore(repository, replace(request, target=raw), context)
+            done = restore.bring_back(repository, replace(request, target=raw), context)
             made = raw if file_format == "raw" else _convert(raw, os.path.join(folder, "image"), file_format, context)
             file_bytes = os.stat(made).st_size
             _publish(made, path, context, overwrite=overwrite)

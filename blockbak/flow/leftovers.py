@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from blockbak.errors import BlockbakError
 from blockbak.flow.context import Context
 from blockbak.host import guardian, journal, occupants, quiesce, snapshots
 from blockbak.host.mapper import CONTROL
@@ -56,6 +57,22 @@ def settle(context: Context, *, restores: bool = False) -> Remains:
     if os.path.exists(CONTROL) and which("lvs") is not None:
         done += snapshots.sweep(context.run_dir, context.host, boot, restores=restores)
     return Remains(done, left)
+
+
+def remaining(context: Context) -> list[str]:
+    """What ``settle`` would let go of, put back or remove, as clauses; nothing is done. Only root can tell."""
+    if os.geteuid() != 0:
+        return []
+    boot = System().boot
+    try:
+        left = [f"what a run held back or at rest ({one.path})" for one in guardian.leftovers(context.run_dir, boot)]
+        left += [f"what a cold backup stopped ({one.path})" for one in quiesce.unfinished(machine(context))]
+        if os.path.exists(CONTROL) and which("lvs") is not None:
+            found = snapshots.remaining(context.run_dir, context.host, boot)
+            left += [f"volume {label} of a run that is over" for label in found]
+    except BlockbakError as error:
+        return [str(error)]
+    return left
 
 
 def settle_known(context: Context, sources: Sequence[str] = ()) -> Remains:

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 import msgspec
 
 from blockbak.errors import (
+    ATTENTION,
     BlockbakError,
     DuplicateIdentity,
     InitramfsFailed,
@@ -31,6 +32,7 @@ from blockbak.errors import (
 )
 from blockbak.flow import backup
 from blockbak.flow.context import Context
+from blockbak.flow.recording import recorded
 from blockbak.flow.source import Circumstances, Request, Seen, Settled, look_at, volume_name
 from blockbak.host import nextboot, usage
 from blockbak.host.blockio import StoredFile, read_error, store_error, sync_directory, write_durably
@@ -287,7 +289,11 @@ def _after_boot(
         with _source(repository, found, context) as source:
             seen = Seen(_device(found), found.identity, "cold", found.volume)
             request = Request(found.path, name=found.volume)
-            told.report = backup.make_point(repository, backup.Held(request, seen, volume, lock), source, context)
+            held = backup.Held(request, seen, volume, lock)
+            with recorded(repository, "made", context, volume=volume.name, source=found.source) as doing:
+                told.report = backup.make_point(repository, held, source, context)
+                doing.points, doing.exit = [told.report.point], ATTENTION if told.report.attention else 0
+                doing.facts |= told.report.facts
         # Only now: until the point is there, the spool is all there is.
         _clear(repository, folder)
     report = told.report

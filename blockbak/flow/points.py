@@ -25,8 +25,9 @@ from blockbak.host.lock import Lock
 from blockbak.image.reader import ImageReader
 from blockbak.image.view import PointView, Summary
 from blockbak.model import partition
-from blockbak.model.chain import Image, Point, choose, moment, plan
+from blockbak.model.chain import Image, Point, choose, plan
 from blockbak.model.facts import FULL
+from blockbak.model.when import last_moment
 from blockbak.repository.local import Catalog, Repository, Volume
 
 # --- finding a point -----------------------------------------------------------------------------
@@ -51,9 +52,15 @@ def find(repository: Repository, name: str) -> tuple[Volume, Catalog, Point]:
         return repository.volume(point.volume), asked[point.volume], point
     volume, catalog = repository.volume(point.volume), asked[point.volume]
     # What a damaged manifest hides may be what was meant.
-    if (error := damage_since(volume, catalog, point, until=moment(rest))) is not None:
+    if (error := damage_since(volume, catalog, point, until=last_moment(rest))) is not None:
         raise error
     return volume, catalog, point
+
+
+def newest_points(repository: Repository) -> list[str]:
+    """The name ``VOLUME@latest`` of each volume that has points, or should have."""
+    catalogs = {one.name: one.catalog() for one in repository.volumes()}
+    return [f"{name}@latest" for name, catalog in catalogs.items() if catalog.images or catalog.damage]
 
 
 def _unusable(rest: str, asked: dict[str, Catalog]) -> BlockbakError | None:
@@ -205,7 +212,7 @@ def open_point(volume: Volume, catalog: Catalog, point: Point, stack: ExitStack)
         except (Damage, NewerFormat) as error:
             attempt.close()
             first = first or error
-            without.add(_culprit(volume, chain))
+            without.add(culprit(volume, chain))
         except BaseException:
             attempt.close()
             raise
@@ -220,7 +227,7 @@ def _why_gap(catalog: Catalog, point: Point) -> Exception | None:
     return next((error for error in catalog.damage if error.fields["point"] in parents), None)
 
 
-def _culprit(volume: Volume, chain: Sequence[Image]) -> str:
+def culprit(volume: Volume, chain: Sequence[Image]) -> str:
     """The first image of a chain that fails its own checks; the top where only the sum is wrong."""
     for length in range(1, len(chain) + 1):
         with ExitStack() as stack:

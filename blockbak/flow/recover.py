@@ -5,9 +5,10 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from blockbak.errors import Damage, DamagedImage, DamagedManifest, NewerFormat, VolumeLocked
+from blockbak.errors import ATTENTION, Damage, DamagedImage, DamagedManifest, NewerFormat, VolumeLocked
 from blockbak.flow.context import Context
 from blockbak.flow.points import open_reader
+from blockbak.flow.recording import recorded
 from blockbak.flow.verify import check_image
 from blockbak.image.reader import ImageReader
 from blockbak.model.chain import Image, chains
@@ -31,6 +32,14 @@ def recover(repository: Repository, context: Context) -> Report:
     NoSpace, StoreFailed, Interrupted; a damaged image is reported and left as it is.
     """
     report = Report()
+    with recorded(repository, "recovered", context, done=report.done, left=report.left) as doing:
+        doing.points = report.adopted
+        _recover_all(repository, context, report)
+        doing.exit = report.locked.exit_code if report.locked else ATTENTION if report.left else 0
+    return report
+
+
+def _recover_all(repository: Repository, context: Context, report: Report) -> None:
     for volume in repository.volumes():
         try:
             with volume.locked(exclusive=True, wait=context.wait, check=context.check, say=context.say):
@@ -39,7 +48,6 @@ def recover(repository: Repository, context: Context) -> Report:
             report.locked = report.locked or error
     # After the volumes: what is swept there may be the only room there is.
     report.done += [f"{name} was missing or another one, and is there again." for name in repository.refresh()]
-    return report
 
 
 def _recover(volume: Volume, repository_id: str, context: Context, report: Report) -> None:

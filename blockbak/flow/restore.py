@@ -10,13 +10,14 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from blockbak.errors import BadTarget, BlockbakError, Damage, DamagedImage, Interrupted
+from blockbak.errors import ATTENTION, BadTarget, BlockbakError, Damage, DamagedImage, Interrupted
 from blockbak.flow import grow
 from blockbak.flow.context import Context, never
 from blockbak.flow.into_lvm import NewVolume, new_volume, plan_volume, pool_of, taken, twin_notes
 from blockbak.flow.mapfile import Mapfile, mapfile
 from blockbak.flow.part import find_partition, whole
 from blockbak.flow.points import Opened, find, newer_orphans, open_point, open_reader
+from blockbak.flow.recording import recorded
 from blockbak.flow.target import Incoming, check_target, existing, is_itself, look_at_target, new_file
 from blockbak.flow.writing import PointContent, Writing, mostly_equal, read_back, write_all
 from blockbak.host import volumes
@@ -290,6 +291,23 @@ def restore(repository: Repository, request: Request, context: Context, *, dry_r
     everything but a frame's content, NoSuchPartition, Refused for a target that must not be written, NoVolumeRoom,
     PoolFilling, TargetFailed, VerificationFailed, Interrupted.
     """
+    if dry_run:
+        return bring_back(repository, request, context, dry_run=True)
+    target = request.create_lv or request.target
+    with recorded(repository, "restored", context, asked=request.point, target=target) as doing:
+        done = bring_back(repository, request, context)
+        assert isinstance(done, Report)  # noqa: S101 - only a dry run gives a plan
+        doing.volume, doing.points = done.plan.volume, [done.plan.point]
+        doing.exit = ATTENTION if done.attention else 0
+        doing.facts |= {
+            "device_bytes": done.plan.device_bytes, "written_bytes": done.written_bytes,
+            "verified_bytes": done.verified_bytes, "lost_bytes": done.lost_bytes, "partition": request.partition,
+        }  # fmt: skip
+    return done
+
+
+def bring_back(repository: Repository, request: Request, context: Context, *, dry_run: bool = False) -> Plan | Report:
+    """``restore``, for a use-case that notes itself what it does."""
     from blockbak.flow.verify import check_frames
 
     clock = context.timer()

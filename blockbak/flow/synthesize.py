@@ -11,6 +11,7 @@ from blockbak.flow.backup import Report as PointReport
 from blockbak.flow.backup import report
 from blockbak.flow.context import Context, iso
 from blockbak.flow.points import find, open_chain, open_point
+from blockbak.flow.recording import recorded
 from blockbak.host.blockio import PartialFile
 from blockbak.image import codec
 from blockbak.image.compose import Composer, Tally
@@ -33,6 +34,14 @@ class Report:
     clones: int
     written: bool
 
+    @property
+    def facts(self) -> dict[str, object]:
+        """What the history says of it."""
+        return {
+            "file": self.point.file, "stored_bytes": self.point.stored_bytes, "cloned_bytes": self.cloned_bytes,
+            "copied_bytes": self.copied_bytes, "encoded_bytes": self.encoded_bytes,
+        }  # fmt: skip
+
 
 def synthesize(
     repository: Repository,
@@ -48,6 +57,16 @@ def synthesize(
     If the point is held that way already, nothing is written and that image is reported. Raises
     NoSuchVolume, NoSuchPoint, Damage, ComposeFailed, NoSpace, StoreFailed.
     """
+    with recorded(repository, "merged", context, volume=name, kind=kind) as doing:
+        made = _synthesize(repository, name, context, at, kind, compress)
+        doing.points, doing.quiet = [made.point.point], not made.written
+        doing.facts |= made.facts
+    return made
+
+
+def _synthesize(
+    repository: Repository, name: str, context: Context, at: str | None, kind: Kind, compress: str
+) -> Report:
     volume = repository.volume(name)
     with volume.locked(exclusive=True, wait=context.wait, check=context.check, say=context.say), ExitStack() as stack:
         catalog = volume.catalog()
@@ -59,8 +78,9 @@ def synthesize(
         known = next((image for image in point.images if image.opening.kind == kind), None)
         if known is not None and _usable(volume, known, opened.chain):
             return Report(report(known), 0, 0, 0, 0, written=False)
-        layers = view if kind == FULL else _deltas(view)
-        image, tally = _compose(volume, layers, view, kind, compress, context)
+        if kind != FULL and len(view.layers) == 1:
+            raise NothingToMerge(volume=name, point=point.id)
+        image, tally = compose(volume, view, 0 if kind == FULL else 1, kind, compress, context)
         return Report(
             report(image),
             tally.cloned_bytes,
@@ -93,18 +113,17 @@ def _usable(volume: Volume, image: Image, chain: list[Image]) -> bool:
     return True
 
 
-def _deltas(view: PointView) -> PointView:
-    """The layers above the full: together they say what a differential says."""
-    if len(view.layers) == 1:
-        raise NothingToMerge(volume=view.top.opening.volume, point=view.top.opening.point)
-    return PointView(view.layers[1:])
-
-
-def _compose(
-    volume: Volume, layers: PointView, whole: PointView, kind: Kind, compress: str, context: Context
+def compose(
+    volume: Volume, whole: PointView, below: int, kind: Kind, compress: str, context: Context
 ) -> tuple[Image, Tally]:
+    """An image of the point ``whole`` without its first ``below`` layers: a full, if that is none of them, else a delta
+    on the point of the last of them. It is sealed and committed, and its map, read back, is the point's.
+
+    The volume must be held. Raises Damage, ComposeFailed, NoSpace, StoreFailed, Interrupted.
+    """
     started, clock = context.now(), context.timer()
-    top, base = whole.top.opening, whole.layers[0]
+    layers = PointView(whole.layers[below:])
+    top, base = whole.top.opening, whole.layers[max(below - 1, 0)]
     opening = Opening(
         repository=top.repository, image=context.hex_id(32), volume=top.volume, point=top.point,
         sequence=top.sequence, kind=kind, synthetic=True,

@@ -40,13 +40,15 @@ from blockbak.units import align_down
 class Incoming:
     """What is to lie on a target: what its header says of it, and ``read(offset, length)`` of its content; or, where
     that cannot be read beforehand, the partition table that it is said to have. ``part`` is what of the volume it is
-    (None: all), and ``read`` then counts from its first byte.
+    (None: all), and ``read`` then counts from its first byte. ``copied``: an older copy of it lies on the target, so
+    that the volume group or array which that seems to belong to is the content's own.
     """
 
     opening: Opening
     read: Read
     said_table: PartitionTable | None = None
     part: Part | None = None
+    copied: bool = False
 
     @classmethod
     def of(cls, view: PointView, part: Part | None = None) -> Incoming:
@@ -117,7 +119,7 @@ def check_target(
     if system := usage.holds_running_system(target):
         raise TargetHolds(path=path, what=f"the running system ({system})")
     users = usage.users(target)
-    if not is_itself(target, incoming, context, surely=True):
+    if not incoming.copied and not is_itself(target, incoming, context, surely=True):
         # A disk of an inactive volume group may be rolled back onto itself; any other may not be lost to it.
         users += usage.memberships(target)
     if usage.is_inner(target):
@@ -247,6 +249,41 @@ def new_file(
     finally:
         try:
             if _is_named(held, partial):
+                with contextlib.suppress(OSError):
+                    context.kernel.unlink(partial)
+        finally:
+            os.close(held)
+
+
+@contextlib.contextmanager
+def continued_file(path: str, size: int, context: Context, *, overwrite: bool) -> Iterator[TargetWriter]:
+    """A file of ``size`` bytes, written as ``path.partial``, which gets its name when all went well. Else it stays, if
+    it holds anything, for the next run to go on with: what an earlier one left is what is opened.
+
+    Raises TargetExists, TargetInUse, BadTarget.
+    """
+    partial = path + ".partial"
+    there = os.path.lexists(partial)
+    if there and (not os.path.isfile(partial) or not (overwrite or is_marked(partial))):
+        # It may be somebody's, and was not named.
+        raise TargetExists(path=partial)
+    writer = TargetWriter(partial, create=not there, kernel=context.kernel)
+    held = os.dup(writer.fd)  # the lock lasts until the file has its name
+    try:
+        with writer as target:
+            mark(target.fd)
+            target.resize(size)
+            yield target
+            unmark(target.fd)
+        if not _is_named(held, partial):
+            raise BadTarget(path=path, reason=f"{partial} was taken away meanwhile")
+        context.kernel.rename(partial, path)
+        sync_directory(os.path.dirname(path), context.kernel)
+    except OSError as error:
+        raise BadTarget(path=path, reason=error.strerror) from error
+    finally:
+        try:
+            if not os.fstat(held).st_blocks and _is_named(held, partial):
                 with contextlib.suppress(OSError):
                     context.kernel.unlink(partial)
         finally:

@@ -8,10 +8,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Self
 
-from blockbak.errors import BlockbakError, Damage, DamagedImage, Gap, NewerFormat, VolumeLocked
+from blockbak.errors import BlockbakError, Damage, DamagedImage, Failed, Gap, NewerFormat, VolumeLocked
 from blockbak.flow import workers
 from blockbak.flow.context import Context
 from blockbak.flow.points import find, open_reader
+from blockbak.flow.recording import recorded
 from blockbak.image import check
 from blockbak.image.reader import ImageReader, Section
 from blockbak.image.view import Flaw, PointView
@@ -39,23 +40,30 @@ class Verdict:
 @dataclass(frozen=True, slots=True)
 class Report:
     """All verdicts, and the leftovers that ``recover`` would treat (they are no damage). ``locked`` is the error
-    of the first volume that another run held; the others were checked all the same.
+    of the first volume that another run held; the others were checked all the same. ``history`` is what is wrong with
+    the repository's history, which is looked at where everything is.
     """
 
     images: list[Verdict]
     leftovers: list[str]
     seconds: float
     locked: VolumeLocked | None = None
+    history: list[Damage] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
         """Whether everything that was to be looked at was, and is whole."""
-        return self.locked is None and all(verdict.ok for verdict in self.images)
+        return self.locked is None and not self.history and all(verdict.ok for verdict in self.images)
 
     @property
     def damaged(self) -> bool:
         """Whether anything is not, for another reason than that this program is too old for it."""
-        return any(not verdict.ok and not verdict.newer for verdict in self.images)
+        return bool(self.history) or any(not verdict.ok and not verdict.newer for verdict in self.images)
+
+    @property
+    def exit(self) -> int:
+        """The exit status. A newer image and a volume that is held are both a plain failure."""
+        return Damage.exit_code if self.damaged else 0 if self.ok else Failed.exit_code
 
 
 def _walk(reader: ImageReader, look: Callable[[Section], None] | None) -> Iterator[Section]:
@@ -270,12 +278,32 @@ def verify(
     """Check the named points with all images they need, or everything. Damage is in the report, not
     raised, and a volume that another run holds is left out; NoSuchPoint and AmbiguousPoint are raised.
     """
+    with recorded(repository, "verified", context, asked=list(names), share=share) as doing:
+        report = _verify(repository, names, context, share, pick)
+        doing.exit = report.exit
+        by_volume: dict[str, list[Verdict]] = {}
+        for verdict in report.images:
+            by_volume.setdefault(verdict.volume, []).append(verdict)
+        for volume, verdicts in by_volume.items():
+            doing.part(
+                volume, list(dict.fromkeys(one.point for one in verdicts)), ok=all(one.ok for one in verdicts),
+                images=[one.file for one in verdicts if one.ok],
+                damaged=[one.file for one in verdicts if not one.ok], share=share,
+            )  # fmt: skip
+        doing.facts["ok"] = report.ok
+    return report
+
+
+def _verify(
+    repository: Repository, names: Sequence[str], context: Context, share: float, pick: Callable[[], float]
+) -> Report:
     clock = context.timer()
     verdicts: list[Verdict] = []
     points = _named(repository, names, verdicts) if names else None
     leftovers: list[str] = []
     wanted_volumes = {point.volume for point in points} if points is not None else set(repository.volume_names())
     locked: VolumeLocked | None = None
+    history = repository.record.flaws() if points is None else []
     for name in sorted(wanted_volumes):
         volume = repository.volume(name)
         with ExitStack() as stack:
@@ -290,7 +318,7 @@ def verify(
             clock += lock.waited
             catalog = volume.catalog()
             if points is None:
-                verdicts += [_unusable(error) for error in catalog.damage]
+                verdicts += [_unusable(error) for error in (*catalog.damage, *volume.pins()[1])]
             leftovers += [f"{name}/{file}" for file in (*catalog.partials, *catalog.orphans, *catalog.deleted)]
             images = _selected(volume, catalog, points)
             whole = chains(catalog.images)
@@ -301,4 +329,4 @@ def verify(
                         verdicts.append(_verify_image(readers, image, whole.get(image.file), context, share, pick))
             finally:
                 context.progress.end()
-    return Report(verdicts, leftovers, round(context.timer() - clock, 3), locked)
+    return Report(verdicts, leftovers, round(context.timer() - clock, 3), locked, history)

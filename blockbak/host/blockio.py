@@ -165,6 +165,18 @@ class _Opened:
             os.posix_fadvise(self.fd, offset, len(into), os.POSIX_FADV_DONTNEED)
         return count
 
+    def next_data(self, offset: int) -> int:
+        """For an image file: the first byte from ``offset`` on that is not in a hole; ``size`` if none.
+
+        Holes of a file are zeros by definition, so they need no reading. Devices have none to tell.
+        """
+        if self.is_block:
+            return offset
+        try:
+            return os.lseek(self.fd, offset, os.SEEK_DATA)
+        except OSError as error:
+            return self.size if error.errno == errno.ENXIO else offset
+
 
 class DiskReader(Protocol):
     """What is read into an image: a device, a file, or a spool of one. Sizes are bytes; ``retries``, ``strict`` and
@@ -340,18 +352,6 @@ class SourceReader(_Opened):
             raise SourceVanished(path=self.path, reason=gone.strerror) from error
         if size < self.size:
             raise SourceVanished(path=self.path, reason="it has no bytes any more") from error
-
-    def next_data(self, offset: int) -> int:
-        """For an image file: the first byte from ``offset`` on that is not in a hole; ``size`` if none.
-
-        Holes of a file are zeros by definition, so they need no reading. Devices have none to tell.
-        """
-        if self.is_block:
-            return offset
-        try:
-            return os.lseek(self.fd, offset, os.SEEK_DATA)
-        except OSError as error:
-            return self.size if error.errno == errno.ENXIO else offset
 
 
 class TargetWriter(_Opened):

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import select
+import socket
 import stat
 from collections.abc import Callable
 
 from blockbak.errors import PipeFailed, StreamFailed
 from blockbak.host.blockio import Bytes
+from blockbak.model.streams import Buffer
+from blockbak.units import MIB
 
 _LOOK_SECONDS = 0.2
+_PIPE_BYTES = MIB
+"""pipe(7): what an unprivileged user may have at most."""
 
 
 class PipeWriter:
@@ -22,18 +29,24 @@ class PipeWriter:
         # A pipe is opened anew: not to wait is a property of the opening, which others may share.
         self._own = stat.S_ISFIFO(os.fstat(fd).st_mode)
         self._fd = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC) if self._own else fd
+        # A socket (sshd may give one) is asked not to wait with each call.
+        is_socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
+        self._socket = socket.socket(fileno=os.dup(fd)) if is_socket else None
         self._poll = select.poll()
         self._poll.register(self._fd, select.POLLOUT)
 
-    def write(self, data: Bytes) -> None:
+    def _some(self, view: memoryview) -> int:
+        return os.write(self._fd, view) if self._socket is None else self._socket.send(view, socket.MSG_DONTWAIT)
+
+    def write(self, data: Bytes | Buffer) -> None:
         """Write all of it. Raises PipeFailed, and what ``check`` raises."""
-        view = memoryview(data)
+        view = memoryview(data).cast("B")
         while view:
             self._check()
             if not self._poll.poll(_LOOK_SECONDS * 1000):
                 continue
             try:
-                count = os.write(self._fd, view)
+                count = self._some(view)
             except BlockingIOError:
                 continue
             except OSError as error:
@@ -53,6 +66,8 @@ class PipeWriter:
         """Let go of it; standard output itself stays open."""
         if self._own:
             os.close(self._fd)
+        if self._socket is not None:
+            self._socket.close()
 
 
 class PipeReader:
@@ -86,6 +101,16 @@ class PipeReader:
             done += count
             self.taken += count
         return done
+
+    def ready(self) -> bool:
+        """Whether something can be read, or the end seen, without waiting."""
+        return not self._asks or bool(self._poll.poll(0))
+
+
+def widen(fd: int) -> None:
+    """Let a pipe hold more, so that two processes need not take turns so often; where the system allows it."""
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
 
 def is_terminal(fd: int) -> bool:

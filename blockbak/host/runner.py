@@ -60,6 +60,15 @@ _PACKAGES = {
     "xfs_logprint": "xfsprogs",
     "mkfs.btrfs": "btrfs-progs",
     "fusermount3": "fuse3",
+    "unshare": "util-linux",
+    "nsenter": "util-linux",
+    "e2fsck": "e2fsprogs",
+    "xfs_repair": "xfsprogs",
+    "btrfs": "btrfs-progs",
+    "fsck.vfat": "dosfstools",
+    "fsck.exfat": "exfatprogs",
+    "ntfsfix": "ntfs-3g",
+    "qemu-system-x86_64": "qemu-system-x86",
 }
 """Debian's package of a program, where the two differ in name."""
 

@@ -88,6 +88,23 @@ def known_runs(run_dir: str) -> set[str]:
     return {path.name.removeprefix("run-").removesuffix(".lock") for path in Path(run_dir).glob("run-*.lock")}
 
 
+def living_runs(run_dir: str) -> set[str]:
+    """The runs that hold their lock file right now."""
+    living = set()
+    for run_id in known_runs(run_dir):
+        try:
+            fd = os.open(_lock_path(run_dir, run_id), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            living.add(run_id)
+        finally:
+            os.close(fd)
+    return living
+
+
 @contextmanager
 def dead_runs(run_dir: str) -> Iterator[dict[str, Note]]:
     """The runs that are over and what they noted; their files go when this ends without an error."""

@@ -27,7 +27,7 @@ from blockbak.host.blockio import SourceReader, aligned
 from blockbak.host.device import Device
 from blockbak.host.lvm import by_uuid, clear_texts, command, pool_bytes, refresh, remove, volumes
 from blockbak.host.mapper import Mapper
-from blockbak.host.runs import Run, dead_runs, known_runs
+from blockbak.host.runs import Run, dead_runs, known_runs, living_runs
 from blockbak.host.system import System, lvm_names
 from blockbak.model import snapshot as plan
 from blockbak.model.snapshot import LogicalVolume
@@ -262,6 +262,15 @@ def _check_hidden(made: Snapshot) -> None:
 
 
 # --- what killed runs left --------------------------------------------------------------------------------
+
+
+def remaining(run_dir: str, host: str, boot: str) -> list[str]:
+    """The volumes that ``sweep`` would remove, or tell of, by their names; nothing is done. Raises as it does."""
+    before = living_runs(run_dir)
+    found = volumes()
+    # Looked for after the volumes: a run that began meanwhile has its snapshot among them.
+    living = before | living_runs(run_dir)
+    return [one.label for one in (*plan.leftovers(found, host, boot, living), *plan.strangers(found, host))]
 
 
 def sweep(run_dir: str, host: str, boot: str, *, restores: bool) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -41,6 +42,29 @@ def lv_uuid(dm_uuid: str) -> str:
         parts.append(text[:length])
         text = text[length:]
     return "-".join(parts)
+
+
+_NOBODY_LOGGED_IN = 2**32 - 1
+"""proc(5): the loginuid of what no login started."""
+
+
+def user_name(root: Path = Path("/")) -> str:
+    """Who runs this process: ``root``; ``root (alice)`` where alice logged in and became root, for the kernel keeps
+    that (``loginuid``).
+    """
+    here, there = os.geteuid(), os.geteuid()
+    with contextlib.suppress(OSError, ValueError):
+        there = int((root / "proc/self/loginuid").read_text(encoding="ascii"))
+    if there in (here, _NOBODY_LOGGED_IN):
+        return _user(here)
+    return f"{_user(here)} ({_user(there)})"
+
+
+def _user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
 
 
 class System:
@@ -378,3 +402,23 @@ def read_idly() -> None:
 
     with contextlib.suppress(OSError, psutil.Error):
         psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
+
+
+@contextlib.contextmanager
+def reading_idly(wanted: bool = True) -> Iterator[None]:
+    """``read_idly`` until the ``with`` is over, if it is wanted."""
+    if not wanted:
+        yield
+        return
+    import psutil
+
+    before = None
+    with contextlib.suppress(OSError, psutil.Error):
+        before = psutil.Process().ionice()
+    read_idly()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, psutil.Error, ValueError):
+            if before is not None:
+                psutil.Process().ionice(before.ioclass, before.value or None)

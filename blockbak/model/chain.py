@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 
 from blockbak.errors import AmbiguousPoint, Gap, NoSuchPoint, NoSuchVolume
 from blockbak.model.facts import FULL, Closing, Opening
+from blockbak.model.when import last_moment
 
-_TIME = re.compile(
-    r"\d{4}-?\d\d-?\d\d(?:[T ]\d\d:?(?P<minute>\d\d)(?::?(?P<second>\d\d)(?P<fraction>\.\d+)?)?(?:Z|[+-]\d\d:?\d\d)?)?"
-)
 POINT_CHARS = 21
 """Of a point's id, with which the names of its files begin."""
 
@@ -142,7 +139,7 @@ def choose(name: str, by_volume: dict[str, list[Point]]) -> Point:
         return _only(name, newest, [f"{point.volume}@latest" for point in newest])
     every = [point for group in by_volume.values() for point in group]
     found = [point for point in every if rest and point.id.startswith(rest)]
-    then = moment(rest) if at and not found else None
+    then = last_moment(rest) if at and not found else None
     if then is not None:
         found = [point for point in every if datetime.fromisoformat(point.images[0].opening.created) <= then][-1:]
     return _only(name, found, [point.id for point in found])
@@ -155,18 +152,3 @@ def _only(name: str, found: Sequence[Point], names: Sequence[str]) -> Point:
     if len(found) > 1 and not exact:
         raise AmbiguousPoint(point=name, candidates=", ".join(names[:8]) + (" …" if len(names) > 8 else ""))
     return exact[0] if exact else found[0]
-
-
-def moment(text: str) -> datetime | None:
-    """The last moment of a time as people write it: of that day, minute or second, in UTC where no zone is
-    given, for so everything here is shown. None for what is no time.
-    """
-    if not (found := _TIME.fullmatch(text)):
-        return None
-    unit = timedelta(seconds=1) if found["second"] else timedelta(minutes=1) if found["minute"] else timedelta(days=1)
-    try:
-        start = datetime.fromisoformat(text)
-        start = start.replace(tzinfo=UTC) if start.tzinfo is None else start.astimezone(UTC)
-        return start if found["fraction"] else start + unit - timedelta(microseconds=1)
-    except (ValueError, OverflowError):
-        return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 VALUE_MAX = 512
 """Characters, in ASCII; a longer value is replaced by its SHA-256, so that it fits every header."""
@@ -36,6 +37,17 @@ def plain(text: str) -> str:
     except UnicodeEncodeError:
         data = text.encode("utf-8", "backslashreplace")  # not from a path: half a pair of UTF-16
     return data.decode("utf-8", "backslashreplace")
+
+
+def all_plain(value: Any) -> Any:
+    """Built-in values, every text in them ``plain``."""
+    if isinstance(value, str):
+        return plain(value)
+    if isinstance(value, dict):
+        return {all_plain(key): all_plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [all_plain(one) for one in value]
+    return value
 
 
 def _width(text: str) -> int:

@@ -10,7 +10,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -45,12 +45,17 @@ from blockbak.host.blockio import (
     write_durably,
 )
 from blockbak.host.kernel import Kernel
+from blockbak.model import pin
 from blockbak.model.chain import Image, Point, chains, plan, points
+from blockbak.model.pin import Pin
 from blockbak.repository import manifest
+from blockbak.repository.record import HEAD, HISTORY, Record
 
 VERSION = 1
 FILE = "repository.json"
 _SHIPPED = ("rescue.py", "RESTORE.txt")
+_OWN = {FILE, *_SHIPPED, HISTORY, HEAD}
+"""No volume can have these names, whether the file is there yet or not."""
 NAME_MAX = 200
 NAME_RULE = f"at most {NAME_MAX} letters, digits, '.', '_' and '-', not beginning with '.' or '-'"
 _LOOKS = 10
@@ -60,6 +65,8 @@ _NAME = re.compile(
     r"(?P<point>\d{8}T\d{6}Z-[0-9a-f]{4})\.(?P<kind>full|incremental|differential)(?:\.(?P<number>[1-9]\d*))?"
     r"\.(?P<end>zst|json|json\.deleted|zst\.partial|json\.partial)"
 )
+
+_PIN = re.compile(r"(?P<point>\d{8}T\d{6}Z-[0-9a-f]{4})\.(?P<number>[1-9]\d*)\.pin")
 
 
 class _Repository(msgspec.Struct):
@@ -317,6 +324,66 @@ class Volume:
         except OSError as error:
             raise store_error(error, f"{self.name}/{name}", "written anew") from error
 
+    # --- pins ----------------------------------------------------------------------------------
+
+    def _pin_files(self) -> dict[str, list[str]]:
+        """The files of each pinned point, the one that counts last."""
+        found: dict[str, list[tuple[int, str]]] = {}
+        for name in self.names():
+            if parts := _PIN.fullmatch(name):
+                found.setdefault(parts["point"], []).append((int(parts["number"]), name))
+        return {point: [name for _, name in sorted(numbered)] for point, numbered in found.items()}
+
+    def pins(self) -> tuple[dict[str, Pin], list[BlockbakError]]:
+        """The pins by point, also those whose time is over; and what is wrong with pins. A point whose pin cannot be
+        read counts as immutable without end. Raises NoPermission, UnreadableStore for the directory.
+        """
+        pins: dict[str, Pin] = {}
+        flaws: list[BlockbakError] = []
+        for point, names in self._pin_files().items():
+            name = names[-1]
+            try:
+                data = self._read_small(name)
+                if data is not None:  # else taken back since the directory was read
+                    pins[point] = pin.decode(data, name, point)
+            except (Damage, NewerFormat, NoPermission) as error:
+                error.fields.update({"volume": self.name, "point": point, "kind": "pin", "image": name})
+                flaws.append(error)
+                pins[point] = Pin(point, f"its pin {name} cannot be read", "", "unknown", "", immutable=True)
+        return pins, flaws
+
+    def pin(self, made: Pin) -> None:
+        """Pin a point, or pin it otherwise. Needs the exclusive lock. Raises NoSpace, StoreFailed.
+
+        The old pin must not go before the new one is durable.
+        """
+        old = self._pin_files().get(made.point, [])
+        match = _PIN.fullmatch(old[-1]) if old else None
+        name = f"{made.point}.{int(match['number']) + 1 if match else 1}.pin"
+        try:
+            if self._is_there(name + ".partial"):
+                self._kernel.unlink(self._at(name + ".partial"))
+        except OSError as error:
+            raise store_error(error, f"{self.name}/{name}", "written") from error
+        write_durably(self._at(name), f"{self.name}/{name}", pin.encode(made), self._kernel)
+        self._unlink_pins(old)
+
+    def unpin(self, point: str) -> None:
+        """Take a point's pin away, if it has one. Needs the exclusive lock. Raises StoreFailed.
+
+        The one that counts goes last: whatever is left of them after a crash still pins.
+        """
+        self._unlink_pins(self._pin_files().get(point, []))
+
+    def _unlink_pins(self, names: Sequence[str]) -> None:
+        try:
+            for name in names:
+                self._kernel.unlink(self._at(name))
+            if names:
+                sync_directory(self.path, self._kernel)
+        except OSError as error:
+            raise store_error(error, f"{self.name}/{names[0]}", "removed") from error
+
     def space_of(self, files: Collection[str]) -> Space:
         """The disk space of images, and how much of it other images of the volume share."""
         others = [name for name in self.names() if name.endswith((".zst", ".zst.partial")) and name not in files]
@@ -388,6 +455,11 @@ class Repository:
         if about.blockbak_repository > VERSION:
             raise NewerFormat(what=f"The repository {path}", detail=f"version {about.blockbak_repository}")
         self.id = about.id
+
+    @property
+    def record(self) -> Record:
+        """What was done with it."""
+        return Record(self.path, self.id, self.kernel)
 
     @classmethod
     def create(cls, path: str, *, repository_id: str, created: str, kernel: Kernel | None = None) -> Self:
@@ -473,6 +545,8 @@ class Repository:
         if not usable_name(name):
             raise VolumeExists(volume=name, reason=f"it takes {NAME_RULE}")
         path = os.path.join(self.path, name)
+        if name in _OWN and not _is_directory(path):
+            raise VolumeExists(volume=name, reason="a file of the repository is called so")
         try:
             if not _is_directory(path):
                 self.kernel.mkdir(path)

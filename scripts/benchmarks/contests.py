@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from functools import partial
 from benchmarks import place
 from benchmarks.measure import Sample, Series, timed
 from benchmarks.place import GIB, MIB, PIECE
-from benchmarks.work import Change, Work
+from benchmarks.work import BLOCK, Change, Work, write_blocks
 
 _BIN = os.path.dirname(sys.executable)
 _INSIDE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "inside.py")
@@ -458,6 +459,38 @@ def verify(bench: Bench) -> None:
     bench.contest("verify", {"blockbak": checked, "zstd -t": tested})
 
 
+def _mirrored(bench: Bench, target: str, run: Callable[[], Sample]) -> Sample:
+    """One run with C1 on the source and C0 on the target, compared byte by byte; the target is C0 again afterwards."""
+    change = bench.work.changes["C1"]
+    with bench.work.state("C1"):
+        place.forget(target)
+        sample = run()
+        place.forget(target)
+        bench.run("cmp", bench.work.device, target)
+    write_blocks(target, change.offsets, change.before)
+    return sample
+
+
+def mirror(bench: Bench) -> None:
+    """A copy brought in step after 1 % has changed; bdsync does so where it is on the PATH: Debian has no package."""
+    source = bench.work.device
+    with place.allocated_device(bench.on, "target.img", bench.work.size) as target:
+        bench.run("dd", f"if={source}", f"of={target}", _DD, "oflag=direct", "conv=fsync", "status=none")
+        end = shlex.join(_blockbak("mirror", "--receive", target, "--yes"))
+        runs: dict[str, Contestant] = {
+            "blockbak": lambda: bench.blockbak("mirror", source, target, "--yes", "--no-verify"),
+            "blockbak, read back": lambda: bench.blockbak("mirror", source, target, "--yes"),
+            "blockbak, two ends": lambda: bench.blockbak("mirror", source, "--no-verify", "--through", end),
+        }
+        if shutil.which("bdsync"):
+            same = "bdsync", f"--blocksize={BLOCK}"
+            runs["bdsync"] = lambda: bench.timed(
+                (*same, "bdsync --server", source, target), ("bdsync", f"--patch={target}")
+            )
+        contestants = {name: partial(_mirrored, bench, target, run) for name, run in runs.items()}
+        bench.contest("mirror of 1 %", contestants, once=("bdsync",))
+
+
 # --- small and huge --------------------------------------------------------------------------------
 
 
@@ -517,6 +550,7 @@ CONTESTS: dict[str, Callable[[Bench], None]] = {
     "restore": restore,
     "rollback": rollback,
     "verify": verify,
+    "mirror": mirror,
     "start": start,
     "huge": huge,
     "map": hash_map,

@@ -218,6 +218,22 @@ def _back(bench: Bench) -> Iterator[Row]:
         )
 
 
+def _mirror(bench: Bench) -> Iterator[Row]:
+    name = "mirror of 1 %"
+    if not bench.has(name, "blockbak"):
+        return
+    ours, ends = bench.get(name, "blockbak"), bench.get(name, "blockbak, two ends")
+    if bench.has(name, "bdsync"):
+        for series in (ours, ends, bench.get(name, "blockbak, read back")):
+            yield _pair(f"{name}, {series.name}", series, bench.get(name, "bdsync"), 1.0)
+            cpu = ratio(series, bench.get(name, "bdsync"), "cpu")
+            theirs = _seconds(bench.get(name, "bdsync").median("cpu"))
+            yield _against(f"{name}, {series.name}, CPU", series, "bdsync", cpu, theirs, 1.0, "cpu")
+    moved, changed = ends.fact("moved_bytes"), bench.work.changes["C1"].changed_bytes
+    row = f"{name}, moved between two ends"
+    yield Row(row, _mib(moved), f"changed blocks: {_mib(changed)}", moved / changed, "", TIMES, 1.05, 1.03)
+
+
 def _rest(bench: Bench) -> Iterator[Row]:
     if bench.has("verify", "blockbak"):
         yield _pair("verify", bench.get("verify", "blockbak"), bench.get("verify", "zstd -t"), (0.75, 0.5))
@@ -248,5 +264,5 @@ def is_blockbak(series: Series) -> bool:
 
 def rows(bench: Bench) -> list[Row]:
     """Every goal that this run can judge."""
-    parts = (_full, _none, _raw, _changes, _synthetic, _back, _rest)
+    parts = (_full, _none, _raw, _changes, _synthetic, _back, _mirror, _rest)
     return [row for part in parts for row in part(bench)]

@@ -64,6 +64,15 @@ class Verb:
         return self.name
 
 
+def configured(stock: Stock, place: Path) -> list[str]:
+    """A configuration with one job, whose repository and source are those of the stock."""
+    file = place / "blockbak.toml"
+    file.write_text(
+        f'[repositories.main]\npath = "{stock.path}"\n[jobs.web]\nsources = ["{stock.source}"]\nname = "web"\n'
+    )
+    return ["--config", str(file)]
+
+
 VERBS = [
     Verb("devices", lambda stock, place: [], surplus=["x"], on_repository=False),
     Verb("init", lambda stock, place: [str(place / "new")], missing=[], surplus=["a", "b"], on_repository=False),
@@ -86,10 +95,32 @@ VERBS = [
     ),
     Verb("delete", lambda stock, place: [stock.db], missing=[], point=["{}"]),
     Verb(
+        "mirror", lambda stock, place: [str(stock.source), str(place / "out")],
+        missing=["x"], surplus=["x", "b", "c"], on_repository=False,
+    ),
+    Verb(
         "export", lambda stock, place: ["web@latest", str(place / "out")],
         missing=["latest"], surplus=["latest", "b", "c"], point=["{}", "out"],
     ),
+    Verb("run", configured, on_repository=False),
+    Verb(
+        "config", lambda stock, place: ["check", *configured(stock, place)],
+        missing=[], surplus=["check", "x"], on_repository=False,
+    ),
+    Verb(
+        "timers", lambda stock, place: ["install", "--cron", *configured(stock, place)],
+        missing=[], on_repository=False,
+    ),
+    Verb(
+        "drill", lambda stock, place: [stock.newest, "--scratch", str(place)], surplus=["a", "b"], point=["{}"],
+        needs_root=True,
+    ),
+    Verb("status", lambda stock, place: [], surplus=["web", "b"], volume=["{}"]),
     Verb("recover", lambda stock, place: [], surplus=["x"]),
+    Verb(
+        "plan", lambda stock, place: ["--source", str(stock.source), "--keep-daily", "7"], surplus=["x", "y"],
+        on_repository=False,
+    ),
     Verb("demo", lambda stock, place: [], surplus=["x"], on_repository=False, needs_root=True),
 ]  # fmt: skip
 
@@ -223,6 +254,13 @@ def test_a_surplus_argument_is_a_wrong_command_line(verb: Verb) -> None:
         ["demo", "--size", "1M"], ["demo", "--size", "much"], ["demo", "--dir", "/no/such/place"],
         ["list", "--wait", "1"], ["cold", "x", "y", "--sidecar", "z"],
         ["cold", "x", "y", "--limit", "1K"], ["adopt", "x", "--name", "../y"], ["restore", "-", "--create-lv", "v/l"],
+        ["plan"], ["plan", "x", "--source", "y"], ["plan", "x", "--keep-daily", "3"], ["plan", "--source", "y", "--change", "no"],
+        ["plan", "--source", "y", "--change", "200%"], ["plan", "--source", "y", "--schedule", "soon"],
+        ["mirror", "x", "y", "--through", "ssh z"], ["mirror", "x", "--through", "'"], ["mirror", "x", "--through", ""],
+        ["mirror", "x", "--through", "ssh z", "--yes"], ["mirror", "x", "y", "--block-size", "5000"],
+        ["mirror", "x", "y", "--freeze-with", "z"], ["mirror", "x", "y", "--freeze-deadline", "9"],
+        ["mirror", "--receive", "y", "--limit", "9M"], ["mirror", "--receive", "y", "--no-verify"],
+        ["mirror", "--receive", "y", "x"], ["mirror", "x", "-", "--yes"],
         ["restore", "./x", "y", "--keep-going"], ["restore", "./x", "y", "--sidecar", "z"],
     ],
     ids=" ".join,
@@ -570,7 +608,7 @@ def test_at_a_terminal_standard_output_stays_clean(verb: Verb, repo: Stock, tmp_
         ended = screen.end()
     assert ended.status == 0, str(ended)
     assert isinstance(ended.document, dict | list)
-    if verb.name in ("backup", "restore", "verify", "synthesize", "export", "cold", "adopt"):
+    if verb.name in ("backup", "restore", "verify", "synthesize", "export", "cold", "adopt", "mirror"):
         assert b"%|" in ended.err, f"no progress: {ended}"
 
 

@@ -12,7 +12,7 @@ from blockbak.cli.main import VERBS
 from tests.cli.program import LIMIT_SECONDS, environment
 from tests.cli.stock import Stock
 
-HEAVY = {"numpy", "blake3", "xxhash", "tqdm", "psutil", "pyudev", "rich", "msgspec"}
+HEAVY = {"numpy", "blake3", "xxhash", "tqdm", "psutil", "pyudev", "rich", "msgspec", "structlog", "apprise"}
 
 
 def imported(*words: object, status: int = 0) -> set[str]:

@@ -99,7 +99,7 @@ def test_a_kill_at_any_call_costs_no_more_than_the_run(name, histories, memory):
 
 
 @pytest.mark.parametrize("keep", [0, 1, 99])
-@pytest.mark.parametrize("name", ["backup-full", "backup-incremental", "synthesize", "delete", "recover"])
+@pytest.mark.parametrize("name", ["backup-full", "backup-incremental", "synthesize", "delete", "recover", "prune"])
 def test_a_power_cut_at_any_call_costs_no_more_than_the_run(name, keep, histories, memory):
     """Names and bytes that were not flushed are gone, or the names alone are there."""
     deed = DEEDS[name]
@@ -114,7 +114,7 @@ def test_a_power_cut_at_any_call_costs_no_more_than_the_run(name, keep, historie
             pytest.fail(f"power lost at call {at}, {kernel.log[-1]}: {type(error).__name__}: {error}")
 
 
-@pytest.mark.parametrize("name", ["backup-full", "backup-incremental", "synthesize", "delete", "recover"])
+@pytest.mark.parametrize("name", ["backup-full", "backup-incremental", "synthesize", "delete", "recover", "prune"])
 def test_what_a_run_has_reported_survives_a_power_cut(name, histories, memory):
     """It ended well, and the power failed in the next moment."""
     deed = DEEDS[name]

@@ -23,6 +23,8 @@ CLASSES = {one.__name__: one for one in tree(errors.BlockbakError)}
 # These group others and say nothing of their own.
 GROUPS = {
     "RestError",
+    "MirrorError",
+    "JobError",
     "BlockbakError",
     "Failed",
     "SourceError",

@@ -16,8 +16,10 @@ from blockbak.image import format as fmt
 from blockbak.image import sidecar
 from blockbak.image.codec import StoreEncoder
 from blockbak.model import extent, hashmap
+from blockbak.model.events import EVENTS, Entry
 from blockbak.model.facts import Closing, Opening
 from blockbak.model.identity import Identity
+from blockbak.model.pin import PinFile
 from blockbak.repository import manifest, rescue
 
 TEXT = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
@@ -128,7 +130,7 @@ def word(hint: object) -> str:
     return WORDS.get(hint, "object")
 
 
-@pytest.mark.parametrize("kind", [Opening, Identity, Closing, manifest.Manifest, sidecar.Sidecar])
+@pytest.mark.parametrize("kind", [Opening, Identity, Closing, manifest.Manifest, sidecar.Sidecar, Entry, PinFile])
 def test_keys_and_types_of_json(kind):
     (rows,) = tables(part(f"### `{kind.__name__}`"))
     hints = get_type_hints(kind)
@@ -136,6 +138,12 @@ def test_keys_and_types_of_json(kind):
         [each.name for each in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else kind.__struct_fields__
     )
     assert [(code(row["key"]), row["type"]) for row in rows] == [(name, word(hints[name])) for name in names]
+
+
+def test_events_are_all_named():
+    (rows,) = tables(part("### `Entry`"))
+    (told,) = [row["meaning"] for row in rows if code(row["key"]) == "event"]
+    assert tuple(re.findall(r"`(\w+)`", told)) == EVENTS
 
 
 def test_kinds_of_images_and_identities_are_all_named():

@@ -15,8 +15,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LOCKS = {
     "requirements.txt": PROJECT["project"]["dependencies"],
     "requirements-build.txt": PROJECT["dependency-groups"]["build"],
+    "requirements-notify.txt": PROJECT["project"]["optional-dependencies"]["notify"],
     "requirements-dev.txt": [
         *PROJECT["project"]["dependencies"],
+        *PROJECT["project"]["optional-dependencies"]["notify"],
         *(entry for group in ("build", "test", "lint") for entry in PROJECT["dependency-groups"][group]),
     ],
 }
@@ -38,6 +40,7 @@ def test_a_lock_holds_what_is_asked_for(name):
 def test_tests_run_with_what_is_shipped():
     assert locked("requirements.txt").items() <= locked("requirements-dev.txt").items()
     assert locked("requirements-build.txt").items() <= locked("requirements-dev.txt").items()
+    assert locked("requirements-notify.txt").items() <= locked("requirements-dev.txt").items()
 
 
 @pytest.mark.parametrize("name", LOCKS)
