@@ -195,6 +195,9 @@ def chosen(candidates: Sequence[Candidate], policy: Policy, now: datetime) -> di
 
 # --- the plan --------------------------------------------------------------------------------------
 
+_LOST = "damaged, or not all there: left for a person to look at"
+_WAITING = "without a usable manifest: 'blockbak recover' may bring it back"
+
 
 def plan(
     images: Sequence[Image],
@@ -219,11 +222,12 @@ def plan(
         Candidate(point.id, created(point), verified=point.id in verified) for point in every if point.id in serving
     ]
     reasons = chosen(good, policy, now)
+    waiting = {image.point for image in hidden}
     for point in every:
         if point.id in pins:
             reasons.setdefault(point.id, []).append(pins[point.id].reason)
         if point.id not in serving:
-            reasons.setdefault(point.id, []).append("damaged, or not all there: left for a person to look at")
+            reasons.setdefault(point.id, []).append(_WAITING if point.id in waiting else _LOST)
     untouched = [point.id for point in every if point.id not in serving or _is_immutable(pins, point.id)]
     known = {point.id for point in every}
     for ancestor, needed_by in _ancestors(untouched, [*images, *hidden]).items():

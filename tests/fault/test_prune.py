@@ -191,6 +191,7 @@ def test_a_hidden_image_keeps_what_it_stands_on(scene):
     newest.write_bytes(whole[:-1])
     report = prune.prune(scene.repository(), VOLUME, Policy(last=1), scene.world())
     assert actions(report) == [KEEP] * 4
+    assert "recover" in report.decisions[3].reasons[0]
     newest.write_bytes(whole)
     scene.check_points()
 
