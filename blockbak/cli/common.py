@@ -24,7 +24,7 @@ R = TypeVar("R")
 
 WORKERS_MAX = 10
 """More would take more memory than the promise allows, for devices faster than any seen so far."""
-WORKERS_WAITING = 2
+WORKERS_WAITING = 4
 """Beyond one a core: while some wait for the device or for their turn to append, the others have work."""
 
 
