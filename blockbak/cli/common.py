@@ -27,7 +27,7 @@ CONFIG = "/etc/blockbak/blockbak.toml"
 """Where the configuration lies, if nobody says otherwise."""
 WORKERS_MAX = 10
 """More would take more memory than the promise allows, for devices faster than any seen so far."""
-WORKERS_WAITING = 2
+WORKERS_WAITING = 4
 """Beyond one a core: while some wait for the device or for their turn to append, the others have work."""
 
 

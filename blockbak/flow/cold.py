@@ -7,6 +7,7 @@ at rest: held exclusively where nothing is left on it, and with exactly what the
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +28,8 @@ from blockbak.model.scene import Scene
 
 HOOKS_FOLDER = "/etc/blockbak/cold.d"
 _RUN_DIGITS = 8
+_LOOKS, _PAUSE_SECONDS = 30, 0.1
+"""How often a device is asked for: whoever only looks whether it is free holds it for a moment."""
 _UNSEEN = "something holds it that no process shows, such as a mount namespace which only a file keeps"
 _FOREIGN = frozenset({"locked", "backing"})
 """Uses that no plan takes away: a lock of another process, or a device over the same bytes."""
@@ -130,10 +133,16 @@ class RestedSource(AtRest):
                 self._rest = self._stack.enter_context(_brought(prepared, context))
                 self._settle_down(made)
             held = bool(made.staying or made.layers)
-            try:
-                super().__init__(seen, request, context, exclusive=not held)
-            except SourceInUse as error:
-                raise NotAtRest(path=seen.device.label, what=f"{_UNSEEN} ({error.fields['holders']})") from error
+            for again in reversed(range(_LOOKS)):
+                try:
+                    super().__init__(seen, request, context, exclusive=not held)
+                    break
+                except SourceInUse as error:
+                    if not again:
+                        what = f"{_UNSEEN} ({error.fields['holders']})"
+                        raise NotAtRest(path=seen.device.label, what=what) from error
+                context.check()
+                time.sleep(_PAUSE_SECONDS)
             self._stack.callback(self.reader.__exit__, None, None, None)
             if held:
                 _check(prepared)

@@ -319,7 +319,7 @@ class _Pruning:
     def _culprits(self, merge: Merge) -> set[str]:
         """The images of a merge that are damaged, in their structure or in a frame."""
         found = set()
-        for at, image in enumerate(merge.chain):
+        for image in merge.chain:
             with ExitStack() as stack:
                 try:
                     flaws, _ = check_image(open_reader(self.volume, image, stack, from_disk=True), self.context)

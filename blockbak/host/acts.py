@@ -425,7 +425,7 @@ class Acts:
         said = []
         if seen.get("on") and path not in _swaps():
             priority = [f"--priority={step.priority}"] if step.priority >= 0 else []
-            self.machine.run(["swapon", *priority, "--", path], deadline=SWAP_SECONDS)
+            mounts.patiently(["swapon", *priority, "--", path], self.machine.run, SWAP_SECONDS)
             said.append(f"{path} is swapped to again.")
         # Once all are back: each that comes back goes behind those that are there.
         off = [one for one in self.begun if isinstance(one.step, SwapOff) and not one.seen.get("moved")]
@@ -448,7 +448,7 @@ class Acts:
             with contextlib.suppress(StateUnusable):
                 self.writer.begin(SwapOff(path, now[path].priority), {"on": True, "moved": True})
             self.machine.run(["swapoff", "--", path], deadline=SWAP_SECONDS)
-            self.machine.run(["swapon", "--", path], deadline=SWAP_SECONDS)
+            mounts.patiently(["swapon", "--", path], self.machine.run, SWAP_SECONDS)
             with contextlib.suppress(StateUnusable):
                 self.writer.back(self.writer.begun[-1].number)
         return []

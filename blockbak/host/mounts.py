@@ -23,6 +23,10 @@ MOUNT_SECONDS = 600.0
 BUSY_SECONDS = 3.0
 """How long a busy mount is tried: who was just ended, and udev's probes, let go within that."""
 BUSY_PAUSE_SECONDS = 0.2
+HELD_SECONDS = 10.0
+"""How long a device is asked for that somebody else holds: what only looks whether it is free soon lets go of it, and
+what is given up here is missed by its users.
+"""
 
 Run = Callable[..., Completed]
 Nothing = Callable[[], None]
@@ -164,12 +168,24 @@ def _mount_once_more(step: Unmount, seen: dict[str, Any], source: str, run: Run,
     return []
 
 
+def patiently(argv: Sequence[str], run: Run, deadline: float) -> Completed:
+    """Run a program that wants a device for itself. Raises CommandFailed."""
+    until = time.monotonic() + HELD_SECONDS
+    while True:
+        try:
+            return run(argv, deadline=deadline)
+        except CommandFailed as error:
+            if "busy" not in str(error.fields["stderr"]) or time.monotonic() > until:
+                raise
+        time.sleep(BUSY_PAUSE_SECONDS)
+
+
 def _mount_filesystem(step: Unmount, seen: dict[str, Any], source: str, target: str, run: Run) -> list[str]:
     options = mounting.to_mount(step.fstype, step.options, seen.get("userspace", ()))
     # A block device that FUSE serves goes by its own type only as long as it is mounted.
     of_type = [] if step.fstype.startswith("fuse") else ["-t", step.fstype]
     try:
-        run(_mount(of_type, options, source, target), deadline=MOUNT_SECONDS)
+        patiently(_mount(of_type, options, source, target), run, MOUNT_SECONDS)
     except CommandFailed as error:
         if "option" not in str(error.fields["stderr"]):
             raise
@@ -177,7 +193,7 @@ def _mount_filesystem(step: Unmount, seen: dict[str, Any], source: str, target: 
         own, of_filesystem = mounting.parts(step.options)
         which = [one for one in of_filesystem if one.startswith("subvolid=")]
         plain = mounting.to_mount(step.fstype, [*own, *of_filesystem[:1], *which], seen.get("userspace", ()))
-        run(_mount(of_type, plain, source, target), deadline=MOUNT_SECONDS)
+        patiently(_mount(of_type, plain, source, target), run, MOUNT_SECONDS)
         return [f"{step.target} could only be mounted without {','.join(options)}."]
     return []
 

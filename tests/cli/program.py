@@ -154,7 +154,7 @@ def fails(status: int, name: str, *words: Word, **options: Any) -> Ended:
     return ended
 
 
-class _Child:
+class Child:
     """A run that is under way; whatever happens, it is over when the ``with`` is left."""
 
     _process: subprocess.Popen[bytes]
@@ -186,7 +186,7 @@ class _Child:
         self._close.close()
 
 
-class Running(_Child):
+class Running(Child):
     """A run without a terminal."""
 
     def __init__(
@@ -230,10 +230,18 @@ class Running(_Child):
     def pause(self) -> Self:
         """Stop it where it is; fails if it is over."""
         self.signal(signal.SIGSTOP)
-        seen = os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-        if seen is None or seen.si_code != os.CLD_STOPPED:
-            pytest.fail(f"it was over before it could be stopped: {self._so_far(self._process.wait())}")
+        while (state := self._state()) != "T":
+            if state in ("", "Z", "X"):
+                pytest.fail(f"it was over before it could be stopped: {self._so_far(self._process.wait())}")
+            time.sleep(0.001)
         return self
+
+    def _state(self) -> str:
+        """proc_pid_stat(5): of all of its threads, once they stopped together; an empty string where it is gone."""
+        try:
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return ""
 
     def go_on(self) -> Self:
         """Let it go on after ``pause``; signals that came meanwhile reach it first."""
@@ -248,7 +256,7 @@ class Running(_Child):
         return must_hold(self._so_far(status))
 
 
-class Terminal(_Child):
+class Terminal(Child):
     """A run at a terminal: input and messages are the terminal, standard output is a file beside it, or with
     ``answers`` the terminal too. ``size`` is what the terminal says of its rows and columns.
     """

@@ -2,7 +2,8 @@
 
 Starting Python and importing numpy takes longer than what most of these runs do. A request is a line of JSON on
 standard input; the answer is a line with the request's number and the child's exit status. What the child says goes
-to the files named.
+to the files named. A request with ``beside`` is answered at once, with the child's pid; what became of that one a
+request with ``of`` asks, and may ``wait`` for.
 """
 
 from __future__ import annotations
@@ -23,11 +24,21 @@ def serve() -> None:
         importlib.import_module(f"blockbak.flow.{module}")
     for line in sys.stdin:
         request = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            run(request)
-        _, status = os.waitpid(child, 0)
-        print(request["number"], os.waitstatus_to_exitcode(status), flush=True)
+        print(request["number"], answer(request), flush=True)
+
+
+def answer(request: dict[str, object]) -> int | str:
+    """The exit status of a run that is over, the pid of one that was begun, or a word for one that goes on."""
+    if "of" in request:
+        ended, status = os.waitpid(request["of"], 0 if request["wait"] else os.WNOHANG)
+        return os.waitstatus_to_exitcode(status) if ended else "runs"
+    child = os.fork()
+    if child == 0:
+        run(request)
+    if request.get("beside"):
+        return child
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
 
 
 def run(request: dict[str, object]) -> None:

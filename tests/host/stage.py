@@ -9,11 +9,12 @@ import hashlib
 import itertools
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,20 +81,59 @@ class Forks:
         """Exit status, standard output and standard error of one run."""
         for file in (self._out, self._err):
             file.write_bytes(b"")
+        status = self._ask(argv=argv, where=str(where), environment=environment, out=str(self._out), err=str(self._err))
+        return int(status), self._out.read_text(), self._err.read_text()
+
+    def begin(self, argv: list[str], where: Path, environment: dict[str, str], out: str, err: str) -> Forked:
+        """A run beside the test, which says what it says into the files ``out`` and ``err``."""
+        pid = self._ask(argv=argv, where=str(where), environment=environment, out=out, err=err, beside=True)
+        return Forked(int(pid), lambda wait: self._ask(of=int(pid), wait=wait))
+
+    def _ask(self, **request: object) -> str:
         self._number += 1
-        request = {
-            "number": self._number, "argv": argv, "where": str(where), "environment": environment, "out": str(self._out), "err": str(self._err),
-        }  # fmt: skip
-        print(json.dumps(request), file=self._server.stdin, flush=True)
+        print(json.dumps({"number": self._number, **request}), file=self._server.stdin, flush=True)
         # A run that a test did not wait for may have been answered meanwhile.
         for line in self._server.stdout:
-            number, status = line.split()
+            number, told = line.split()
             if int(number) == self._number:
-                return int(status), self._out.read_text(), self._err.read_text()
+                return told
         raise AssertionError("the process that runs the program ended")
 
     def end(self) -> None:
         self._server.communicate()
+
+
+class Forked:
+    """A run that another process is the parent of, as far as a test needs what subprocess.Popen gives."""
+
+    def __init__(self, pid: int, ask: Callable[[bool], str]) -> None:
+        self.pid, self._ask = pid, ask
+        self._status: int | None = None
+
+    def poll(self) -> int | None:
+        """Its exit status; None while it runs."""
+        return self._looked(wait=False)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit status, once it is over. Raises subprocess.TimeoutExpired."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (status := self._looked(wait=deadline is None)) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(["blockbak"], timeout)
+            time.sleep(0.02)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def _looked(self, *, wait: bool) -> int | None:
+        if self._status is None and (told := self._ask(wait)) != "runs":
+            self._status = int(told)
+        return self._status
 
 
 @dataclass(frozen=True)

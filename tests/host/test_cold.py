@@ -171,6 +171,24 @@ def test_a_file_system_that_a_program_serves_is_refused_even_with_leave_to_end_i
         assert not (tmp_path / "x.img").exists()
 
 
+def test_who_holds_the_device_for_a_moment_is_waited_for(srv, program, tmp_path):
+    disk, _ = srv
+    # As of somebody who asks again and again whether the device is free: before it is read, and before it is mounted.
+    code = """import os, select, sys, time
+print('ready', flush=True)
+while not select.select([sys.stdin], [], [], 0.002)[0]:
+    try:
+        held = os.open(sys.argv[1], os.O_RDONLY | os.O_EXCL)
+    except OSError:
+        continue
+    time.sleep(1)
+    os.close(held)
+    time.sleep(1)
+"""
+    with nothing_changes(disk), other_process(code, disk):
+        program("cold", disk, tmp_path / "x.img")
+
+
 def test_a_loop_device_is_not_taken_for_one_whose_name_begins_like_it(srv, program, tmp_path):
     disk, where = srv
     (where / "disk").write_bytes(bytes(MIB))

@@ -6,10 +6,9 @@ import mmap
 import os
 import random
 import re
-import subprocess
 from pathlib import Path
 
-from tests.cli.program import Running, environment
+from tests.cli.program import Child, Running
 from tests.conftest import Loop
 from tests.vm.conftest import LIMIT_SECONDS, Blockbak, Group, lvs, suspended
 from tests.volumes import Fingerprint, difference, fingerprint
@@ -43,10 +42,20 @@ def as_disk(path: str, size: int = 0) -> Loop:
 # --- a run that is under way ------------------------------------------------------------------------------
 
 
+class Beside(Running):
+    """A run beside the test, in a child of the process that has imported the program."""
+
+    def __init__(self, blockbak: Blockbak, words: tuple[str, ...], exported: dict[str, str]) -> None:
+        Child.__init__(self, words)
+        self._limit = LIMIT_SECONDS
+        self._err = self._file()
+        out, err = (f"/proc/{os.getpid()}/fd/{file.fileno()}" for file in (self._out, self._err))
+        self._process = blockbak.forks.begin(list(words), Path("/"), exported, out, err)
+
+
 def start(blockbak: Blockbak, *words: object, env: dict[str, str] | None = None) -> Running:
-    """Run the installed command beside the test."""
-    argv = [str(word) for word in words]
-    return Running(*argv, program=("blockbak",), env=blockbak.exported | (env or {}), limit=LIMIT_SECONDS)
+    """Run the installed program beside the test."""
+    return Beside(blockbak, tuple(str(word) for word in words), blockbak.exported | (env or {}))
 
 
 def snapshot_read(pid: int) -> str:
@@ -83,11 +92,9 @@ def pause_reading(running: Running, after: str = "") -> str:
 
 def killed(blockbak: Blockbak, *words: object, env: dict[str, str] | None = None) -> None:
     """A run that something kills with SIGKILL on its way."""
-    done = subprocess.run(
-        ["blockbak", *map(str, words)], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
-        env=environment(blockbak.exported | (env or {})), timeout=LIMIT_SECONDS,
-    )  # fmt: skip
-    assert done.returncode == -9, f"it was not killed, but ended with {done.returncode}\n{done.stdout}{done.stderr}"
+    argv = [str(word) for word in words]
+    status, out, err = blockbak.forks.run(argv, Path("/"), blockbak.exported | (env or {}))
+    assert status == -9, f"it was not killed, but ended with {status}\n{out}{err}"
 
 
 # --- what the machine holds -------------------------------------------------------------------------------
