@@ -215,11 +215,6 @@ class NoMergeRoom(RepositoryError):
     advice = "Make room there. What no other point needed is gone already; all points are whole."
 
 
-class TooFar(RepositoryError):
-    message = "What there will be of {volume} at {moment} is not gone through: {reason}."
-    advice = "Take an earlier moment."
-
-
 class NotPinned(RepositoryError):
     message = "Point {point} is not pinned."
 

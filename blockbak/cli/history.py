@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from blockbak.model.events import Entry
 
 
+_POINTS_SHOWN = 2
+"""Of one line, in the table; --json has all."""
+
+
 def _since(_: click.Context, __: click.Parameter, value: str | None) -> datetime | None:
     from blockbak.model.when import since
 
@@ -28,8 +32,11 @@ def _since(_: click.Context, __: click.Parameter, value: str | None) -> datetime
 def _row(entry: Entry) -> list[object]:
     ended = f"{entry.exit} {entry.error}".strip() if entry.exit else "done"
     who = f"{entry.user}@{entry.host}" if entry.user else entry.host
+    points = (
+        entry.points if len(entry.points) <= _POINTS_SHOWN else [*entry.points[:1], f"{len(entry.points) - 1} more"]
+    )
     return [
-        entry.number, entry.time[:19].replace("T", " "), entry.event, entry.volume, ", ".join(entry.points), ended,
+        entry.number, entry.time[:19].replace("T", " "), entry.event, entry.volume, ", ".join(points), ended,
         render.seconds(entry.seconds), who, entry.job,
     ]  # fmt: skip
 

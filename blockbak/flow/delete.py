@@ -209,11 +209,13 @@ def _remove(
 
 def check_pins(volume: Volume, gone: Collection[str], images: Sequence[Image], context: Context) -> None:
     """None of the points ``gone`` may be pinned, and none of the ``images`` that go be an immutable point's. Raises
-    PointPinned, PointImmutable.
+    PointPinned, PointImmutable; and what makes a pin unreadable, where it is one of these.
     """
-    for point, pin in standing(volume.pins()[0].values(), context.now()).items():
+    pins, flaws = volume.pins()
+    unread = {error.fields["point"]: error for error in flaws}
+    for point, pin in standing(pins.values(), context.now()).items():
         if pin.immutable and (point in gone or any(image.point == point for image in images)):
-            raise PointImmutable(point=point, reason=pin.reason)
+            raise unread.get(point, PointImmutable(point=point, reason=pin.reason))
         if point in gone:
             raise PointPinned(point=point, reason=pin.reason)
 

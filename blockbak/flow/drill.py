@@ -52,8 +52,8 @@ CHECKER_SECONDS = 24 * 3600.0
 """A file system of many TiB takes hours."""
 OUTPUT = 4000
 """Characters of what a check command says that are kept."""
-_BELONGS_ELSEWHERE = ("LVM2_member", "linux_raid_member")
-"""On a device of its own, LVM or md might take it for the original."""
+_BELONGS_ELSEWHERE = ("LVM2_member", "linux_raid_member", "btrfs")
+"""On a device of its own, LVM, md or, where it is one of several, btrfs might take it for the original's."""
 
 
 @dataclass(slots=True)
@@ -277,9 +277,7 @@ class _Drill:
             courses = list(_courses(read, table, opening))
             report.notes += table.notes if table is not None else ()
         report.unseen += [f"{one.place.name}: {one.unseen}." for one in courses if one.unseen]
-        # Where the volume itself is LVM's or md's, it is not shown as a device at all.
-        alone = [one.found.type for one in courses if one.place.number == 0 and one.found is not None]
-        shown = not any(kind in _BELONGS_ELSEWHERE for kind in alone)
+        shown = all(self._may_be_shown(one, file) for one in courses if not one.place.number)
         if shown and not self.device:
             sector = opening.logical_sector if table is None else table.sector_bytes
             self.device = stack.enter_context(loops.attached(file, sector_bytes=sector))
@@ -289,11 +287,20 @@ class _Drill:
                 # Before anything of the copy is changed: what boots is what was saved.
                 self._boot(place, table, read)
             mounted = []
-            for one in courses:
+            for one in courses if shown else ():
                 if one.fstype or one.checker is not None:
                     mounted += self._look_into(one, file, place, stack)
             if options.check:
                 self._run_check(place, mounted)
+
+    def _may_be_shown(self, one: Course, file: int) -> bool:
+        """Whether a place may be a device of its own: there LVM, md or the kernel's btrfs might take it for the
+        original. A btrfs gets an id of its own before.
+        """
+        kind = one.found.type if one.found is not None else ""
+        if kind == "btrfs" and not one.unseen:
+            return self._rename_btrfs(one, file)
+        return kind not in _BELONGS_ELSEWHERE
 
     def _boot(self, place: Apart, table: PartitionTable | None, read: Read) -> None:
         report, options = self.report, self.options
@@ -329,15 +336,15 @@ class _Drill:
         name = f"{one.place.name} ({one.found.type})"
         node = self.device
         if number:
+            if not self._may_be_shown(one, file):
+                return []
             sector = self.point.images[0].opening.logical_sector
             node = stack.enter_context(
                 loops.attached(file, start=one.place.start, length=one.place.length, sector_bytes=sector)
             )
-        if one.found.type == "btrfs" and not self._rename_btrfs(one, node, name):
-            return []
         if one.unmark is not None:
             offset, value = one.unmark
-            _put(node, [(offset, bytes([value]))])
+            _put(node, offset, bytes([value]))
             report.notes.append(f"{_capital(name)} was in use when the point was made; it has no journal to replay.")
         if one.replay:
             with self._step(f"replay {number}"):
@@ -355,14 +362,19 @@ class _Drill:
         looked.mounted = True
         return [one.place.mount]
 
-    def _rename_btrfs(self, one: Course, node: str, name: str) -> bool:
-        """Give a btrfs an id of its own before the kernel sees it; whether that could be done."""
+    def _rename_btrfs(self, one: Course, file: int) -> bool:
+        """Give a btrfs an id of its own; whether that could be done."""
+        place = one.place
         try:
-            with reading(node) as read:
-                blocks = list(btrfsid.renamed(read, one.place.length, bytes.fromhex(self.context.hex_id(32))))
-            _put(node, blocks)
+            with reading(f"/proc/self/fd/{file}") as read:
+                inside = partition.inside(read, place.start, place.length)
+                blocks = list(btrfsid.renamed(inside, place.length, bytes.fromhex(self.context.hex_id(32))))
+            for offset, block in blocks:
+                os.pwrite(file, block, place.start + offset)
+            os.fsync(file)
         except (ValueError, OSError) as error:
-            self.differs(f"{_capital(name)} was not looked into, for it would be taken for the original: {error}.")
+            name = _capital(f"{place.name} (btrfs)")
+            self.differs(f"{name} was not looked into, for it would be taken for the original: {error}.")
             return False
         return True
 
@@ -426,15 +438,12 @@ def _courses(read: Read, table: PartitionTable | None, opening: Opening) -> Iter
         yield plan.course(place, filesystem(inside, place.length), inside)
 
 
-def _put(node: str, pieces: Sequence[tuple[int, bytes]]) -> None:
-    """Write pieces to the copy, each at its offset. Raises OSError."""
-    descriptor = os.open(node, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        for offset, data in pieces:
-            os.pwrite(descriptor, data, offset)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _put(node: str, offset: int, data: bytes) -> None:
+    """Write something to the copy."""
+    with open(node, "r+b", buffering=0) as file:
+        file.seek(offset)
+        file.write(data)
+        os.fsync(file.fileno())
 
 
 def _program(word: str) -> str:

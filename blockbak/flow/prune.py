@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
-from blockbak.errors import ATTENTION, Damage, NewerFormat, NoMergeRoom, TooFar
+from blockbak.errors import ATTENTION, BlockbakError, Damage, NewerFormat, NoMergeRoom
 from blockbak.flow import delete
 from blockbak.flow.context import Context, iso
 from blockbak.flow.points import culprit, hidden_images, highest_sequence, open_chain, open_reader
@@ -138,7 +138,7 @@ def _is_due(known: _Known, plan: Plan, policy: Policy, now: datetime) -> bool:
 
 
 def _simulated(known: _Known, policy: Policy, now: datetime, until: datetime) -> Report:
-    """What there will be at a moment to come, if points go on to be made as lately. Raises TooFar."""
+    """What there will be at a moment to come, if points go on to be made as lately."""
     plan = known.plan(policy, now)
     created = {point.id: retention.created(point) for point in known.catalog.points}
     candidates = [
@@ -146,10 +146,7 @@ def _simulated(known: _Known, policy: Policy, now: datetime, until: datetime) ->
         for one in plan.decisions
         if one.point in created and not one.damaged
     ]
-    try:
-        there = retention.simulate(candidates, policy, now, until, known.pins)
-    except ValueError as error:
-        raise TooFar(moment=iso(until), volume=known.volume.name, reason=error) from error
+    there = retention.simulate(candidates, policy, now, until, known.pins)
     kept = {one.id: tuple(why) for one, why in there}
 
     def then(one: Decision) -> Decision:
@@ -181,7 +178,7 @@ def prune(
     """Keep of a volume what the policy says. ``as_of`` only tells what that is, or will be, at another moment.
 
     Raises NoSuchVolume, VolumeLocked, NoMergeRoom, NoSpace, StoreFailed, UnreadableStore, NewerFormat, Interrupted; at
-    no moment a kept point lacks what it needs. TooFar where ``as_of`` cannot be simulated.
+    no moment a kept point lacks what it needs.
     """
     clock, now = context.timer(), context.now()
     volume = repository.volume(volume_name)
@@ -237,7 +234,7 @@ class _Pruning:
             if self._carry_out(known, plan):
                 break
             catalog = self.volume.catalog()
-        left = self.volume.catalog().images
+        left = self._left(known).catalog.images
         return Report(
             self.volume.name, tuple(decisions.values()), [image.file for image in self.composed], self.removed,
             sum(image.image_bytes for image in self.composed), self.freed, self.shared,
@@ -259,9 +256,16 @@ class _Pruning:
                     return False
                 made.append(image)
             # The new images are durable and read back before the old ones go.
-            catalog = self.volume.catalog()
-            self._remove(replace(known, catalog=catalog), points, made)
+            self._remove(self._left(known), points, made)
         return True
+
+    def _left(self, known: _Known) -> _Known:
+        """What is known, with what was composed and without what was removed since. Not read anew: the volume is held,
+        and a manifest that cannot be read just now would hide an image from whoever decides what others need.
+        """
+        there = {image.file: image for image in (*known.catalog.images, *self.composed)}
+        images = [image for file, image in there.items() if file not in self.removed]
+        return replace(known, catalog=replace(known.catalog, images=images))
 
     def _check_room(self, merges: Sequence[Merge]) -> None:
         """Raises NoMergeRoom."""
@@ -315,7 +319,7 @@ class _Pruning:
     def _culprits(self, merge: Merge) -> set[str]:
         """The images of a merge that are damaged, in their structure or in a frame."""
         found = set()
-        for at, image in enumerate(merge.chain):
+        for image in merge.chain:
             with ExitStack() as stack:
                 try:
                     flaws, _ = check_image(open_reader(self.volume, image, stack, from_disk=True), self.context)
@@ -355,8 +359,11 @@ class _Pruning:
 
 def full_is_due(repository: Repository, volume_name: str, policy: Policy, context: Context) -> bool:
     """Whether the next backup of a volume should be a full, as ``retention.full_due`` says: by its points, and by what
-    the history tells of fulls that were merged since. Raises NoSuchVolume.
+    the history tells of fulls that were merged since. A history that cannot be read tells nothing: no backup fails for
+    it. Raises NoSuchVolume, NoPermission, UnreadableStore.
     """
     volume = repository.volume(volume_name)
-    checks = retention.checks(repository.record.entries(), volume_name)
+    checks = Checks()
+    with suppress(BlockbakError):
+        checks = retention.checks(repository.record.entries(), volume_name)
     return retention.full_due(volume.catalog().points, policy, context.now(), checks.fulls)

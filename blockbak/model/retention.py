@@ -23,8 +23,8 @@ Action: TypeAlias = Literal["keep", "merge", "expire"]
 KEEP: Action = "keep"
 MERGE: Action = "merge"
 EXPIRE: Action = "expire"
-SIMULATED_MAX = 200_000
-"""Points that a simulation adds at most."""
+SIMULATED_MAX = 20_000
+"""Points that a simulation adds at most: made more often, they are thinned out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +195,9 @@ def chosen(candidates: Sequence[Candidate], policy: Policy, now: datetime) -> di
 
 # --- the plan --------------------------------------------------------------------------------------
 
+_LOST = "damaged, or not all there: left for a person to look at"
+_WAITING = "without a usable manifest: 'blockbak recover' may bring it back"
+
 
 def plan(
     images: Sequence[Image],
@@ -219,11 +222,12 @@ def plan(
         Candidate(point.id, created(point), verified=point.id in verified) for point in every if point.id in serving
     ]
     reasons = chosen(good, policy, now)
+    waiting = {image.point for image in hidden}
     for point in every:
         if point.id in pins:
             reasons.setdefault(point.id, []).append(pins[point.id].reason)
         if point.id not in serving:
-            reasons.setdefault(point.id, []).append("damaged, or not all there: left for a person to look at")
+            reasons.setdefault(point.id, []).append(_WAITING if point.id in waiting else _LOST)
     untouched = [point.id for point in every if point.id not in serving or _is_immutable(pins, point.id)]
     known = {point.id for point in every}
     for ancestor, needed_by in _ancestors(untouched, [*images, *hidden]).items():
@@ -392,14 +396,12 @@ def simulate(
     candidates: Sequence[Candidate], policy: Policy, now: datetime, until: datetime, pins: Mapping[str, Pin]
 ) -> list[tuple[Candidate, list[str]]]:
     """The points there will be, each with its reasons, if they go on to be made as lately and the policy is applied
-    each day. ``pins`` hold as long as they say. Raises ValueError where that would be too many to go through.
+    each day. ``pins`` hold as long as they say.
     """
-    step = interval(candidates)
-    if (until - now).total_seconds() / step > SIMULATED_MAX:
-        raise ValueError(f"that is more than {SIMULATED_MAX} points away")
     there = list(candidates)
-    moment = max([now, *(one.created for one in candidates)])
-    pruned = now
+    moment = pruned = max([now, *(one.created for one in candidates)])
+    seconds = max(0.0, (until - moment).total_seconds())
+    step = max(interval(candidates), seconds / SIMULATED_MAX)
 
     def prune(at: datetime) -> dict[str, list[str]]:
         reasons = chosen(there, policy, at)
@@ -408,8 +410,8 @@ def simulate(
                 reasons.setdefault(one.id, []).append(pins[one.id].reason)
         return reasons
 
-    while moment + timedelta(seconds=step) <= until:
-        moment += timedelta(seconds=step)
+    for _ in range(int(seconds / step)):
+        moment = min(until, moment + timedelta(seconds=step))
         there.append(Candidate(f"{moment:%Y%m%dT%H%M%SZ}-....", moment))
         if (moment - pruned).total_seconds() >= DAY:
             reasons = prune(moment)

@@ -7,13 +7,16 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 
-from blockbak.errors import Damage, NoMergeRoom, NoSpace
+from blockbak.errors import Damage, DamagedHistory, NoMergeRoom, NoSpace
 from blockbak.flow import prune, restore, verify
 from blockbak.image.reader import ImageReader
 from blockbak.model.retention import EXPIRE, KEEP, MERGE, Policy
+from blockbak.model.when import DAY
+from blockbak.repository.record import HISTORY
 from blockbak.units import KIB, MIB
 from tests.faults import FaultyKernel
 from tests.scene import BLOCK, DEEDS, VOLUME, Scene, write_at
@@ -188,8 +191,22 @@ def test_a_hidden_image_keeps_what_it_stands_on(scene):
     newest.write_bytes(whole[:-1])
     report = prune.prune(scene.repository(), VOLUME, Policy(last=1), scene.world())
     assert actions(report) == [KEEP] * 4
+    assert "recover" in report.decisions[3].reasons[0]
     newest.write_bytes(whole)
     scene.check_points()
+
+
+def test_a_history_that_cannot_be_read_stops_a_prune_and_no_backup(scene):
+    """Nobody could tell what was verified; that a full is due can be told without."""
+    (scene.place / HISTORY).unlink()
+    (scene.place / HISTORY).mkdir()
+    before = scene.files()
+    with pytest.raises(DamagedHistory):
+        prune.prune(scene.repository(), VOLUME, Policy(last=1), scene.world())
+    assert scene.files() == before
+    later = replace(scene.world(), now=lambda: datetime(2026, 5, 11, tzinfo=UTC))
+    assert not prune.full_is_due(scene.repository(), VOLUME, Policy(full_every=11 * DAY), later)
+    assert prune.full_is_due(scene.repository(), VOLUME, Policy(full_every=9 * DAY), later)
 
 
 def test_a_held_volume_is_not_pruned_but_looked_at(scene):

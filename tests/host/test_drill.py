@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from blockbak.host import emulator
 from tests.children import environment
 from tests.host.stage import MIB, damage_frame, mounted, partitions, put, pv_label, run, settle, sha
 
@@ -210,6 +211,16 @@ def test_a_disk_that_boots_and_one_that_does_not(program, tmp_path):
     assert report["booted"] is False
     assert "'login:'" in report["differences"][0]
     assert "within 3 s" in report["differences"][0]
+
+
+def test_a_disk_that_wants_uefi_and_does_not_boot(program, tmp_path):
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(bytes(8 * MIB))
+    run("sfdisk", "--quiet", disk, stdin="label: gpt\nsize=2M, type=U\nsize=1M\n")
+    report = drilled(program, program.backup(disk)["point"], "--boot", "--boot-seconds", "3", expect=3)
+    reason = "the package ovmf is not installed" if not emulator.firmware_file() else "within 3 s"
+    assert report["booted"] is False
+    assert reason in report["differences"][0]
 
 
 # --- what is not as it should be ---------------------------------------------------------------------------

@@ -351,10 +351,17 @@ def test_a_pin_stays_in_the_simulation_until_its_time():
         assert (point_name(1) in {one.id for one, _ in found}) is stays
 
 
-def test_too_far_is_told_and_not_tried():
-    fast = daily(10, step=timedelta(seconds=1))
-    with pytest.raises(ValueError, match="points away"):
-        simulate(fast, Policy(last=1), NOW, NOW + timedelta(days=365), {})
+def test_points_of_every_second_are_thinned_out_and_the_years_gone_through_all_the_same():
+    fast = daily(10, start=NOW, step=timedelta(seconds=1))
+    until = NOW + timedelta(days=7 * 365)
+    found = simulate(fast, Policy(yearly=9), NOW, until, {})
+    assert [one.created.year for one, _ in found] == list(range(2026, 2034))
+    far = datetime(9999, 12, 30, tzinfo=UTC)
+    assert far - simulate(fast, Policy(last=1), NOW, far, {})[-1][0].created < timedelta(days=200)
+
+
+def test_nothing_is_simulated_backwards():
+    assert [one.id for one, _ in simulate(daily(3), Policy(last=2), NOW, START, {})] == ["p1", "p2"]
 
 
 def test_the_decision_is_that_of_delete():
