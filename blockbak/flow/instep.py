@@ -93,8 +93,8 @@ class InStep:
     """What the target holds, and holds by now. Safe from several threads, each in other pieces (``PIECE_BYTES``, from
     a multiple of it). ``permit`` is asked before each write, and may raise.
 
-    ``resized`` says that the target got another size when it was opened. ``known`` is the map of what it holds once all was brought. For the reading back eight bytes are kept of each
-    piece that is written: 64 MiB for 16 TiB.
+    ``resized`` says that the target got another size when it was opened. ``known`` is the map of what it holds once all
+    was brought. For the reading back eight bytes are kept of each piece that is written: 64 MiB for 16 TiB.
     """
 
     def __init__(

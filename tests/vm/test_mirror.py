@@ -47,8 +47,8 @@ def test_a_dry_run_makes_no_snapshot(group, ext4, run_blockbak, tmp_path):
     source = group.volume("data", SIZE)
     ext4(as_disk(source))
     before = sorted(group.lvs())
-    words = ["mirror", "--from-snapshot", "--dry-run", "--snapshot-size", "16M", f"{group.name}/data", tmp_path / "copy"]
-    report = run_blockbak.json(*words)
+    words = ["mirror", "--from-snapshot", "--dry-run", "--snapshot-size", "16M"]
+    report = run_blockbak.json(*words, f"{group.name}/data", tmp_path / "copy")
     assert any("A snapshot of" in note for note in report["notes"])
     assert sorted(group.lvs()) == before
     assert not (tmp_path / "copy").exists()
