@@ -164,8 +164,9 @@ class Program:
             with contextlib.suppress(OSError):
                 if stream is not None:
                     stream.close()
-        for end in (lambda: None, self._process.terminate, self._process.kill):
-            end()
+        for end in (None, self._process.terminate, self._process.kill):
+            if end is not None:
+                end()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_GRACE_SECONDS)
                 return
