@@ -6,6 +6,7 @@
     ├── Failed                         1
     │   ├── SourceError …              the source cannot be read as asked
     │   ├── RepositoryError …          the repository cannot be used as asked
+    │   ├── JobError …                 a job of the configuration cannot be run
     │   └── CommandFailed              another program failed
     ├── Damage                         4  stored bytes are not what they were
     ├── Refused                        5  a safety rule forbids it

@@ -11,6 +11,8 @@ from blockbak.cli import common, nextboot, render
 from blockbak.errors import ATTENTION, BlockbakError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from blockbak.flow.backup import Report
     from blockbak.model.quiesce import RestOptions
 
@@ -129,7 +131,9 @@ def command(
         if not dry_run:
             for sentence in itertools.chain(*nextboot.finish(opened, world)):
                 render.say(sentence)
-        backup_all(opened, requests, replace(world, say=told.say), told, hot=hot, dry_run=dry_run)
+        voice = told.voice if world.voice is not None else None
+        speaking = replace(world, say=told.say, voice=voice)
+        backup_all(opened, requests, speaking, told, hot=hot, dry_run=dry_run)
     context.exit(told.end())
 
 
@@ -143,8 +147,11 @@ class _Told:
         self._said: set[str] = set()
 
     def say(self, sentence: str) -> None:
+        self.voice(sentence, {})
+
+    def voice(self, sentence: str, facts: Mapping[str, str]) -> None:
         self._said.add(sentence)
-        render.say(sentence)
+        render.say_about(sentence, facts)
 
     def __call__(self, result: Report | BlockbakError) -> None:
         if isinstance(result, BlockbakError):

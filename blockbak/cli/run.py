@@ -10,6 +10,8 @@ import click
 from blockbak.cli import common, render
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from blockbak.flow.run import JobReport, Step
 
 
@@ -42,6 +44,7 @@ def command(
 
     People are told as the configuration says. Nothing of that changes the exit status.
     """
+    from dataclasses import replace
     from random import SystemRandom
 
     from blockbak.cli import log
@@ -63,7 +66,8 @@ def command(
             run.remember(config, world)
         told = _Told(dry_run=dry_run, as_json=as_json)
         options = run.Options(dry_run=dry_run, force=force, wait=wait)
-        reports = run.run_jobs(config, wanted, options, world, told, pick=SystemRandom().random)
+        speaking = replace(world, say=told.say, voice=told.voice)
+        reports = run.run_jobs(config, wanted, options, speaking, told, pick=SystemRandom().random)
     if not wanted:
         told.line("The configuration has no job.", {})
     if as_json:
@@ -111,6 +115,16 @@ class _Told:
 
     def __init__(self, *, dry_run: bool, as_json: bool) -> None:
         self._dry_run, self._as_json = dry_run, as_json
+        self._said: set[str] = set()
+
+    def say(self, sentence: str) -> None:
+        """A message."""
+        self.voice(sentence, {})
+
+    def voice(self, sentence: str, facts: Mapping[str, str]) -> None:
+        """A message, and what it is about."""
+        self._said.add(sentence)
+        render.say_about(sentence, facts)
 
     def line(self, sentence: str, facts: dict[str, str]) -> None:
         """An answer, on standard output; a log for programs has it as well, with what it is about."""
@@ -157,6 +171,7 @@ class _Told:
     def _point(self, point: Any, facts: dict[str, str]) -> None:
         from blockbak.cli.backup import summary, would
 
-        for note in point.notes if point.attention or self._dry_run else ():
-            render.say_about(note, facts)
+        for note in point.notes:
+            if (point.attention or self._dry_run) and note not in self._said:
+                render.say_about(note, facts)
         self.line(would(point) if self._dry_run else summary(point), facts)

@@ -12,7 +12,6 @@ from blockbak.errors import (
     BadBlockSize,
     BadConfig,
     BlockbakError,
-    Damage,
     NoConfig,
     NoSourceFits,
     NoSuchJob,
@@ -184,7 +183,7 @@ def wanted(job: Job, found: Sequence[str], repository: Repository, zone: tzinfo,
     """What is due of each of these sources. Raises Damage, UnreadableStore and NoPermission of the repository."""
     try:
         entries = repository.record.entries()
-    except Damage as error:
+    except BlockbakError as error:
         # The points tell nearly all, and whoever verifies is told.
         context.say(f"What is due is told without the history: {error}")
         entries = []

@@ -106,8 +106,8 @@ def run_jobs(
 ) -> list[JobReport]:
     """Run what is due of these jobs, one after the other; a job that fails does not keep the next from being run.
 
-    ``tell`` is given each result as it comes, ``pick`` gives random numbers in [0, 1). Raises NoSchuZone never: the
-    configuration was checked. Errors are in the reports.
+    ``tell`` is given each result as it comes, ``pick`` gives random numbers in [0, 1). Errors are in the reports, and
+    none is raised but Interrupted, while people are told.
     """
     zone = clock.zone(config.timezone)
     reports = []
@@ -236,6 +236,8 @@ class _Run:
     def _alone(self) -> None:
         context, job, report = self._context, self._job, self.report
         state = jobstate.load(context.state_dir, job.name)
+        # Where systemd does not run, nobody has told of a run that was killed.
+        _tell_killed(self._config, job, state, context)
         repository: Repository | None = None
         try:
             repository = Repository(report.repository, context.kernel)
@@ -561,18 +563,23 @@ def tell_unfinished(config: Config, job: Job, context: Context) -> bool:
     with jobstate.alone(
         context.state_dir, job.name, wait=0, check=context.check, say=context.say, kernel=context.kernel
     ):
-        state = jobstate.load(context.state_dir, job.name)
-        if not state.started or state.ended:
-            return False
-        error = RunKilled(job=job.name, started=state.started)
-        state.ended, state.exit, state.error, state.failing = iso(context.now()), error.exit_code, error.name, True
-        details = {"errors": [error.as_dict()], "repository": config.path_of(job)}
-        outcome = Outcome(
-            job.name, state.run, context.host, context.now(), error.exit_code, error.name, str(error),
-            volumes=list(state.volumes.values()), details=details,
-        )  # fmt: skip
-        tell_people(config.notify, telling.after(outcome, failing=True), context)
-        save(state, job, context)
+        return _tell_killed(config, job, jobstate.load(context.state_dir, job.name), context)
+
+
+def _tell_killed(config: Config, job: Job, state: State, context: Context) -> bool:
+    """Tell people of the last run of a job that is held, if it did not come to its end; whether that is so."""
+    if not state.started or state.ended:
+        return False
+    error = RunKilled(job=job.name, started=state.started)
+    state.ended, state.exit, state.error, state.failing = iso(context.now()), error.exit_code, error.name, True
+    details = {"errors": [error.as_dict()], "repository": config.path_of(job)}
+    outcome = Outcome(
+        job.name, state.run, context.host, context.now(), error.exit_code, error.name, str(error),
+        volumes=list(state.volumes.values()), details=details,
+    )  # fmt: skip
+    context.say(str(error))
+    tell_people(config.notify, telling.after(outcome, failing=True), context)
+    save(state, job, context)
     return True
 
 

@@ -512,8 +512,8 @@ KEYS: tuple[Key, ...] = (
     Key(_RETENTION, "keep_monthly", _count, "NUMBER", "0", "The newest point of each of so many months.", 0),
     Key(_RETENTION, "keep_yearly", _count, "NUMBER", "0", "The newest point of each of so many years.", 0),
     Key(_RETENTION, "keep_within", _duration, "DURATION", "0s", "Every point that is not older than this.", 0.0),
-    Key(_RETENTION, "keep_verified", _count, "NUMBER", "0", "At least so many points that were verified, whatever else "
-        "is said here.", 0),
+    Key(_RETENTION, "keep_verified", _count, "NUMBER", "0", "At least so many points that were verified as a whole, "
+        "or drilled, whatever else is said here. A share of their bytes does not count.", 0),
     Key(_RETENTION, "full_every", _duration, "DURATION", "90d", "How often a full is to be one of its own, which "
         "shares no blocks of the disk with others; 0s: never.", 90 * 86400.0),
 

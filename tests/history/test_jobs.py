@@ -410,6 +410,17 @@ def test_a_run_that_was_killed_is_told_by_the_one_who_notices(machine, told):
     assert told() == [("recovery", "web")]
 
 
+def test_where_nobody_noticed_that_a_run_was_killed_the_next_one_tells(machine, told):
+    machine.configure('schedule = "daily"', machine.notify)
+    machine.once()
+    state = machine.state()
+    state.ended = ""
+    jobstate.save(machine.context.state_dir, "web", state, machine.context.kernel)
+    machine.now += timedelta(days=1)
+    assert machine.once().exit == 0
+    assert told() == [("failure", "web"), ("recovery", "web")]
+
+
 def test_a_configuration_that_cannot_be_used_is_told_to_those_of_the_last_one(machine, told):
     machine.configure('schedule = "daily"', machine.notify)
     runs.remember(load(str(machine.file)), machine.context)
