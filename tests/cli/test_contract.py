@@ -99,6 +99,15 @@ VERBS = [
         missing=["x"], surplus=["x", "b", "c"], on_repository=False,
     ),
     Verb(
+        "pin", lambda stock, place: [stock.newest, "--why", "before the move"],
+        missing=["latest"], surplus=["a", "b", "--why", "x"], point=["{}", "--why", "x"],
+    ),
+    Verb("unpin", lambda stock, place: [stock.newest], missing=[], point=["{}"]),
+    Verb(
+        "prune", lambda stock, place: ["web", "--keep-last", "2"],
+        surplus=["web", "b", "--keep-last", "1"], volume=["{}", "--keep-last", "1"],
+    ),
+    Verb(
         "export", lambda stock, place: ["web@latest", str(place / "out")],
         missing=["latest"], surplus=["latest", "b", "c"], point=["{}", "out"],
     ),
@@ -111,6 +120,7 @@ VERBS = [
         "timers", lambda stock, place: ["install", "--cron", *configured(stock, place)],
         missing=[], on_repository=False,
     ),
+    Verb("history", lambda stock, place: [], surplus=["x"]),
     Verb(
         "drill", lambda stock, place: [stock.newest, "--scratch", str(place)], surplus=["a", "b"], point=["{}"],
         needs_root=True,

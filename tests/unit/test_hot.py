@@ -190,7 +190,8 @@ def test_a_snapshot_that_waits_goes_as_soon_as_it_is_void(monkeypatch):
     monkeypatch.setattr(backup, "_newest", lambda _: "")
     held = [SimpleNamespace(seen=SimpleNamespace(mode="hot", name=name), volume=None) for name in sources]
     told = []
-    backup._read_held(SimpleNamespace(path="/repository"), held, HotOptions(), 0, context_of([]), told.append)
+    noted = SimpleNamespace(made=told.append, failed=lambda error, *_: told.append(error))
+    backup._read_held(SimpleNamespace(path="/repository"), held, HotOptions(), 0, context_of([]), noted)
     assert log == ["read a", "release b", "release a", "release b", "read c", "release c"]
     assert [type(one) for one in told] == [Made, PoolFull, Made]
 
