@@ -107,9 +107,12 @@ def _decide(volume: Volume, catalog: Catalog, gone: Collection[str]) -> tuple[Re
     try:
         removal = decide(catalog.images, gone, list(hidden_images(volume, catalog, strict=True)))
     except PointNeeded as refusal:
+        needed_by = str(refusal.fields["needed_by"])
+        if any(file.startswith(needed_by) for file in catalog.orphans):
+            refusal.add_note(f"{needed_by} has no manifest: 'blockbak recover' makes it a point, which can be deleted.")
         # It may be that another image serves, and only its manifest cannot be used.
         for error in catalog.damage:
-            if error.fields["point"] == refusal.fields["needed_by"]:
+            if error.fields["point"] == needed_by:
                 raise error from refusal
         raise
     for image in removal.images:

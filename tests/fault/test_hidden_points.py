@@ -133,6 +133,19 @@ def test_a_broken_point_that_others_stand_on_is_not_deleted_alone(number, scene)
     assert [name for name in os.listdir(scene.where) if name[:-4].startswith(tuple(gone))] == []
 
 
+def test_what_an_image_without_a_manifest_stands_on_is_not_deleted_and_it_is_told_what_to_do(scene):
+    """As a run leaves it that was killed once its image was sealed."""
+    newest, below = scene.names[2], scene.names[1]
+    for file in scene.where.glob(f"{newest}.*.json"):
+        file.unlink()
+    with pytest.raises(PointNeeded) as raised:
+        delete.delete(scene.repository(), [below], scene.world())
+    assert raised.value.fields == {"point": below, "needed_by": newest}
+    assert any("'blockbak recover'" in note for note in raised.value.__notes__)
+    recover.recover(scene.repository(), scene.world())
+    assert delete.delete(scene.repository(), [below, newest], scene.world()).points == [below, newest]
+
+
 def test_a_broken_point_that_nothing_stands_on_is_deleted(scene):
     point = broken(scene, 2)
     delete.delete(scene.repository(), [point], scene.world())
