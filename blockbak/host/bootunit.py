@@ -29,7 +29,8 @@ def name_for(state_dir: str) -> str:
 
 def text(state_dir: str, run_dir: str, python: str = sys.executable) -> str:
     """The unit. It is started as soon as its process is: units that it starts in turn, and that come after a target
-    which wants it, would else wait for it while it waits for them.
+    which wants it, would else wait for it while it waits for them. For ten minutes it tries again: a disk or a volume
+    may be there later than this is.
     """
     state, run = os.path.abspath(state_dir), os.path.abspath(run_dir)
     return "\n".join(
@@ -39,11 +40,15 @@ def text(state_dir: str, run_dir: str, python: str = sys.executable) -> str:
             "Description=Put back what blockbak had stopped for a cold backup",
             "After=local-fs.target remote-fs.target swap.target",
             f"RequiresMountsFor={_quoted(state)} {_quoted(python)} {_quoted(os.path.dirname(__file__))}",
+            "StartLimitIntervalSec=1h",
+            "StartLimitBurst=20",
             "",
             "[Service]",
             "Type=exec",
             f"Environment={_quoted(f'BLOCKBAK_STATE_DIR={state}')} {_quoted(f'BLOCKBAK_RUN_DIR={run}')}",
             f"ExecStart={_quoted(python).replace('$', '$$')} -I -m blockbak recover --machine",
+            "Restart=on-failure",
+            "RestartSec=30",
             "",
             "[Install]",
             "WantedBy=multi-user.target",
