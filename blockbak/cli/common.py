@@ -389,6 +389,12 @@ def ended_at_once() -> contextlib.AbstractContextManager[None]:
     return _handled(end)
 
 
+def deaf() -> None:
+    """SIGINT, SIGTERM and SIGHUP change nothing any more."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def world(wait: float = 0) -> Iterator[Context]:
     """The clock, the dice, the screen; and SIGINT, SIGTERM and SIGHUP turned into a wish to stop.

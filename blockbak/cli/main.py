@@ -134,6 +134,8 @@ def main() -> NoReturn:
                 render.failure(OutputFailed(reason=error.strerror), as_json=False)
     except KeyboardInterrupt:
         code = Interrupted.exit_code  # once more, while the answer was given
+    # It is over: a signal that comes while Python clears up would else be told in place of what came of it.
+    common.deaf()
     sys.exit(code)
 
 
