@@ -13,10 +13,17 @@ RUNS = ("active", "activating", "reloading")
 STOPPED_WITH = ("RequiredBy", "RequisiteOf", "BoundBy", "ConsistsOf", "PropagatesStopTo")
 STARTED_WITH = ("Wants", "Requires", "BindsTo", "Upholds")
 
+REFUSALS = {
+    "meanwhile": "Job for {name} canceled.",
+    "refuse": "Failed to stop {name}: Operation refused, unit {name} may be requested by dependency only (it is configured "
+    "to refuse manual start/stop).",
+}
+
 
 class FakeSystemd:
     """``units`` by name: ``state``, properties as systemctl shows them, and ``when_stopped`` (``restart``: it is
-    active again at once; ``refuse``: it stays), ``when_started`` (``fail``).
+    active again at once; ``meanwhile``: it is started before the stop is through; ``refuse``: it stays),
+    ``when_started`` (``fail``).
     """
 
     def __init__(self, directory: object) -> None:
@@ -103,8 +110,8 @@ class FakeSystemd:
             if unit["state"] not in RUNS:
                 continue
             how = unit.get("when_stopped", "")
-            if how == "refuse":
-                print(f"Job for {name} canceled.", file=sys.stderr)
+            if how in REFUSALS:
+                print(REFUSALS[how].format(name=name), file=sys.stderr)
                 status = 1
                 continue
             unit["state"] = "active" if how == "restart" else "inactive"

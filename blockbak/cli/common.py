@@ -366,13 +366,17 @@ def state_dir() -> str:
     return os.path.join(base, "blockbak")
 
 
-@contextlib.contextmanager
-def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP come to ``handler``."""
+def _listen(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """SIGINT, SIGTERM and SIGHUP come to ``handler`` from now on. Gives what they came to before."""
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         numbers.append(signal.SIGHUP)  # under nohup it stays ignored
-    before = {number: signal.signal(number, handler) for number in numbers}
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = _listen(handler)
     try:
         yield
     finally:
@@ -380,13 +384,13 @@ def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
             signal.signal(number, one)
 
 
-def ended_at_once() -> contextlib.AbstractContextManager[None]:
+def end_at_once() -> None:
     """Where there is nothing to undo, each of them is what Ctrl-C is to Python: a KeyboardInterrupt."""
 
     def end(_: int, __: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    return _handled(end)
+    _listen(end)
 
 
 def deaf() -> None:

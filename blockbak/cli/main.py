@@ -125,8 +125,8 @@ def main() -> NoReturn:
     _stand_in()
     as_json = "--json" in sys.argv
     try:
-        with common.ended_at_once():
-            code = _run(as_json=as_json)
+        common.end_at_once()
+        code = _run(as_json=as_json)
         if error := render.lost():
             code = code or 1
             # Whoever read a pipe has enough of it, and knows.

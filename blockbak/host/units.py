@@ -27,6 +27,8 @@ _STOPPED_WITH = ("RequiredBy", "RequisiteOf", "BoundBy", "ConsistsOf", "Propagat
 _STARTED_WITH = ("Wants", "Requires", "BindsTo", "Upholds")
 _PROPERTIES = ("Id", "LoadState", "ActiveState", "Job", "TimeoutStopUSec", *_TRIGGERS, *_STOPPED_WITH, *_STARTED_WITH)
 _RUNS = frozenset({"active", "activating", "reloading", "refreshing"})
+_CANCELED = "canceled"
+"""Said where a start took the place of the stop (systemd, bus-wait-for-jobs.c)."""
 _FIRST = (".path", ".socket", ".timer")
 """Started before the rest: a service that has its socket already would be refused it."""
 
@@ -163,6 +165,9 @@ class Units:
         except CommandFailed as error:
             states = self.states(names)
             left = next((name for name in names if states[name] not in ("inactive", "failed")), names[0])
+            if _CANCELED in _reason(error) and states[left] in _RUNS:
+                # Somebody's start came while systemd was still stopping it.
+                raise UnitRestarted(unit=left, reason=f"it is {states[left]}") from error
             raise UnitNotStopped(unit=left, reason=_reason(error)) from error
         self.check_stopped(names)
 

@@ -240,6 +240,33 @@ def test_export_while_another_program_converts(
         os.kill(int(begun.read_text()), 0)
 
 
+# --- before anything begins ------------------------------------------------------------------------------------
+
+# Python reads a module of this name before it runs a program.
+_SLOW_TO_LOAD = """
+import os, sys, time
+
+def seen(event, arguments):
+    if event == "import" and arguments[0] == "blockbak.cli.main":
+        open(os.environ["LOADING"], "w").close()
+        time.sleep(60)
+
+sys.addaudithook(seen)
+"""
+
+
+@any_signal
+def test_while_the_program_is_loaded(number: int, repo: Path, stock: Stock, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(_SLOW_TO_LOAD)
+    loading = tmp_path / "loading"
+    before = stored(repo)
+    words = ["-r", repo, "backup", stock.source, "--name", "v"]
+    with Running(*words, env={"PYTHONPATH": str(tmp_path), "LOADING": str(loading)}) as going:
+        said = interrupted(going, number, "it was being loaded", loading.exists)
+    assert said == "blockbak: Interrupted; nothing was begun.\n"
+    is_as_before(repo, before)
+
+
 # --- wherever the tests run ------------------------------------------------------------------------------------
 
 # What nohup does, and a shell to what it starts in the background of a script.

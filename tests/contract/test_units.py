@@ -32,6 +32,7 @@ FILES = {
     "extra.service": SLEEPS,
     "broken.service": "[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/bin/false\n",
     "stubborn.service": SLEEPS,
+    "manual.service": "[Unit]\nRefuseManualStop=yes\n" + SLEEPS,
     "nanny.service": "[Service]\nExecStart=/bin/sh -c 'while :; do systemctl --user start stubborn; sleep 0.05; done'\n",
     "hooked.target": "[Unit]\nRequires=db.service\nWants=off.service\n",
 }  # fmt: skip
@@ -104,6 +105,7 @@ class Played:
             "hooked.target": {"Wants": "off.service"},
             "worker.service": {"BoundBy": "report.service"},
             "broken.service": {"when_started": "fail"},
+            "manual.service": {"when_stopped": "refuse"},
         }
         for name in FILES:
             self._systemd.add(name, "active" if name in RUNNING else "inactive", **facts.get(name, {}))
@@ -162,9 +164,13 @@ def test_units_are_told_stopped_and_started(systemd):
     assert (started, [(one.name, one.state) for one in failed]) == ([], [("broken.service", "failed")])
 
     systemd.nanny()
-    # A start that comes before the stop is through takes its place.
-    with pytest.raises((UnitRestarted, UnitNotStopped), match=r"stubborn\.service( was stopped, and|.*canceled)"):
+    with pytest.raises(UnitRestarted, match=r"stubborn\.service was stopped, and runs again"):
         stopped_for_long(units, "stubborn.service")
+
+    units.start(["manual.service"])
+    with pytest.raises(UnitNotStopped, match=r"manual\.service could not be stopped: .*Operation refused"):
+        units.stop(["manual.service"])
+    assert units.active(["manual.service"]) == ["manual.service"]
 
 
 def stopped_for_long(units, name):

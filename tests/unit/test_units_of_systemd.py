@@ -165,7 +165,15 @@ def test_a_unit_that_cannot_be_stopped_is_named(systemd, units):
     with pytest.raises(UnitNotStopped) as caught:
         units.stop(["a.service", "hard.service"])
     assert caught.value.fields["unit"] == "hard.service"
-    assert "canceled" in str(caught.value)
+    assert "Operation refused" in str(caught.value)
+
+
+def test_a_unit_that_is_started_while_it_stops_is_named_as_one_that_runs_again(systemd, units):
+    systemd.add("a.service")
+    systemd.add("stubborn.service", when_stopped="meanwhile")
+    with pytest.raises(UnitRestarted) as caught:
+        units.stop(["a.service", "stubborn.service"])
+    assert caught.value.fields["unit"] == "stubborn.service"
 
 
 def test_a_unit_that_does_not_start_is_told(systemd, units):

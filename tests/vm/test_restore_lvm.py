@@ -209,6 +209,8 @@ def test_volumes_that_others_depend_on_are_left_alone(make_group, run_blockbak, 
 def test_a_second_copy_of_a_physical_volume_is_warned_of(loop, make_group, run_blockbak, repository):
     group = make_group(size=32 * MIB)
     group.volume("data", 8 * MIB)
+    # What udev begins when a physical volume is made may come late, and would activate the group again.
+    run("vgchange", "--quiet", "--setautoactivation", "n", group.name)
     run("vgchange", "--quiet", "-an", group.name)
     disk = run("pvs", "--noheadings", "-o", "pv_name", "-S", f"vg_name={group.name}")
     uuid = run("pvs", "--noheadings", "-o", "pv_uuid", "-S", f"vg_name={group.name}")
