@@ -13,8 +13,12 @@ MIB = 1024 * KIB
 GIB = 1024 * MIB
 TIB = 1024 * GIB
 
-_SPANS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400, "y": 365 * 86400}
+DAY = 86400.0
+"""Seconds of a day that is as long as most."""
+
+_SPANS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": DAY, "w": 7 * DAY, "y": 365 * DAY}
 _SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*(min|[smhdwy])")
+_SECONDS_MAX = 1000 * _SPANS["y"]
 _FACTORS = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": TIB}
 _SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
@@ -43,13 +47,14 @@ def parse_size(text: str) -> int:
 
 
 def parse_duration(text: str) -> float:
-    """Seconds named by ``90s``, ``15min`` (or ``15m``), ``1h 30m``, ``2d``, ``6w``, ``1y`` of 365 days. Raises
-    ValueError.
+    """Seconds named by ``90s``, ``15min`` (or ``15m``), ``1h 30m``, ``2d``, ``6w``, ``1y`` of 365 days; a thousand
+    years at most. Raises ValueError.
     """
     words = text.strip()
-    if not words or _SPAN.sub("", words).strip():
+    seconds = sum((float(number) * _SPANS[unit] for number, unit in _SPAN.findall(words)), 0.0)
+    if not words or _SPAN.sub("", words).strip() or seconds > _SECONDS_MAX:
         raise ValueError(f"not a duration: {text!r}")
-    return float(sum(float(number) * _SPANS[unit] for number, unit in _SPAN.findall(words)))
+    return seconds
 
 
 def format_size(value: int) -> str:

@@ -17,7 +17,7 @@ from blockbak.errors import BadBlockSize, Interrupted, NoRepositoryNamed, NotARe
 
 if TYPE_CHECKING:
     from blockbak.flow.context import Context
-    from blockbak.model.config import Config
+    from blockbak.model.config import Config, Job
     from blockbak.repository.local import Repository
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -61,6 +61,16 @@ def _seconds(_: click.Context, __: click.Parameter, value: float) -> float:
     if math.isnan(value):
         raise click.BadParameter("take a number of seconds")
     return value
+
+
+def duration(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
+    """Seconds, of a duration as people write it; None where none is given."""
+    from blockbak.units import parse_duration
+
+    try:
+        return None if value is None else parse_duration(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is no duration like 90min, 36h, 30d or 2y") from error
 
 
 PATH = _Path()
@@ -289,13 +299,15 @@ def known_repository(named: str | None) -> Repository | None:
         return None
 
 
-def open_repository(named: str | None) -> Repository:
-    """The repository named here, before the verb, or by BLOCKBAK_REPO; else the only one of the configuration. Raises
-    NoRepositoryNamed and what opening it raises.
+def open_repository(named: str | None, config: Config | None = None, job: Job | None = None) -> Repository:
+    """The repository named here, before the verb, or by BLOCKBAK_REPO; else that of ``job``, or the only one of
+    ``config``, or of the usual configuration where none is given. Raises NoRepositoryNamed and what opening it raises.
     """
     from blockbak.repository.local import Repository
 
-    path = named or click.get_current_context().obj or os.environ.get("BLOCKBAK_REPO") or _configured()
+    path = named or click.get_current_context().obj or os.environ.get("BLOCKBAK_REPO")
+    if not path and (config := config or _usable_config()):
+        path = config.path_of(job) if job else _only_path(config)
     if not path:
         raise NoRepositoryNamed
     if not _has_place(path):
@@ -320,17 +332,14 @@ def known_config(named: str | None) -> Config | None:
     return load(path)
 
 
-def only_repository(config: Config | None) -> str | None:
-    """The directory of the only repository of a configuration, where nothing else names one."""
-    if config is None or click.get_current_context().obj or os.environ.get("BLOCKBAK_REPO"):
-        return None
+def _only_path(config: Config) -> str | None:
     places = list(config.repositories.values())
     return places[0].path if len(places) == 1 else None
 
 
-def _configured() -> str | None:
-    """The only repository of the configuration, where there is one that can be read and that has just one: what is
-    wrong with it is no reason to do without a restore.
+def _usable_config() -> Config | None:
+    """The usual configuration, where it can be read and used: what is wrong with it is no reason to do without a
+    restore.
     """
     try:
         with open(config_path(None), encoding="utf-8", newline="") as file:
@@ -340,10 +349,9 @@ def _configured() -> str | None:
     from blockbak.model.config import Unusable, parse
 
     try:
-        places = list(parse(text).repositories.values())
+        return parse(text)
     except Unusable:
         return None
-    return places[0].path if len(places) == 1 else None
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from blockbak.errors import ATTENTION, BlockbakError, Interrupted
 
 if TYPE_CHECKING:
     from blockbak.flow.drill import Looked, Report
+    from blockbak.model.config import Job
     from blockbak.model.drill import DrillOptions
 
 
@@ -84,6 +84,7 @@ def command(
     from dataclasses import replace
 
     from blockbak.flow.drill import drill, points_of
+    from blockbak.flow.jobs import chosen, load
     from blockbak.flow.points import newest_points
     from blockbak.model.drill import DrillOptions
 
@@ -101,8 +102,10 @@ def command(
         target or "", overwrite, scratch or "", checker, check, check_seconds, boot, boot_pattern, boot_seconds
     )
     if job_name is not None:
-        options, path = _of_job(context, config_file, job_name, options)
-        opened = common.open_repository(repository or path)
+        config = load(common.config_path(config_file))
+        (job,) = chosen(config, [job_name])
+        options = _of_job(context, job, options)
+        opened = common.open_repository(repository, config, job)
         names = points_of(opened, job_name)
     else:
         opened = common.open_repository(repository)
@@ -124,30 +127,22 @@ def command(
     context.exit(code)
 
 
-def _of_job(
-    context: click.Context, config_file: str | None, name: str, asked: DrillOptions
-) -> tuple[DrillOptions, str | None]:
-    """What a job asks for, where the command line does not say otherwise; and its repository's directory, where nothing
-    else names one.
-    """
+def _of_job(context: click.Context, job: Job, asked: DrillOptions) -> DrillOptions:
+    """What a job asks for, where the command line does not say otherwise."""
     from dataclasses import replace
 
     from click.core import ParameterSource
 
     from blockbak.flow.drill import options_of
-    from blockbak.flow.jobs import chosen, load
 
-    config = load(common.config_path(config_file))
-    (job,) = chosen(config, [name])
-    if job.drill is not None:
-        said = {
-            option: getattr(asked, option)
-            for option in ("checker", "check", "check_seconds", "boot", "boot_pattern", "boot_seconds", "scratch")
-            if context.get_parameter_source(option) is ParameterSource.COMMANDLINE
-        }
-        asked = replace(options_of(job.drill), **said)
-    elsewhere = context.find_root().obj or os.environ.get("BLOCKBAK_REPO")
-    return asked, None if elsewhere else config.path_of(job)
+    if job.drill is None:
+        return asked
+    said = {
+        option: getattr(asked, option)
+        for option in ("checker", "check", "check_seconds", "boot", "boot_pattern", "boot_seconds", "scratch")
+        if context.get_parameter_source(option) is ParameterSource.COMMANDLINE
+    }
+    return replace(options_of(job.drill), **said)
 
 
 def as_document(report: Report) -> dict[str, object]:

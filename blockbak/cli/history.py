@@ -26,7 +26,7 @@ def _since(_: click.Context, __: click.Parameter, value: str | None) -> datetime
     try:
         return since(value, datetime.now(UTC))
     except ValueError as error:
-        raise click.BadParameter(f"{value!r} is neither a time like 2026-05-01T03:00 nor a span like 7d") from error
+        raise click.BadParameter(f"{value!r} is neither a time like 2026-05-01T03:00 nor a duration like 7d") from error
 
 
 def _row(entry: Entry) -> list[object]:
@@ -46,7 +46,7 @@ def _row(entry: Entry) -> list[object]:
     "  blockbak -r /srv/backup history --since 2026-05-01 --volume web --json",
 )
 @click.option(
-    "--since", "moment", callback=_since, metavar="WHEN", help="What came at or after a time (UTC), or a span ago: 7d."
+    "--since", "moment", callback=_since, metavar="WHEN", help="What came at or after a time (UTC), or so long ago: 7d."
 )
 @click.option("--volume", callback=common.volume_name, metavar="VOLUME", help="What was done to this volume.")
 @common.repository_option

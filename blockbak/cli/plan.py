@@ -117,14 +117,13 @@ def _of_job(
     from blockbak.flow import jobs
     from blockbak.flow.estimate import Wish, plan
     from blockbak.host import clock
-    from blockbak.repository.local import Repository
 
     config = jobs.load(path)
     (job,) = jobs.chosen(config, [name])
     sources, errors = jobs.sources(job)
-    opened: Repository | None = None
+    opened = None
     try:
-        opened = common.open_repository(repository) if repository else Repository(config.path_of(job))
+        opened = common.open_repository(repository, config, job)
     except NotARepository as error:
         world.say(f"What there is already is not known: {error}")
     zone = clock.zone(config.timezone)

@@ -17,15 +17,6 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _span(_: click.Context, __: click.Parameter, value: str) -> float:
-    from blockbak.model.when import span
-
-    try:
-        return span(value)
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} is not a span like 36h, 30d, 8w or 2y") from error
-
-
 def _as_of(_: click.Context, __: click.Parameter, value: str | None) -> datetime | None:
     from blockbak.model.when import last_moment
 
@@ -56,11 +47,12 @@ def policy_options(function: F) -> F:
             )
         ),
         click.option(
-            "--keep-within", "within", callback=_span, default="0s", metavar="SPAN", help="All that are younger."
+            "--keep-within", "within", callback=common.duration, default="0s", metavar="DURATION",
+            help="All that are younger.",
         ),
         _number("verified", "Whatever else: at least N points that were verified whole, or drilled."),
         click.option(
-            "--full-every", callback=_span, default="90d", show_default=True, metavar="SPAN",
+            "--full-every", callback=common.duration, default="90d", show_default=True, metavar="DURATION",
             help="Say that a full is due where none was read from the source for so long; 0d: never.",
         ),
     ]  # fmt: skip

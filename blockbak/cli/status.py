@@ -17,16 +17,9 @@ if TYPE_CHECKING:
 FORMATS = ("text", "json", "prometheus", "nagios")
 
 
-def _duration(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
-    from blockbak.units import parse_duration
-
-    if value is None:
-        return None
-    try:
-        seconds = parse_duration(value)
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} is no duration; take 26h, 90min or 2d") from error
-    if seconds <= 0:
+def _goal(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    seconds = common.duration(context, parameter, value)
+    if seconds is not None and seconds <= 0:
         raise click.BadParameter("take more than nothing")
     return seconds
 
@@ -39,8 +32,8 @@ def _duration(_: click.Context, __: click.Parameter, value: str | None) -> float
     "  blockbak -r /srv/backup status --textfile /var/lib/prometheus/node-exporter/blockbak.prom",
 )
 @click.argument("volume", required=False)
-@click.option("--rpo", callback=_duration, metavar="DURATION", help="How old the newest good point may be, as in 26h.")
-@click.option("--rto", callback=_duration, metavar="DURATION", help="How long a drill may take, as in 1h.")
+@click.option("--rpo", callback=_goal, metavar="DURATION", help="How old the newest good point may be, as in 26h.")
+@click.option("--rto", callback=_goal, metavar="DURATION", help="How long a drill may take, as in 1h.")
 @click.option("--format", "form", type=click.Choice(FORMATS), default="text", show_default=True,
               help="For people, for scripts, or for a monitoring system.")  # fmt: skip
 @click.option("--textfile", type=common.PATH, metavar="FILE",
@@ -69,7 +62,7 @@ def command(
     form = "json" if as_json else form
     try:
         config = common.known_config(config_file)
-        opened = common.open_repository(repository or common.only_repository(config))
+        opened = common.open_repository(repository, config)
         only, jobs = ([volume], []) if volume is not None else ([], jobs_into(config, opened))
         with common.world() as world:
             report = status(opened, world, goals(config, Goals(rpo, rto)), only=only, jobs=jobs)

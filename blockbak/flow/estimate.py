@@ -26,9 +26,8 @@ from blockbak.model.chain import Point
 from blockbak.model.estimate import Before, Sample, Span
 from blockbak.model.retention import Policy
 from blockbak.model.schedule import Kinds
-from blockbak.model.when import DAY
 from blockbak.repository.local import Repository
-from blockbak.units import MIB, SECTOR
+from blockbak.units import DAY, MIB, SECTOR
 
 WINDOWS = 400
 """Of a sample: enough for a few percent, and read in seconds from a slow disk."""

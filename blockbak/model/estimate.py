@@ -18,7 +18,7 @@ from blockbak.model.chain import POINT_CHARS
 from blockbak.model.facts import FULL
 from blockbak.model.retention import Candidate, Policy, chosen
 from blockbak.model.schedule import Kinds, Made, kind_due
-from blockbak.model.when import DAY
+from blockbak.units import DAY
 
 Numbers = npt.NDArray[np.float64]
 RUNS_MAX = 20_000

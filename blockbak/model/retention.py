@@ -17,7 +17,8 @@ from blockbak.model.chain import Image, Point, chains, points
 from blockbak.model.events import Entry
 from blockbak.model.facts import FULL, INCREMENTAL, Kind
 from blockbak.model.pin import Pin
-from blockbak.model.when import DAY, first_moment
+from blockbak.model.when import first_moment
+from blockbak.units import DAY
 
 Action: TypeAlias = Literal["keep", "merge", "expire"]
 KEEP: Action = "keep"

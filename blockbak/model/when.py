@@ -1,17 +1,15 @@
-"""Moments and spans as people write them."""
+"""Moments as people write them."""
 
 from __future__ import annotations
 
 import re
 from datetime import UTC, datetime, timedelta
 
+from blockbak.units import parse_duration
+
 _TIME = re.compile(
     r"\d{4}-?\d\d-?\d\d(?:[T ]\d\d:?(?P<minute>\d\d)(?::?(?P<second>\d\d)(?P<fraction>\.\d+)?)?(?:Z|[+-]\d\d:?\d\d)?)?"
 )
-DAY = 86400.0
-_SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|m|h|d|w|y)")
-_SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": DAY, "w": 7 * DAY, "y": 365 * DAY}
-_SECONDS_MAX = 1000 * 365 * DAY
 
 
 def _period(text: str) -> tuple[datetime, timedelta] | None:
@@ -44,18 +42,9 @@ def last_moment(text: str) -> datetime | None:
         return None
 
 
-def span(text: str) -> float:
-    """Seconds of a span such as ``90d``, ``12h``, ``30min``, ``2w``, ``1y`` (365 days). Raises ValueError."""
-    found = _SPAN.fullmatch(text.strip())
-    seconds = float(found[1]) * _SECONDS[found[2]] if found else -1.0
-    if not 0 <= seconds <= _SECONDS_MAX:
-        raise ValueError(f"not a span of time: {text!r}")
-    return seconds
-
-
 def since(text: str, now: datetime) -> datetime:
-    """The moment that a time begins with, or that is a span before ``now``. Raises ValueError."""
+    """The moment that a time begins with, or that is a duration before ``now``. Raises ValueError."""
     try:
-        return first_moment(text) or now - timedelta(seconds=span(text))
+        return first_moment(text) or now - timedelta(seconds=parse_duration(text))
     except OverflowError as error:
         raise ValueError(f"too long ago: {text!r}") from error

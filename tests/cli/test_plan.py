@@ -37,6 +37,18 @@ def test_a_job_of_the_configuration(stock: Stock, tmp_path: Path) -> None:
     fails(1, "NoConfig", "plan", "web", "--config", tmp_path / "none")
 
 
+def test_the_repository_of_the_command_line_goes_before_that_of_the_job(stock: Stock, tmp_path: Path) -> None:
+    config = tmp_path / "blockbak.toml"
+    config.write_text(
+        f'[repositories.main]\npath = "{tmp_path}/none"\n'
+        f'[jobs.web]\nsources = ["{stock.source}"]\n[jobs.web.retention]\nkeep_daily = 7\n'
+    )
+    (plan,) = document("-r", stock.path, "plan", "web", "--config", config)["plans"]
+    assert plan["free_bytes"] > 0
+    ended = ok("plan", "web", "--config", config)
+    assert "What there is already is not known" in ended.said
+
+
 def test_too_little_room_is_something_to_look_at(stock: Stock, tmpfs: Callable[..., Path]) -> None:
     repository = tmpfs(1 << 20) / "repo"
     ok("init", repository)

@@ -64,7 +64,7 @@ def test_a_sample_says_how_large_a_full_becomes(volume, tmp_path):
     repository = new_repository(tmp_path / "repository")
     made = backup.backup(repository, Request(str(source)), world)
     # All of so small a volume is in the sample: what is left is the index.
-    assert report.full_bytes.low <= made.stored_bytes <= report.full_bytes.high + 64 << 10
+    assert report.full_bytes.low <= made.stored_bytes <= report.full_bytes.high + (64 << 10)
     assert report.full_bytes.likely == pytest.approx(made.stored_bytes, rel=0.05)
     assert report.snapshot_bytes is None
     assert (report.free_bytes, report.fits) == (None, None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,6 +37,31 @@ def test_sizes_people_write(text, expected):
 def test_what_is_no_size(text):
     with pytest.raises(ValueError, match="not a size"):
         units.parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90s", 90), ("5min", 300), ("5m", 300), ("36h", 129600), ("7d", 604800), ("2w", 1209600), ("1y", 31536000),
+        ("1.5h", 5400), (" 7 d ", 604800), ("0d", 0), ("1h 30m", 5400), ("1h30m", 5400), ("1000y", 31536000000),
+    ],
+)  # fmt: skip
+def test_durations_people_write(text, seconds):
+    assert units.parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text", ["", "7", "d", "-1d", "7 days", "1e3d", "1h 30", "nan d", "inf d", "1001y", "9" * 400 + "y"]
+)
+def test_what_is_no_duration(text):
+    with pytest.raises(ValueError, match="not a duration"):
+        units.parse_duration(text)
+
+
+@given(st.text())
+def test_no_text_is_anything_but_a_duration_or_an_error(text):
+    with contextlib.suppress(ValueError):
+        assert units.parse_duration(text) >= 0
 
 
 @given(values)

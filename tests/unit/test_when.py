@@ -1,15 +1,14 @@
-"""Moments and spans as people write them."""
+"""Moments as people write them."""
 
 from __future__ import annotations
 
-import contextlib
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockbak.model.when import first_moment, last_moment, since, span
+from blockbak.model.when import first_moment, last_moment, since
 
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
 
@@ -40,21 +39,6 @@ def test_the_last_day_there_is_has_no_end():
     assert last_moment("9999-12-31") is None
 
 
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("90s", 90), ("5min", 300), ("5m", 300), ("36h", 129600), ("7d", 604800), ("2w", 1209600), ("1y", 31536000),
-     ("1.5h", 5400), (" 7 d ", 604800), ("0d", 0)],
-)  # fmt: skip
-def test_spans(text, seconds):
-    assert span(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "7", "d", "-1d", "7 days", "1e3d", "9999999y", "nan d"])
-def test_what_is_no_span(text):
-    with pytest.raises(ValueError):
-        span(text)
-
-
 def test_since_takes_both():
     assert since("2026-04-30", NOW) == datetime(2026, 4, 30, tzinfo=UTC)
     assert since("12h", NOW) == datetime(2026, 5, 1, tzinfo=UTC)
@@ -69,5 +53,3 @@ def test_since_takes_both():
 def test_no_text_is_anything_but_a_value_or_an_error(text):
     first, last = first_moment(text), last_moment(text)
     assert first is None or last is None or first <= last
-    with contextlib.suppress(ValueError):
-        assert span(text) >= 0
