@@ -16,6 +16,8 @@ import click
 from blockbak.errors import BadBlockSize, Interrupted, NoRepositoryNamed, NotARepository, NotConfirmed
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from blockbak.flow.context import Context
     from blockbak.model.config import Config, Job
     from blockbak.repository.local import Repository
@@ -71,6 +73,18 @@ def duration(_: click.Context, __: click.Parameter, value: str | None) -> float 
         return None if value is None else parse_duration(value)
     except ValueError as error:
         raise click.BadParameter(f"{value!r} is no duration like 90min, 36h, 30d or 2y") from error
+
+
+def last_moment(_: click.Context, __: click.Parameter, value: str | None) -> datetime | None:
+    """The end of a day, minute or second; None where none is given."""
+    from blockbak.model import when
+
+    if value is None:
+        return None
+    moment = when.last_moment(value)
+    if moment is None:
+        raise click.BadParameter(f"{value!r} is not a time like 2027-12-31 or 2027-12-31T18:00")
+    return moment
 
 
 PATH = _Path()

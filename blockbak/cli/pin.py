@@ -9,24 +9,15 @@ import click
 from blockbak.cli import common, render
 
 
-def _until(_: click.Context, __: click.Parameter, value: str | None) -> datetime | None:
-    from blockbak.model.when import last_moment
-
-    if value is None:
-        return None
-    moment = last_moment(value)
-    if moment is None:
-        raise click.BadParameter(f"{value!r} is not a time like 2027-12-31 or 2027-12-31T18:00")
-    return moment
-
-
 @click.command(
     epilog='\b\nExamples:\n  blockbak -r /srv/backup pin web@latest --why "before the upgrade"\n'
     '  blockbak -r /srv/backup pin web@2026-12-31 --why "year end" --until 2036-12-31 --immutable',
 )
 @click.argument("point")
 @click.option("--why", required=True, metavar="TEXT", help="For those who will ask.")
-@click.option("--until", callback=_until, metavar="WHEN", help="Up to the end of that day, minute or second (UTC).")
+@click.option(
+    "--until", callback=common.last_moment, metavar="WHEN", help="Up to the end of that day, minute or second (UTC)."
+)
 @click.option("--immutable", is_flag=True, help="Until then nobody takes it back, and delete refuses it too.")
 @common.repository_options
 def command(

@@ -17,17 +17,6 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _as_of(_: click.Context, __: click.Parameter, value: str | None) -> datetime | None:
-    from blockbak.model.when import last_moment
-
-    if value is None:
-        return None
-    moment = last_moment(value)
-    if moment is None:
-        raise click.BadParameter(f"{value!r} is not a time like 2027-12-31 or 2027-12-31T18:00")
-    return moment
-
-
 def _number(name: str, what: str) -> Callable[[F], F]:
     kept: Callable[[F], F] = click.option(
         f"--keep-{name}", name, type=click.IntRange(min=0), default=0, metavar="N", help=what
@@ -72,7 +61,7 @@ def policy_options(function: F) -> F:
 @common.compress_option
 @click.option("--dry-run", is_flag=True, help="Say what would become of each point, and why; change nothing.")
 @click.option(
-    "--as-of", callback=_as_of, metavar="WHEN",
+    "--as-of", callback=common.last_moment, metavar="WHEN",
     help="Say what is kept at another time; in the future as if points went on to be made as lately. Changes nothing.",
 )  # fmt: skip
 @common.repository_options

@@ -100,7 +100,7 @@ VERBS = [
     ),
     Verb(
         "pin", lambda stock, place: [stock.newest, "--why", "before the move"],
-        missing=["latest"], surplus=["a", "b", "--why", "x"], point=["{}", "--why", "x"],
+        missing=["--why", "x"], surplus=["a", "b", "--why", "x"], point=["{}", "--why", "x"],
     ),
     Verb("unpin", lambda stock, place: [stock.newest], missing=[], point=["{}"]),
     Verb(
