@@ -449,7 +449,8 @@ def test_a_manifest_of_a_newer_program_is_no_damage(verb: Verb, repo: Stock, tmp
     assert "newer blockbak" in ended.said, str(ended)
 
 
-@asked_of_a_point
+# A pin is of the point, whatever its images are: they are not opened.
+@verbs(where=lambda verb: verb.point, but="delete pin unpin")
 def test_an_image_of_a_newer_program_is_no_damage(verb: Verb, repo: Stock, tmp_path: Path) -> None:
     rewrite_header(repo.path / "db" / f"{repo.db}.full.zst", fmt.FORMAT_VERSION + 1)
     ended = run(*at(verb, repo, repo.db, tmp_path))
