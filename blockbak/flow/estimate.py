@@ -12,7 +12,6 @@ import numpy as np
 
 from blockbak.errors import BlockbakError, SourceEmpty
 from blockbak.flow.context import Context
-from blockbak.flow.jobs import moment_of
 from blockbak.flow.source import look_at
 from blockbak.host import clock
 from blockbak.host import device as devices
@@ -22,7 +21,6 @@ from blockbak.host.system import System
 from blockbak.image import codec
 from blockbak.image.format import BLOCK_DEFAULT, window_for
 from blockbak.model import estimate, hashmap
-from blockbak.model.chain import Point
 from blockbak.model.estimate import Before, Sample, Span
 from blockbak.model.retention import Policy
 from blockbak.model.schedule import Kinds
@@ -148,7 +146,7 @@ def _free(repository: Repository | None) -> int | None:
 def _history(
     device: Device, repository: Repository | None, context: Context, notes: list[str]
 ) -> tuple[str, list[Before]]:
-    """The volume of this device, or an empty name, and what its points tell."""
+    """The volume of this device, or an empty name, and what the history tells of the points that were made of it."""
     if repository is None:
         return "", []
     identity = devices.identity(device)
@@ -156,28 +154,10 @@ def _history(
         for volume in repository.volumes():
             catalog = volume.catalog()
             if catalog.images and catalog.images[-1].opening.is_of(identity, context.host):
-                return volume.name, _before(catalog.points)
+                return volume.name, estimate.of_history(repository.record.entries(), volume.name)
     except BlockbakError as error:
         notes.append(f"The repository tells nothing of it: {error}")
     return "", []
-
-
-def _before(points: Sequence[Point]) -> list[Before]:
-    found, last = [], None
-    for point in points:
-        moment = moment_of(point)
-        image = next((one for one in point.images if not one.opening.synthetic), None)
-        if image is not None:
-            closing, opening = image.closing, image.opening
-            after = (moment - last).total_seconds() if last is not None else 0.0
-            found.append(
-                Before(
-                    opening.kind, image.image_bytes, closing.changed_bytes, closing.read_bytes, opening.device_bytes,
-                    closing.seconds, max(after, 0.0),
-                )
-            )  # fmt: skip
-        last = moment
-    return found
 
 
 # --- by a sample -----------------------------------------------------------------------------------------------------

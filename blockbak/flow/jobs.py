@@ -6,7 +6,7 @@ import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, tzinfo
+from datetime import datetime, tzinfo
 
 from blockbak.errors import (
     BadBlockSize,
@@ -24,7 +24,7 @@ from blockbak.flow.source import Request, look, look_at
 from blockbak.host import clock, notifier, selection
 from blockbak.model import config as configs
 from blockbak.model import retention, schedule
-from blockbak.model.chain import Point, chains
+from blockbak.model.chain import Point, chains, moment_of_id
 from blockbak.model.config import Config, Job, Problem, Selector, Unusable
 from blockbak.model.events import Entry
 from blockbak.model.facts import FULL, INCREMENTAL
@@ -211,15 +211,8 @@ def last_full(entries: Sequence[Entry], volume: str) -> datetime | None:
     """When the newest full of a volume was read from its source, by the history: its image may be merged since."""
     for entry in reversed(entries):
         if entry.event == "made" and entry.volume == volume and entry.points and entry.facts.get("kind") == FULL:
-            return _moment_of_id(entry.points[0])
+            return moment_of_id(entry.points[0])
     return None
-
-
-def _moment_of_id(point: str) -> datetime | None:
-    try:
-        return datetime.strptime(point.partition("-")[0], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
-    except ValueError:
-        return None
 
 
 def synthetic_due(job: Job, catalog: Catalog, zone: tzinfo, now: datetime) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 
 from blockbak.errors import AmbiguousPoint, Gap, NoSuchPoint, NoSuchVolume
 from blockbak.model.facts import FULL, Closing, Opening
@@ -12,6 +12,14 @@ from blockbak.model.when import last_moment
 
 POINT_CHARS = 21
 """Of a point's id, with which the names of its files begin."""
+
+
+def moment_of_id(point: str) -> datetime | None:
+    """When a point was made, to the second, as its id tells it; None for what is no id."""
+    try:
+        return datetime.strptime(point.partition("-")[0], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+    except ValueError:
+        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,16 +6,20 @@ changed after some days. Where the same places are written again and again, less
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, tzinfo
 from itertools import pairwise
+from typing import Annotated
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from blockbak.model.chain import POINT_CHARS
-from blockbak.model.facts import FULL
+from blockbak.model.chain import POINT_CHARS, moment_of_id
+from blockbak.model.events import Entry
+from blockbak.model.facts import DIFFERENTIAL, FULL
 from blockbak.model.retention import Candidate, Policy, chosen
 from blockbak.model.schedule import Kinds, Made, kind_due
 from blockbak.units import DAY
@@ -71,17 +75,22 @@ def of_past(values: Sequence[float]) -> Span:
 # --- a volume ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Before:
-    """A point that was made of it. ``after`` is how many seconds after the one before (0: not known)."""
+class Sizes(msgspec.Struct, frozen=True):
+    """What an image was when it was made: of ``device_bytes``, ``changed_bytes`` had changed since its parent."""
 
     kind: str
     stored_bytes: int
     changed_bytes: int
-    read_bytes: int
-    device_bytes: int
+    device_bytes: Annotated[int, msgspec.Meta(gt=0)]
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """A point that was made of it, as it was then: its images may be merged since."""
+
+    moment: datetime
+    sizes: Sizes
     seconds: float
-    after: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,26 +133,55 @@ class Volume:
         )
 
 
-def from_past(past: Sequence[Before], day_share: Span | None = None) -> Volume | None:
-    """A volume as its points tell. ``day_share`` is known otherwise; None where neither it nor they tell how much
-    changes, or where there is no full. What changed in less than an hour tells nothing of a day.
+def of_history(entries: Iterable[Entry], volume: str) -> list[Before]:
+    """The points of a volume that a history tells of, in their order, those that are gone by now too. A line whose
+    facts are of another form than they should be tells nothing.
     """
-    fulls = [one for one in past if one.kind == FULL]
-    deltas = [one for one in past if one.kind != FULL]
+    found = []
+    for entry in entries:
+        if entry.event != "made" or entry.volume != volume or not entry.points:
+            continue
+        moment = moment_of_id(entry.points[0])
+        with contextlib.suppress(msgspec.ValidationError):
+            sizes = msgspec.convert(entry.facts, Sizes)
+            found += [Before(moment, sizes, entry.seconds)] if moment is not None else []
+    return sorted(found, key=lambda one: one.moment)
+
+
+def from_past(past: Sequence[Before], day_share: Span | None = None) -> Volume | None:
+    """A volume as the points tell that were made of it, in their order. ``day_share`` is known otherwise; None where
+    neither it nor they tell how much changes, or where there is no full. What changed in less than an hour tells
+    nothing of a day.
+    """
+    fulls = [one for one in past if one.sizes.kind == FULL]
+    deltas = [one for one in past if one.sizes.kind != FULL]
     shares = [
-        _day_share(one.changed_bytes / one.device_bytes, one.after) for one in deltas if one.after >= _TELLING_SECONDS
+        _day_share(one.sizes.changed_bytes / one.sizes.device_bytes, seconds)
+        for one, seconds in _gaps(past)
+        if seconds >= _TELLING_SECONDS
     ]
     if not fulls or (day_share is None and not shares):
         return None
-    packed = [one.stored_bytes / one.changed_bytes for one in deltas if one.changed_bytes]
+    packed = [one.sizes.stored_bytes / one.sizes.changed_bytes for one in deltas if one.sizes.changed_bytes]
     return Volume(
-        device_bytes=past[-1].device_bytes,
-        full_bytes=of_past([one.stored_bytes for one in fulls]),
+        device_bytes=past[-1].sizes.device_bytes,
+        full_bytes=of_past([one.sizes.stored_bytes for one in fulls]),
         full_seconds=of_past([one.seconds for one in fulls]),
         day_share=day_share or of_past(shares),
-        packed=of_past(packed or [one.stored_bytes / one.device_bytes for one in fulls]),
+        packed=of_past(packed or [one.sizes.stored_bytes / one.sizes.device_bytes for one in fulls]),
         delta_seconds=of_past([one.seconds for one in deltas or fulls]),
     )
+
+
+def _gaps(past: Sequence[Before]) -> Iterator[tuple[Before, float]]:
+    """Each image of changes, and the seconds in which they came: a differential's came since the full before it."""
+    last: Before | None = None
+    full: Before | None = None
+    for one in past:
+        parent = full if one.sizes.kind == DIFFERENTIAL else last
+        if one.sizes.kind != FULL and parent is not None:
+            yield one, (one.moment - parent.moment).total_seconds()
+        last, full = one, one if one.sizes.kind == FULL else full
 
 
 def _day_share(share: float, seconds: float) -> float:

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockbak.model import estimate
-from blockbak.model.estimate import Before, Sample, Span, Volume
+from blockbak.model.estimate import Before, Sample, Sizes, Span, Volume
+from blockbak.model.events import Entry
 from blockbak.model.retention import Policy
 from blockbak.model.schedule import DAILY, NEVER, Kinds, parse_calendar
 
@@ -75,12 +76,14 @@ def test_no_more_changes_than_there_is(share, seconds):
     assert 0 <= changed.likely <= GIB
 
 
+def before(days, kind, stored, changed, seconds):
+    """A point that was made of a device of 1000 bytes."""
+    return Before(NOW + timedelta(days=days), Sizes(kind, stored, changed, 1000), seconds)
+
+
 def test_the_past_tells_how_much_changes_in_a_day():
-    full = Before("full", 500, 1000, 1000, 1000, 10.0)
-    days = [
-        Before("incremental", 30, 50, 1000, 1000, 2.0, DAY),
-        Before("incremental", 60, 100, 1000, 1000, 3.0, 2 * DAY),
-    ]
+    full = before(0, "full", 500, 1000, 10.0)
+    days = [before(1, "incremental", 30, 50, 2.0), before(3, "incremental", 60, 100, 3.0)]
     made = estimate.from_past([full, *days])
     assert (made.device_bytes, made.full_bytes, made.full_seconds) == (1000, Span(500, 500, 500), Span(10, 10, 10))
     assert made.packed == Span(0.6, 0.6, 0.6)
@@ -88,11 +91,33 @@ def test_the_past_tells_how_much_changes_in_a_day():
     assert 0.05 <= made.day_share.likely <= 0.052
     assert estimate.from_past(days) is None, "no full"
     assert estimate.from_past([full]) is None, "nothing of changes"
-    soon = Before("incremental", 30, 50, 1000, 1000, 2.0, 5.0)
+    soon = before(5 / DAY, "incremental", 30, 50, 2.0)
     assert estimate.from_past([full, soon]) is None, "five seconds tell nothing of a day"
     told = Span(0.2, 0.2, 0.2)
     assert estimate.from_past([full, soon], told).day_share == told
     assert estimate.from_past([full], told).packed == Span(0.5, 0.5, 0.5)
+    since = [full, *days, before(4, "differential", 90, 190, 2.0)]
+    assert 0.05 <= estimate.from_past(since).day_share.likely <= 0.052, "in four days, not in one"
+
+
+def test_the_history_tells_of_points_that_are_gone():
+    def entry(point, event="made", volume="v", **facts):
+        return Entry(1, "", "h", "u", "", event, "", volume, [point] if point else [], 0, "", 7.0, facts, "")
+
+    facts = {"kind": "full", "stored_bytes": 5, "changed_bytes": 10, "device_bytes": 10, "mode": "cold"}
+    entries = [
+        entry("20260502T030000Z-0002", **facts | {"kind": "incremental"}),
+        entry("20260501T030000Z-0001", **facts),
+        entry("20260503T030000Z-0003", volume="w", **facts),
+        entry("20260503T030000Z-0003", event="removed", **facts),
+        entry("", source="/dev/sdb"),
+        entry("20260504T030000Z-0004", **facts | {"device_bytes": 0}),
+        entry("20260504T030000Z-0004", **facts | {"stored_bytes": "many"}),
+        entry("no id", **facts),
+    ]
+    one, two = estimate.of_history(entries, "v")
+    assert (one.moment, one.sizes.kind, one.seconds) == (NOW, "full", 7.0)
+    assert (two.moment, two.sizes.kind) == (NOW + timedelta(days=1), "incremental")
 
 
 def test_a_sample_tells_sizes_and_times():
