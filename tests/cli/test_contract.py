@@ -546,11 +546,18 @@ def test_what_names_no_volume(name: str, stock: Stock) -> None:
 that_end_well = verbs(but="demo")
 
 
+def made_ready(verb: Verb, stock: Stock) -> Stock:
+    """The same, with what a verb takes away."""
+    if verb.name == "unpin":
+        ok("-r", stock.path, "pin", stock.newest, "--why", "before the move")
+    return stock
+
+
 @that_end_well
 def test_success_is_one_document_for_scripts_and_words_for_people(verb: Verb, repo: Stock, tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    copy = copied(repo, tmp_path / "two")
+    copy = copied(made_ready(verb, repo), tmp_path / "two")
     words = ok(*on(repo, verb, *verb.good(repo, tmp_path / "one")))
     assert words.text.strip(), str(words)
     with pytest.raises(ValueError):
@@ -602,7 +609,7 @@ CLOSED = [("backup", "2>&-"), ("list", ">&-"), ("restore", "<&-")]
 )
 def test_a_closed_descriptor_changes_nothing(verb: Verb, closed: str, repo: Stock, tmp_path: Path) -> None:
     """A daemon may start it with fewer than three; the next file opened must not take their place."""
-    words = on(repo, verb, *verb.good(repo, tmp_path))
+    words = on(made_ready(verb, repo), verb, *verb.good(repo, tmp_path))
     done = subprocess.run(
         ["bash", "-c", f'exec "$@" {closed}', "_", *PROGRAM, *words],
         capture_output=True, env=environment(), timeout=LIMIT_SECONDS, check=False,
@@ -615,7 +622,7 @@ def test_a_closed_descriptor_changes_nothing(verb: Verb, closed: str, repo: Stoc
 
 @verbs(but="devices init list demo delete recover")
 def test_at_a_terminal_standard_output_stays_clean(verb: Verb, repo: Stock, tmp_path: Path) -> None:
-    with Terminal(*on(repo, verb, *verb.good(repo, tmp_path), "--json")) as screen:
+    with Terminal(*on(made_ready(verb, repo), verb, *verb.good(repo, tmp_path), "--json")) as screen:
         ended = screen.end()
     assert ended.status == 0, str(ended)
     assert isinstance(ended.document, dict | list)
