@@ -15,9 +15,8 @@ from blockbak.errors import Damage, DamagedHistory, NoMergeRoom, NoSpace
 from blockbak.flow import prune, restore, verify
 from blockbak.image.reader import ImageReader
 from blockbak.model.retention import EXPIRE, KEEP, MERGE, Policy
-from blockbak.model.when import DAY
 from blockbak.repository.record import HISTORY
-from blockbak.units import KIB, MIB
+from blockbak.units import DAY, KIB, MIB
 from tests.faults import FaultyKernel
 from tests.scene import BLOCK, DEEDS, VOLUME, Scene, write_at
 
