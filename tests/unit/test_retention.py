@@ -16,7 +16,7 @@ from blockbak.model.chain import chains, points
 from blockbak.model.events import Entry
 from blockbak.model.pin import Pin
 from blockbak.model.retention import EXPIRE, KEEP, MERGE, Candidate, Policy, chosen, full_due, plan, simulate
-from blockbak.model.when import DAY
+from blockbak.units import DAY
 from tests.points import histories, image, point_name
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
