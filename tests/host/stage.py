@@ -24,6 +24,7 @@ import numpy as np
 from blockbak.host.blockio import StoredFile
 from blockbak.image.reader import ImageReader
 from blockbak.model import extent
+from blockbak.repository.record import HEAD, HISTORY
 from tests.patterns import SECTOR, explain, stamp
 
 KIB = 1 << 10
@@ -174,11 +175,13 @@ class Program:
         return self.repository / point["volume"] / point["file"]
 
     def contents(self) -> dict[str, tuple[int, int, int]]:
-        """Every file and directory of the repository, so that two moments can be compared. Locks are no content."""
+        """Every file and directory of the repository, so that two moments can be compared. Locks are no content, nor is
+        the history: it tells of what failed and was refused, too.
+        """
         found = {}
         for path in sorted(self.repository.rglob("*")):
             info = path.stat()
-            if path.name != ".lock":
+            if path.name not in (".lock", HISTORY, HEAD):
                 written = 0 if path.is_dir() else info.st_mtime_ns
                 found[str(path.relative_to(self.repository))] = (info.st_ino, info.st_size, written)
         return found
