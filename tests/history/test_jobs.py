@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -14,60 +14,10 @@ import pytest
 from blockbak.errors import BlockbakError, DeadlinePassed, JobRuns
 from blockbak.flow import run as runs
 from blockbak.flow.context import Quiet
-from blockbak.flow.jobs import chosen, doubts, load, past
-from blockbak.flow.run import Options
+from blockbak.flow.jobs import doubts, load
 from blockbak.host import jobstate
-from tests.doubles import context, new_repository
+from tests.machine import BEGIN, SECTORS, Machine
 from tests.patterns import stamp
-
-SECTORS = 2000
-BEGIN = datetime(2026, 5, 1, 2, 17, tzinfo=UTC)
-
-
-class Machine:
-    """A machine with a source, a repository and a configuration, whose clock the test turns."""
-
-    def __init__(self, place: Path) -> None:
-        self.place = place
-        self.source = place / "web.img"
-        self.source.write_bytes(stamp(0, SECTORS, 1, 7))
-        self.repository = new_repository(place / "repo")
-        self.now = BEGIN
-        self.said: list[str] = []
-        self.told: list[tuple[str, object]] = []
-        base = context(place / "state", say=self.said.append)
-        self.context = replace(base, now=lambda: self.now, run="ab" * 16)
-        self.file = place / "blockbak.toml"
-
-    def configure(self, job: str, more: str = "", sources: str | None = None) -> None:
-        named = sources or f'"{self.source}"'
-        self.file.write_text(
-            f'timezone = "UTC"\n[repositories.main]\npath = "{self.repository.path}"\n'
-            f"[jobs.web]\nsources = [{named}]\n{job}\n{more}\n"
-        )
-
-    def run(self, *names: str, **options: object) -> list[runs.JobReport]:
-        config = load(str(self.file))
-        return runs.run_jobs(
-            config, chosen(config, names), Options(**options), self.context,
-            lambda report, step: self.told.append((report.job, step)), pick=lambda: 0.0,
-        )  # fmt: skip
-
-    def once(self, **options: object) -> runs.JobReport:
-        (report,) = self.run("web", **options)
-        return report
-
-    def write(self, number: int) -> None:
-        with self.source.open("r+b") as file:
-            file.seek(number * 37 % SECTORS * 512)
-            file.write(stamp(number * 37 % SECTORS, 1, number + 2, 7))
-
-    def state(self) -> jobstate.State:
-        return jobstate.load(str(self.place / "state"), "web")
-
-    def kinds(self) -> list[str]:
-        (volume,) = self.repository.volumes()
-        return [made.kind for made in past(volume.catalog())]
 
 
 @pytest.fixture
@@ -239,23 +189,6 @@ def test_what_each_run_leaves_for_prometheus(machine):
     text = (machine.place / "b.prom").read_text()
     assert "rpo" in text
     assert str(30 * 3600) in text
-
-
-@pytest.mark.slow
-def test_a_drill_when_it_is_due(machine, as_root):
-    machine.configure('schedule = "daily"\nrto = "1h"', '[jobs.web.drill]\nschedule = "weekly"')
-    report = machine.once()
-    assert report.exit == 0, (report.errors, report.attention)
-    assert [one.ok for one in report.drilled] == [True]
-    machine.now += timedelta(days=1)
-    assert machine.once().drilled == []
-    machine.now += timedelta(days=6)
-    machine.configure('schedule = "daily"\nrto = "1s"', '[jobs.web.drill]\nschedule = "weekly"')
-    timer = iter(range(0, 1 << 30, 5))
-    machine.context = replace(machine.context, timer=lambda: float(next(timer)))
-    report = machine.once()
-    assert report.exit == 3
-    assert "the RTO is 1.0 s" in report.attention[0]
 
 
 def test_a_repository_that_is_not_there_is_a_failure_and_the_next_job_is_run(machine):
