@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from blockbak.repository.record import HEAD, HISTORY
 from tests.cli.jobs import Place
 from tests.cli.program import document, fails, ok, run
 from tests.cli.stock import Stock
@@ -26,7 +27,16 @@ def reasons(found) -> list[tuple[str, str]]:
     return [(one["volume"], one["name"]) for one in found["reasons"]]
 
 
-def test_a_stock_that_is_as_it_should_be(stock: Stock) -> None:
+@pytest.fixture
+def unverified(repo: Stock) -> Stock:
+    """A stock whose history does not tell who looked at it before, as other tests do."""
+    for name in (HISTORY, HEAD):
+        (repo.path / name).unlink()
+    return repo
+
+
+def test_a_stock_that_is_as_it_should_be(unverified: Stock) -> None:
+    stock = unverified
     found = document("-r", stock.path, "status")
     assert found["ok"] is True
     assert found["reasons"] == []
@@ -91,7 +101,8 @@ def test_what_verify_found_stands_until_it_finds_otherwise(repo: Stock) -> None:
     assert document("-r", repo.path, "status")["ok"] is True
 
 
-def test_a_sample_counts_for_its_share(repo: Stock) -> None:
+def test_a_sample_counts_for_its_share(unverified: Stock) -> None:
+    repo = unverified
     ok("-r", repo.path, "verify", "--sample", "25%")
     assert of(document("-r", repo.path, "status"), "web")["verified_share"] == pytest.approx(0.25)
 
