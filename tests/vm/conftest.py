@@ -24,7 +24,6 @@ from tests.cli import program
 from tests.cli.program import Ended
 from tests.conftest import Loop
 from tests.host.stage import Forks
-from tests.vm import cluster
 
 MIB = 1 << 20
 LIMIT_SECONDS = 240
@@ -228,13 +227,6 @@ def make_group(loop: Callable[..., Loop]) -> Iterator[Callable[..., Group]]:
 def group(request: pytest.FixtureRequest, make_group: Callable[..., Group]) -> Group:
     """A volume group of 1 GiB; a test that asks for it runs with sectors of 512 and of 4096 bytes."""
     return make_group(request.param)
-
-
-@pytest.fixture(scope="session")
-def new_cluster() -> Iterator[Path]:
-    """The files of a PostgreSQL server that never ran."""
-    with cluster.made() as place:
-        yield place
 
 
 # --- the program ----------------------------------------------------------------------------------------
