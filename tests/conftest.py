@@ -214,8 +214,8 @@ def as_root() -> None:
 def _detach(device: str) -> None:
     _run("losetup", "--detach", device)
     backing = Path("/sys/block", Path(device).name, "loop/backing_file")
-    # The kernel lets go only after the last user has.
-    deadline = time.monotonic() + 5
+    # The kernel lets go only after the last user has, who may be one of udev's on a machine that is emulated.
+    deadline = time.monotonic() + 15
     while backing.exists():
         if time.monotonic() > deadline:
             pytest.fail(f"{device} is still held by something after it was detached")

@@ -70,7 +70,7 @@ def test_a_snapshot_that_fills_is_extended_or_given_up(make_group, repository, r
             write(data, number * MIB, noise(100 + number, MIB))
             # How fast it fills is the machine's affair, and so is how long LVM takes.
             while snapshot_read(running.pid) and filled(name) > 0.8:
-                time.sleep(0.05)
+                time.sleep(0.5)
         made = running.end()
     assert made.status == 0, str(made)
     (point,) = made.document["points"]

@@ -241,11 +241,12 @@ def test_data_and_wal_on_two_volumes(make_group, run_blockbak, repository, serve
         run(*MKFS, device)
     data, wal = f"{group.name}/data", f"{group.name}/wal"
     hook = ("--freeze-with", "postgresql")
+    both = ("--together", "--together-deadline", "60")
     with server.mounted(origins), under_load(server, split=True) as witness:
-        together = [take(run_blockbak, witness, "--together", data, wal, *hook)]
+        together = [take(run_blockbak, witness, *both, data, wal, *hook)]
         alone = take(run_blockbak, witness, data, *hook)
-        together.append(take(run_blockbak, witness, "--together", wal, data))
-        together.append(take(run_blockbak, witness, "--together", data, wal))
+        together.append(take(run_blockbak, witness, *both, wal, data))
+        together.append(take(run_blockbak, witness, *both, data, wal))
     runs = [together[0], alone, *together[1:]]
     kinds = [[document["kind"] for document in one.documents] for one in runs]
     assert kinds == [["full"] * 2, ["incremental"], *[["incremental"] * 2] * 2]

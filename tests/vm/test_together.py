@@ -60,7 +60,8 @@ def two(make_group):
 
 
 def words(group):
-    return ("backup", "--mode", "hot", "--together", "--snapshot-size", "8M", "--json",
+    # Where everything is emulated and others have the processor too, two snapshots may take longer than usual.
+    return ("backup", "--mode", "hot", "--together", "--together-deadline", "60", "--snapshot-size", "8M", "--json",
             f"{group.name}/a-data", f"{group.name}/b-wal")  # fmt: skip
 
 
