@@ -47,10 +47,14 @@ def state(place: Path) -> dict[str, object]:
     return {
         # Which of them was made first is nobody's affair.
         "mounts": sorted(mounts, key=lambda one: one[0]),
-        "swaps": run("swapon", "--show=NAME,PRIO", "--noheadings", "--raw").splitlines(),
+        "swaps": [" ".join(line.split()[::4]) for line in Path("/proc/swaps").read_text().splitlines()[1:]],
         "units": sorted(line.split()[0] for line in units.splitlines()),
         "volumes": sorted(path.read_text() for path in Path("/sys/block").glob("dm-*/dm/name")),
-        "loops": run("losetup", "--list", "--noheadings", "--raw", "--output", "NAME,BACK-FILE,OFFSET,RO").splitlines(),
+        "loops": sorted(
+            (path.parts[3], *(path.joinpath(what).read_text() for what in ("loop/backing_file", "loop/offset", "ro")))
+            for path in Path("/sys/block").glob("loop*")
+            if (path / "loop").exists()
+        ),
     }
 
 
@@ -72,8 +76,8 @@ def unit(name: str, text: str) -> Iterator[str]:
     """A unit that runs, stopped and gone afterwards."""
     path = UNITS / name
     path.write_text(text)
-    run("systemctl", "daemon-reload")
     try:
+        # It was not there before, so nobody needs to be told that it changed.
         run("systemctl", "start", name)
         yield name
     finally:
