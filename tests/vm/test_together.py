@@ -14,7 +14,7 @@ from tests.vm.hot import as_disk, check_gone, dm_name, instead, killed, mapped, 
 from tests.volumes import fingerprint
 
 WRITER = """
-import mmap, os, sys
+import mmap, os, sys, time
 page = mmap.mmap(-1, 4096)
 first, second = (os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_DSYNC) for path in sys.argv[1:])
 number = 0
@@ -23,6 +23,8 @@ while True:
     page[:8] = number.to_bytes(8, "little")
     for device in (first, second):
         os.pwritev(device, [page], 0)
+        # Many times while one snapshot is made, and not all that an emulated processor can do.
+        time.sleep(0.005)
 """
 
 
