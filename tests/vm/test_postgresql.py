@@ -141,7 +141,7 @@ def under_load(server: Server, *, split: bool) -> Iterator[Writer]:
     with server.running():
         server.ask(TABLES)
         pgbench = as_server(
-            PROGRAMS / "pgbench", "-h", server.place, "-n", "-M", "prepared", "-c", 2, "-R", 15, "-T", 3600, "-f", script,
+            PROGRAMS / "pgbench", "-h", server.place, "-n", "-M", "prepared", "-c", 2, "-R", 8, "-T", 3600, "-f", script,
             "postgres",
         )  # fmt: skip
         psql = as_server(PROGRAMS / "psql", "-h", server.place, "-XAtq", "-v", "ON_ERROR_STOP=1", "-d", "postgres")
