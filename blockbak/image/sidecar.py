@@ -7,6 +7,7 @@ are those of a hash map, so that the image can become a point without another lo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
 import msgspec
 import numpy as np
@@ -132,6 +133,10 @@ def _contradiction(said: Sidecar) -> str:
     sector = said.logical_sector
     if not SECTOR <= sector <= BLOCK_MAX or sector & (sector - 1) or said.physical_sector < SECTOR:
         return "its sectors are impossible"
+    try:
+        datetime.fromisoformat(said.created).astimezone(UTC)
+    except (ValueError, OverflowError):
+        return "its moment is none"
     if len(said.sections) != said.geometry.sections:
         return "it does not have a digest for each section"
     limit = said.device_bytes
