@@ -133,9 +133,7 @@ def _contradiction(said: Sidecar) -> str:
     sector = said.logical_sector
     if not SECTOR <= sector <= BLOCK_MAX or sector & (sector - 1) or said.physical_sector < SECTOR:
         return "its sectors are impossible"
-    try:
-        datetime.fromisoformat(said.created).astimezone(UTC)
-    except (ValueError, OverflowError):
+    if not _is_moment(said.created):
         return "its moment is none"
     if len(said.sections) != said.geometry.sections:
         return "it does not have a digest for each section"
@@ -151,6 +149,16 @@ def _contradiction(said: Sidecar) -> str:
     if hashmap.root(said.device_bytes, block, digests) != said.root:
         return "its root is not that of its section digests"
     return ""
+
+
+def _is_moment(text: str) -> bool:
+    """Whether it names a moment, without a guess at the zone, that UTC has a year for."""
+    try:
+        moment = datetime.fromisoformat(text)
+        moment.astimezone(UTC)
+    except (ValueError, OverflowError):
+        return False
+    return moment.tzinfo is not None
 
 
 def packed(sections: Sequence[str]) -> npt.NDArray[np.uint8]:

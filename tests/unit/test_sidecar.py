@@ -115,6 +115,7 @@ def test_a_flipped_version_is_damage_and_no_newer_program() -> None:
         ("logical_sector", 0, "sectors are impossible"),
         ("logical_sector", 513, "sectors are impossible"),
         ("physical_sector", 0, "sectors are impossible"),
+        ("created", "2026-05-01T00:00:00", "its moment is none"),
         ("created", "yesterday", "its moment is none"),
         ("created", "0001-01-01T00:00:00+23:59", "its moment is none"),
         ("sections", ["00" * 32], "a digest for each section"),
