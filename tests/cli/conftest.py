@@ -9,9 +9,15 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from tests.cli.program import document, ok
+from tests.cli.program import document, forked, ok
 from tests.cli.stock import SECTORS, SEED, Stock, copied, overwrite
 from tests.patterns import stamp
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forked(temporary_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with forked(tmp_path_factory.mktemp("forks")):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -14,13 +14,15 @@ import sys
 import tempfile
 import termios
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
 
 import pytest
+
+from tests.host.stage import Forks
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = (sys.executable, "-P", "-m", "blockbak")
@@ -49,6 +51,19 @@ def environment(more: dict[str, str] | None = None) -> dict[str, str]:
     """Ours, without what would steer blockbak, and with a state directory of the tests."""
     made = {name: value for name, value in os.environ.items() if not name.startswith(("BLOCKBAK_", "PYTHONIO"))}
     return made | {"BLOCKBAK_STATE_DIR": f"{os.environ['TMPDIR']}/state"} | (more or {})
+
+
+_forks: list[Forks] = []
+
+
+@contextlib.contextmanager
+def forked(folder: Path) -> Iterator[None]:
+    """Runs that need nothing of a start of Python are children of a process that has imported the program."""
+    _forks.append(Forks(folder, environment()))
+    try:
+        yield
+    finally:
+        _forks.pop().end()
 
 
 def parsed(text: bytes) -> Any:
@@ -113,6 +128,11 @@ def run(
     limit: float = LIMIT_SECONDS,
 ) -> Ended:
     """Run it to its end, without a terminal and with nothing on standard input."""
+    ours = all(name.startswith("BLOCKBAK_") for name in env or {})
+    if _forks and program is PROGRAM and ours and (umask, stdout) == (-1, subprocess.PIPE):
+        where = cwd or Path.cwd()
+        told = _forks[-1].run([os.fsdecode(word) for word in words], where, environment(env))
+        return must_hold(Ended(words, *told))
     done = subprocess.run(
         [*program, *words], stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE, cwd=cwd,
         env=environment(env), umask=umask, timeout=limit, check=False,

@@ -66,7 +66,7 @@ class Done:
 class Forks:
     """Runs of the program as children of one process that has imported it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, environment: dict[str, str] | None = None) -> None:
         self._out, self._err = folder / "out", folder / "err"
         self._number = 0
         self._server = subprocess.Popen(
@@ -75,14 +75,15 @@ class Forks:
             stdout=subprocess.PIPE,
             text=True,
             cwd=folder,
+            env=environment,
         )
 
-    def run(self, argv: list[str], where: Path, environment: dict[str, str]) -> tuple[int, str, str]:
-        """Exit status, standard output and standard error of one run."""
+    def run(self, argv: list[str], where: Path, environment: dict[str, str]) -> tuple[int, bytes, bytes]:
+        """Exit status, standard output and standard error of one run. ``environment`` is beside that of the process."""
         for file in (self._out, self._err):
             file.write_bytes(b"")
         status = self._ask(argv=argv, where=str(where), environment=environment, out=str(self._out), err=str(self._err))
-        return int(status), self._out.read_text(), self._err.read_text()
+        return int(status), self._out.read_bytes(), self._err.read_bytes()
 
     def begin(self, argv: list[str], where: Path, environment: dict[str, str], out: str, err: str) -> Forked:
         """A run beside the test, which says what it says into the files ``out`` and ``err``."""
@@ -149,8 +150,8 @@ class Program:
         environment = {"BLOCKBAK_STATE_DIR": str(self.state)}
         status, out, err = self.forks.run(words, where or self.repository.parent, environment)
         told = " ".join(map(str, argv))
-        assert status == expect, f"{told} ended with {status}, not {expect}:\n{out}{err}"
-        return Done(status, json.loads(out), err)
+        assert status == expect, f"{told} ended with {status}, not {expect}:\n{out.decode()}{err.decode()}"
+        return Done(status, json.loads(out), err.decode())
 
     def at(self, *, repository: Path | None = None, state: Path | None = None) -> Program:
         """The same with another repository or state directory."""

@@ -261,7 +261,7 @@ class Blockbak:
         """Run it to its end, in a child of a process that has imported it."""
         argv = [str(word) for word in words]
         status, out, err = self.forks.run(argv, Path("/"), self.exported)
-        return self._expected(program.must_hold(Ended(tuple(argv), status, out.encode(), err.encode())), expect)
+        return self._expected(program.must_hold(Ended(tuple(argv), status, out, err)), expect)
 
     def json(self, *words: object, expect: int | None = 0) -> Any:
         """The same with ``--json``; its document."""
