@@ -529,7 +529,11 @@ def test_the_machine_goes_off_while_disks_are_at_rest(run_blockbak, tmp_path):
         else:
             killed_reading(run_blockbak, *words, "--limit", "1M", node)
             assert kept.state() == {"mounts": [], "priorities": [], "units": [], "volumes": []}
-        (kept.place / "then.json").write_text(json.dumps([before, kept.state()]))
+        with (kept.place / "then.json").open("w") as file:
+            json.dump([before, kept.state()], file)
+            # The power may be cut next.
+            file.flush()
+            os.fsync(file.fileno())
         assert (LASTING / kept.mender).exists(), (program, word, after)
     WISH.touch()
 
