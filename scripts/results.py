@@ -2,7 +2,7 @@
 
 Reads the directory given: ``checks`` (name and exit status of each check, tab between), and, if tests ran here,
 ``pytest`` (a line for each run of it: exit status, the name of its JUnit report, how the tests were chosen); if some
-were to run in the virtual machine, ``vm`` (exit status and how that machine is run) and ``vm.xml``.
+were to run in a virtual machine, ``vm``: such a line for each machine, the last word of which is how it is run.
 """
 
 from __future__ import annotations
@@ -67,21 +67,12 @@ class Run:
         return self.status != 0 and not (self.status == 1 and any(row.failed for row in rows))
 
 
-def runs_here(results: Path) -> list[Run]:
-    """The runs of this machine; none where no tests were asked for."""
-    file = results / "pytest"
+def runs_of(results: Path, name: str) -> list[Run]:
+    """The runs that ``pytest`` or ``vm`` tells of; none where no tests were asked for."""
+    file = results / name
     lines = file.read_text().splitlines() if file.exists() else []
     fields = [line.split("\t", maxsplit=2) for line in lines]
     return [Run(int(status), results / report, words.rstrip()) for status, report, words in fields]
-
-
-def run_in_machine(results: Path) -> Run | None:
-    """The run in the virtual machine; None if none was to be."""
-    file = results / IN_MACHINE
-    if not file.exists():
-        return None
-    status, words = file.read_text().rstrip("\n").split("\t", maxsplit=1)
-    return Run(int(status), results / "vm.xml", words)
 
 
 def counted(report: Path) -> dict[str, Row]:
@@ -120,8 +111,8 @@ def rows_here(runs: list[Run]) -> list[Row]:
 
 
 def row_in_machine(run: Run) -> Row:
-    """The row of the level that runs in the virtual machine. If nothing ran there, that is a failure."""
-    row = Row(IN_MACHINE)
+    """The row of what ran in one virtual machine. If nothing ran there, that is a failure."""
+    row = Row(run.report.stem)
     for one in counted(run.report).values():
         row.add(one)
     if run.unexplained:
@@ -134,7 +125,7 @@ def row_in_machine(run: Run) -> Row:
 def main(results: Path) -> int:
     """Print the table and the closing line; 0 if everything that ran passed, else 1."""
     rows = check_rows(results)
-    here, there = runs_here(results), run_in_machine(results)
+    here, there = runs_of(results, "pytest"), runs_of(results, IN_MACHINE)
     counts = {"here": 0, "in the virtual machine": 0}
     chosen = "no tests here"
     if here:
@@ -142,12 +133,12 @@ def main(results: Path) -> int:
         counts["here"] = sum(row.count for run in here for row in counted(run.report).values())
         rows += levels
         chosen = "tests chosen by " + ", ".join(run.words for run in here)
-    if there:
-        row = row_in_machine(there)
-        row.note = row.note or f"in the virtual machine, run by {there.words}"
-        counts["in the virtual machine"] = sum(row.count for row in counted(there.report).values())
+    for run in there:
+        row = row_in_machine(run)
+        row.note = row.note or f"in the virtual machine, run by {run.words}"
+        counts["in the virtual machine"] += sum(row.count for row in counted(run.report).values())
         rows.append(row)
-    elif here:
+    if here and not there:
         rows.append(Row(IN_MACHINE, note="not run"))
     who = "root" if os.geteuid() == 0 else "not root"
     where = f"Linux {platform.release()}, {who}, Python {platform.python_version()}"

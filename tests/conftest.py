@@ -16,7 +16,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from hypothesis import settings
 
 from blockbak.host.signals import ENDING
 
@@ -27,18 +26,21 @@ LEVELS = ("unit", "golden", "contract", "fault", "history", "cli", "host", "vm")
 
 SEED = int(os.environ.get("BLOCKBAK_TEST_SEED") or random.SystemRandom().randrange(2**30))
 
-# A deadline for one example would fail on a machine that is busy with something else.
-settings.register_profile("blockbak", deadline=None, print_blob=True)
-settings.load_profile("blockbak")
 
-
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Under nohup, or behind a script that runs the tests in its background, signals are ignored, and every
     child would inherit that. A handler of ours is none for a child. Ctrl-C is what Python makes of it.
     """
     for number in ENDING:
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else lambda *_: None)
+    # Its import takes ten seconds in the virtual machine, where nobody needs it.
+    if config.pluginmanager.hasplugin("hypothesispytest"):
+        from hypothesis import settings
+
+        # A deadline for one example would fail on a machine that is busy with something else.
+        settings.register_profile("blockbak", deadline=None, print_blob=True)
+        settings.load_profile("blockbak")
 
 
 def pytest_report_header() -> str:
@@ -212,8 +214,8 @@ def as_root() -> None:
 def _detach(device: str) -> None:
     _run("losetup", "--detach", device)
     backing = Path("/sys/block", Path(device).name, "loop/backing_file")
-    # The kernel lets go only after the last user has.
-    deadline = time.monotonic() + 5
+    # The kernel lets go only after the last user has, who may be one of udev's on a machine that is emulated.
+    deadline = time.monotonic() + 15
     while backing.exists():
         if time.monotonic() > deadline:
             pytest.fail(f"{device} is still held by something after it was detached")

@@ -54,8 +54,8 @@ class _Reader(SourceReader):
 class _Adopted:
     """A raw image as the source of a point: what is known of its moment stands in the sidecar."""
 
-    def __init__(self, path: str, said: Sidecar, reader: SourceReader) -> None:
-        self._path, self._said = path, said
+    def __init__(self, path: str, said: Sidecar, reader: SourceReader, notes: list[str]) -> None:
+        self._path, self._said, self._notes = path, said, notes
         self.reader = reader
         self.circumstances = Circumstances(lvm_metadata=said.lvm_metadata, hooks=dict(said.hooks))
         self.moment: datetime | None = datetime.fromisoformat(said.created)
@@ -65,7 +65,7 @@ class _Adopted:
 
     def settle(self) -> Settled:
         """What the sidecar says of it."""
-        notes = [f"Adopted from the raw image {plain(os.path.basename(self._path))}.", *self._said.notes]
+        notes = [f"Adopted from the raw image {plain(os.path.basename(self._path))}.", *self._notes, *self._said.notes]
         if self._said.stopped:
             notes.append(f"Stopped for it: {', '.join(self._said.stopped)}.")
         return Settled(self._said.consistency, notes)
@@ -107,8 +107,11 @@ def _adopt(repository: Repository, wish: Wish, context: Context) -> Report:
         with ExitStack() as stack:
             reader = stack.enter_context(_Reader(os.path.realpath(wish.file), said, context.kernel))
             held = _hold(repository, request, Seen(device, said.identity, said.mode, ""), there, stack)
+            notes = _out_of_order(held, said)
+            for line in notes:
+                context.say(line)
             try:
-                made = make_point(repository, held, _Adopted(wish.file, said, reader), there, said.root)
+                made = make_point(repository, held, _Adopted(wish.file, said, reader, notes), there, said.root)
             except DamagedRawImage as error:
                 # Only now it is worth another reading: which part of it is wrong.
                 flaws = check(raw, context).flaws
@@ -129,6 +132,14 @@ def _hold(repository: Repository, request: Request, seen: Seen, context: Context
             if volume_name(seen.device, seen.identity, repository, context.host, request.name)[0] == name:
                 stack.push(holding.pop_all())
                 return Held(request, replace(seen, name=name, before=before), volume, lock)
+
+
+def _out_of_order(held: Held, said: Sidecar) -> list[str]:
+    """What whoever adopts an image should know that is older than what the volume has: clocks order no points."""
+    for newest in held.volume.catalog().points[-1:]:
+        if datetime.fromisoformat(said.created) < datetime.fromisoformat(newest.images[0].opening.created):
+            return [f"The image is older than {newest.id}, the newest point so far; 'latest' is the image from now on."]
+    return []
 
 
 def _device(said: Sidecar) -> Device:

@@ -26,4 +26,6 @@ def find_partition(view: PointView, number: int) -> tuple[Partition, PartitionTa
     if met:
         raise met[0]
     there = ", ".join(map(str, known)) or ("none" if table else "no partition table")
+    if table is not None and not (table.valid_primary or table.valid_backup):
+        there = "a GPT of which both copies are damaged"
     raise NoSuchPartition(point=view.top.opening.point, number=number, there=there)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,8 +15,9 @@ from blockbak.host.marks import reading
 from blockbak.host.system import System
 from blockbak.model import extent, usedmap
 from blockbak.model.btrfs import Unclear
-from blockbak.model.extent import Extents
-from blockbak.model.filesystem import filesystem
+from blockbak.model.extent import HOLE, Extents
+from blockbak.model.filesystem import signs
+from blockbak.model.partition import parse
 from blockbak.model.usedmap import UnusableMap
 from blockbak.units import SECTOR, format_size
 
@@ -42,6 +44,29 @@ class _Place:
     size: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What was said of a place: the kind of its file system, why it was not asked, else what is unused (bytes of the
+    source).
+    """
+
+    place: _Place
+    kind: str
+    reason: str
+    holes: Extents
+
+    def without_others(self, answers: Sequence[_Answer]) -> Extents:
+        """What is unused here and by all that lie over it: the kernel takes a table whose partitions overlap."""
+        mine, holes = self.place, self.holes
+        for answer in answers:
+            place = answer.place
+            end = place.start + place.size
+            if answer is not self and place.start < mine.start + mine.size and mine.start < end:
+                used = extent.subtract(extent.table([place.start], [end], HOLE), answer.holes)
+                holes = extent.subtract(holes, used)
+        return holes
+
+
 def find_unused(path: str, label: str, check: Callable[[], None], *, frozen: bool = False) -> Unused:
     """What is unused on ``path``, a node or image file that nobody writes; ``label`` is its name for people.
 
@@ -50,21 +75,26 @@ def find_unused(path: str, label: str, check: Callable[[], None], *, frozen: boo
     partclone runs.
     """
     system = System()
-    found: list[Extents] = [extent.empty()]
-    notes: list[str] = []
+    answers: list[_Answer] = []
     for place in _places(path, label, system):
         check()
         kind, reason = _kind(place, system)
+        holes = extent.empty()
         if not reason:
             holes, reason = _ask(place, kind, check, frozen=frozen)
-            found.append(usedmap.within(holes, place.start))
+        answers.append(_Answer(place, kind, reason, usedmap.within(holes, place.start)))
+    found: list[Extents] = []
+    notes: list[str] = []
+    for answer in answers:
+        found.append(answer.without_others(answers))
+        place, kind = answer.place, answer.kind
         what = f"{place.label} ({kind})" if kind else place.label
-        if reason:
-            notes.append(f"All of {what} is read: {reason}.")
+        if answer.reason:
+            notes.append(f"All of {what} is read: {answer.reason}.")
         else:
             notes.append(f"{format_size(extent.total(found[-1]))} of {what} are not in use, and not read.")
-    joined = np.concatenate(found)
-    return Unused(joined[np.argsort(joined["start"])], notes)
+    joined = np.concatenate([extent.empty(), *found])
+    return Unused(extent.align_out(joined[np.argsort(joined["start"])], 1, sys.maxsize), notes)
 
 
 def _places(path: str, label: str, system: System) -> Iterator[_Place]:
@@ -83,11 +113,18 @@ def _places(path: str, label: str, system: System) -> Iterator[_Place]:
 def _kind(place: _Place, system: System) -> tuple[str, str]:
     """What lies there, and why it cannot be asked."""
     with reading(place.node) as read:
-        known = filesystem(read, place.size)
-    if known is None:
+        found = list(signs(read, place.size))
+        table = parse(read, SECTOR, place.size, guess=True)
+    if not found:
         return "", "no file system is known there"
+    known, *others = found
     if known.type not in partclone.KINDS:
         return known.type, "there is no map of it"
+    # One of them was there before, and knows nothing of what is in use now.
+    if others:
+        return known.type, f"there are signs of others too ({', '.join(map(str, others))})"
+    if table is not None:
+        return known.type, "there is a partition table too, whose partitions the kernel does not show"
     if devices.look(place.node, system).mounts:
         return known.type, "it is mounted"
     return known.type, ""

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 PROGRAM = (sys.executable, "-I", "-S", guard.__file__)
 """Isolated, without site packages: nothing of the environment decides what it loads."""
-START_SECONDS = 10.0
+START_SECONDS = 30.0
+"""What its start may take. Nothing is held back yet, so a machine that is busy gets the time it needs."""
 LET_GO_SECONDS = 30.0
 """What resuming may take, beside the end commands' own timeouts, until no report is waited for any more."""
 

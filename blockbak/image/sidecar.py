@@ -7,6 +7,7 @@ are those of a hash map, so that the image can become a point without another lo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
 import msgspec
 import numpy as np
@@ -132,6 +133,8 @@ def _contradiction(said: Sidecar) -> str:
     sector = said.logical_sector
     if not SECTOR <= sector <= BLOCK_MAX or sector & (sector - 1) or said.physical_sector < SECTOR:
         return "its sectors are impossible"
+    if not _is_moment(said.created):
+        return "its moment is none"
     if len(said.sections) != said.geometry.sections:
         return "it does not have a digest for each section"
     limit = said.device_bytes
@@ -146,6 +149,16 @@ def _contradiction(said: Sidecar) -> str:
     if hashmap.root(said.device_bytes, block, digests) != said.root:
         return "its root is not that of its section digests"
     return ""
+
+
+def _is_moment(text: str) -> bool:
+    """Whether it names a moment, without a guess at the zone, that UTC has a year for."""
+    try:
+        moment = datetime.fromisoformat(text)
+        moment.astimezone(UTC)
+    except (ValueError, OverflowError):
+        return False
+    return moment.tzinfo is not None
 
 
 def packed(sections: Sequence[str]) -> npt.NDArray[np.uint8]:

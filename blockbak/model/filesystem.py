@@ -10,7 +10,7 @@ import itertools
 import re
 import struct
 import uuid as uuids
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from blockbak.units import KIB, SECTOR
@@ -35,19 +35,23 @@ class Filesystem:
 
 
 def filesystem(read: Read, device_bytes: int = 0) -> Filesystem | None:
-    """What lies on a device, or None where nothing is recognised.
+    """What lies on a device, or None where nothing is recognised: the first of its ``signs``."""
+    return next(signs(read, device_bytes), None)
+
+
+def signs(read: Read, device_bytes: int = 0) -> Iterator[Filesystem]:
+    """All that a device shows the marks of; what was there before may have left some.
 
     ``device_bytes`` finds arrays whose superblock is at the end. A member of an array or a volume group
     comes first: a mirror's content looks like the file system on it.
     """
     member = _md(read, device_bytes)
     if member is not None:
-        return member
+        yield member
     for probe in (_lvm, _luks, _xfs, _ext, _btrfs, _swap, _squashfs, _iso9660, _boot_sector):
         found = probe(read)
         if found is not None:
-            return found
-    return None
+            yield found
 
 
 def _text(data: bytes) -> str:

@@ -209,6 +209,9 @@ class Child:
 class Running(Child):
     """A run without a terminal."""
 
+    _looks_every = 0.001
+    """Seconds between two looks at what it does."""
+
     def __init__(
         self,
         *words: Word,
@@ -244,7 +247,7 @@ class Running(Child):
                 pytest.fail(f"it was over before {what}: {self._so_far(status)}")
             if time.monotonic() > deadline:
                 pytest.fail(f"it never came to this: {what}")
-            time.sleep(0.001)
+            time.sleep(self._looks_every)
         return self
 
     def pause(self) -> Self:

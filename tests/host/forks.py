@@ -8,10 +8,16 @@ request with ``of`` asks, and may ``wait`` for.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
 import sys
+
+# Those that a run imports only when it comes to them.
+FLOWS = (
+    "backup", "restore", "verify", "synthesize", "delete", "export", "show", "nextboot", "offer", "rawcheck", "recover",
+)  # fmt: skip
 
 
 def serve() -> None:
@@ -20,8 +26,12 @@ def serve() -> None:
 
     for verb in VERBS:
         importlib.import_module(f"blockbak.cli.{MODULES.get(verb, verb)}")
-    for module in ("backup", "restore", "verify", "synthesize", "delete", "export", "show"):
+    for module in FLOWS:
         importlib.import_module(f"blockbak.flow.{module}")
+    for module in ("difflib", "psutil"):
+        importlib.import_module(module)
+    # No child's collector looks at, and thereby copies, what they share.
+    gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)
         print(request["number"], answer(request), flush=True)

@@ -271,6 +271,10 @@ def test_a_partition_that_is_not_there_is_named_with_those_that_are(loop, progra
     assert (error["name"], error["fields"]["there"]) == ("NoSuchPartition", "1, 2, 5")
     error = program.restore(program.backup(plain)["point"], tmp_path / "p.img", "--partition", 1, expect=1).error
     assert error["fields"]["there"] == "no partition table"
+    for header in (512, SIZE - 512):
+        put(made, header + 20, b"harm")
+    error = program.restore(program.backup(made)["point"], tmp_path / "p.img", "--partition", 2, expect=1).error
+    assert error["fields"]["there"] == "a GPT of which both copies are damaged"
     assert not (tmp_path / "p.img").exists()
 
 

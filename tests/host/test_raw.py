@@ -129,6 +129,18 @@ def test_it_is_adopted_under_a_name_that_is_asked_for(source, program, tmp_path)
     assert program.backup(device)["volume"] == "web"
 
 
+def test_an_image_that_is_older_than_the_newest_point_is_the_latest_and_says_so(source, program, tmp_path):
+    device, _ = source()
+    image = tmp_path / "disk.img"
+    program("cold", device, image)
+    point = program.backup(device)
+    done = program("adopt", image)
+    told = f"The image is older than {point['point']}, the newest point so far; 'latest' is the image from now on."
+    assert told in done.said
+    assert told in done.document["notes"]
+    assert program("show", f"{point['volume']}@latest").document["point"] == done.document["point"]
+
+
 def test_an_image_of_another_host_is_no_parent_of_this_hosts_device(source, program, tmp_path):
     import msgspec
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from blockbak.flow import backup
+from blockbak.flow import backup, used
 from blockbak.flow.used import find_unused
 from blockbak.model import extent
 from blockbak.units import KIB, MIB, SECTOR
@@ -350,3 +350,48 @@ def test_a_bad_sector_that_nobody_uses_is_not_asked_for(noise, tmp_path, seed):
         assert low + length <= middle or low >= middle + 64 * KIB
     request = replace(request, used_only=False, strict=False, retries=0)
     assert backup.backup(repository, request, world).bad_bytes == 64 * KIB
+
+
+# --- what was there before, and what lies over each other --------------------------------------------
+
+
+def test_a_file_system_below_a_partition_table_is_not_believed(noise, program):
+    """It was there before; its bitmaps may be whole and say that the partitions of today are unused. The kernel
+    shows none of an image file, nor of a virtual machine's volume.
+    """
+    disk = noise(SIZE)
+    run(*MAKE["ext4"], disk)
+    assert find_unused(str(disk.file), "disk", lambda: None).extents.size
+    run("sfdisk", "--quiet", "--no-reread", "--no-tell-kernel", "--wipe", "never", disk,
+        stdin="label: dos\n2048,+,83\n")  # fmt: skip
+    reading_all(program.backup(disk, "--used-only"), "there is a partition table too")
+
+
+def test_two_file_systems_on_one_device_are_not_asked(noise, program):
+    """The superblock of a btrfs lies where another's mkfs may leave it."""
+    device = noise(SIZE)
+    run(*MAKE["ext4"], device)
+    with device.file.open("r+b") as file:
+        file.seek(64 * KIB + 64)
+        file.write(b"_BHRfS_M")
+    run("blockdev", "--flushbufs", device)
+    reading_all(program.backup(device, "--used-only"), "there are signs of others too (btrfs)")
+
+
+def test_what_one_of_two_partitions_over_each_other_uses_is_used(monkeypatch):
+    """The kernel takes such a table when it scans a disk, though not from partx."""
+    size, left = 100 * MIB, {"a": [(10, 90)], "b": [(0, 20), (30, 40)], "c": [(0, 5)]}
+    places = [used._Place("a", "a", 0, size), used._Place("b", "b", 50 * MIB, 50 * MIB)]
+    places.append(used._Place("c", "c", 2 * size, size))
+
+    def ask(place, *_, **__):
+        pairs = [(start * MIB, end * MIB) for start, end in left[place.node]]
+        return extent.table([start for start, _ in pairs], [end for _, end in pairs], extent.HOLE), ""
+
+    monkeypatch.setattr(used, "_places", lambda *_: places)
+    monkeypatch.setattr(used, "_kind", lambda *_: ("ext4", ""))
+    monkeypatch.setattr(used, "_ask", ask)
+    found = find_unused("disk", "disk", lambda: None)
+    ranges = zip(extent.starts_of(found.extents).tolist(), extent.ends_of(found.extents).tolist(), strict=True)
+    assert [(start // MIB, end // MIB) for start, end in ranges] == [(10, 70), (80, 90), (200, 205)]
+    assert extent.flaw(found.extents, 0, 3 * size, tiling=False) is None

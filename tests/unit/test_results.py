@@ -28,7 +28,7 @@ def told(place, checks=(0,), status=None, cases=(), machine=None, inside=()):
         (place / "pytest").write_text(f"{status}\ttests.xml\t-m 'not vm' \n")
         written(place / "tests.xml", cases)
     if machine is not None:
-        (place / "vm").write_text(f"{machine}\tdirect\n")
+        (place / "vm").write_text(f"{machine}\tvm.xml\tdirect\n")
         written(place / "vm.xml", inside)
     done = subprocess.run([sys.executable, RESULTS, place], capture_output=True, text=True, check=False)
     return done.returncode, done.stdout.splitlines()[-1]
@@ -69,10 +69,31 @@ def test_it_is_told_how_many_tests_ran_where(tmp_path):
 
 def test_a_machine_without_a_report_failed(tmp_path):
     (tmp_path / "checks").write_text("")
-    (tmp_path / "vm").write_text("1\tdirect\n")
+    (tmp_path / "vm").write_text("1\tvm.xml\tdirect\n")
     done = subprocess.run([sys.executable, RESULTS, tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stdout.splitlines()[-2:] == ["tests: 0 here, 0 in the virtual machine", "0 passed, 1 failed"]
+
+
+@pytest.mark.parametrize(
+    ("status", "inside", "expected"),
+    [
+        (0, [INSIDE], ["tests: 0 here, 2 in the virtual machine", "2 passed, 0 failed"]),
+        (1, [BAD], ["tests: 0 here, 2 in the virtual machine", "1 passed, 1 failed"]),
+        # One that did not start, or ran nothing, is a failure whatever the other says.
+        (1, None, ["tests: 0 here, 1 in the virtual machine", "1 passed, 1 failed"]),
+        (0, [], ["tests: 0 here, 1 in the virtual machine", "1 passed, 1 failed"]),
+    ],
+)
+def test_of_two_machines_both_must_have_passed(tmp_path, status, inside, expected):
+    (tmp_path / "checks").write_text("")
+    (tmp_path / "vm").write_text(f"0\tvm-first.xml\tdirect\n{status}\tvm-second.xml\tdirect\n")
+    written(tmp_path / "vm-first.xml", [INSIDE])
+    if inside is not None:
+        written(tmp_path / "vm-second.xml", inside)
+    done = subprocess.run([sys.executable, RESULTS, tmp_path], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.splitlines()[-2:]) == (int("1 failed" in expected[1]), expected)
+    assert [line.split()[0] for line in done.stdout.splitlines() if " vm-" in line] == ["vm-first", "vm-second"]
 
 
 def test_a_run_that_left_no_report_failed(tmp_path):

@@ -24,7 +24,6 @@ from tests.cli import program
 from tests.cli.program import Ended
 from tests.conftest import Loop
 from tests.host.stage import Forks
-from tests.vm import cluster
 
 MIB = 1 << 20
 LIMIT_SECONDS = 240
@@ -78,14 +77,11 @@ def things() -> set[tuple[str, str]]:
 
 def orphans() -> Iterator[psutil.Process]:
     """Processes that a test started, by what they inherit, though their parent may have ended."""
-    mine = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
-    for process in psutil.process_iter():
-        try:
-            inherited = process.environ()
-        except psutil.Error:
-            continue
-        if "PYTEST_CURRENT_TEST" in inherited and process.pid not in mine:
-            yield process
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        # psutil would look at much more of each of all the kernel's own.
+        with suppress(OSError, psutil.Error):
+            if b"\0PYTEST_CURRENT_TEST=" in b"\0" + path.read_bytes() and path.parts[2] != str(os.getpid()):
+                yield psutil.Process(int(path.parts[2]))
 
 
 def of_blockbak() -> list[str]:
@@ -228,13 +224,6 @@ def make_group(loop: Callable[..., Loop]) -> Iterator[Callable[..., Group]]:
 def group(request: pytest.FixtureRequest, make_group: Callable[..., Group]) -> Group:
     """A volume group of 1 GiB; a test that asks for it runs with sectors of 512 and of 4096 bytes."""
     return make_group(request.param)
-
-
-@pytest.fixture(scope="session")
-def new_cluster() -> Iterator[Path]:
-    """The files of a PostgreSQL server that never ran."""
-    with cluster.made() as place:
-        yield place
 
 
 # --- the program ----------------------------------------------------------------------------------------

@@ -45,6 +45,9 @@ def as_disk(path: str, size: int = 0) -> Loop:
 class Beside(Running):
     """A run beside the test, in a child of the process that has imported the program."""
 
+    # A look takes the emulated processor some milliseconds, which the run has not for itself.
+    _looks_every = 0.02
+
     def __init__(self, blockbak: Blockbak, words: tuple[str, ...], exported: dict[str, str]) -> None:
         Child.__init__(self, words)
         self._limit = LIMIT_SECONDS

@@ -19,7 +19,7 @@ import pytest
 
 from blockbak.host import bootunit
 from tests.conftest import Loop
-from tests.vm.cluster import PROGRAMS, by_server
+from tests.vm.cluster import NEW, PROGRAMS, by_server
 from tests.vm.conftest import LIMIT_SECONDS, MIB, Blockbak, run
 from tests.vm.hot import killed, noise, start, write
 from tests.volumes import difference, fingerprint
@@ -47,10 +47,14 @@ def state(place: Path) -> dict[str, object]:
     return {
         # Which of them was made first is nobody's affair.
         "mounts": sorted(mounts, key=lambda one: one[0]),
-        "swaps": run("swapon", "--show=NAME,PRIO", "--noheadings", "--raw").splitlines(),
+        "swaps": [" ".join(line.split()[::4]) for line in Path("/proc/swaps").read_text().splitlines()[1:]],
         "units": sorted(line.split()[0] for line in units.splitlines()),
         "volumes": sorted(path.read_text() for path in Path("/sys/block").glob("dm-*/dm/name")),
-        "loops": run("losetup", "--list", "--noheadings", "--raw", "--output", "NAME,BACK-FILE,OFFSET,RO").splitlines(),
+        "loops": sorted(
+            (path.parts[3], *(path.joinpath(what).read_text() for what in ("loop/backing_file", "loop/offset", "ro")))
+            for path in Path("/sys/block").glob("loop*")
+            if (path / "loop").exists()
+        ),
     }
 
 
@@ -72,8 +76,8 @@ def unit(name: str, text: str) -> Iterator[str]:
     """A unit that runs, stopped and gone afterwards."""
     path = UNITS / name
     path.write_text(text)
-    run("systemctl", "daemon-reload")
     try:
+        # It was not there before, so nobody needs to be told that it changed.
         run("systemctl", "start", name)
         yield name
     finally:
@@ -133,7 +137,8 @@ def stage(loop: Callable[..., Loop]) -> Iterator[Callable[..., Stage]]:
                 if what == "ext4":
                     run("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0", node)
                 elif what == "xfs":
-                    run("mkfs.xfs", "-q", "-f", node)
+                    # Of less than 300 MiB, which is as good for this.
+                    run("mkfs.xfs", "-q", "-f", "--unsupported", node)
                 elif what == "swap":
                     run("mkswap", node)
                 elif what == "lvm":
@@ -162,9 +167,9 @@ def done_in(error: dict[str, object]) -> str:
 # --- all of it at once --------------------------------------------------------------------------------------
 
 
-def test_a_disk_with_everything_on_it(stage, loop, new_cluster, repository, run_blockbak):
-    made = stage([("ext4", 32), ("xfs", 304), ("swap", 32), ("lvm", 128)])
-    run("lvcreate", "--quiet", "--yes", "-n", "db", "-L", "96M", made.group)
+def test_a_disk_with_everything_on_it(stage, loop, repository, run_blockbak):
+    made = stage([("ext4", 8), ("xfs", 64), ("swap", 8), ("lvm", 80)])
+    run("lvcreate", "--quiet", "--yes", "-n", "db", "-L", "64M", made.group)
     run("lvcreate", "--quiet", "--yes", "-n", "spare", "-L", "8M", made.group)
     run("mkfs.ext4", "-q", "-F", f"/dev/{made.group}/db")
     plain = stage.mounted(made.node(1), made.place / "a", "-o", "noatime,nodev")
@@ -178,7 +183,7 @@ def test_a_disk_with_everything_on_it(stage, loop, new_cluster, repository, run_
     shutil.chown(data, "postgres", "postgres")
     shutil.chown(made.place, "postgres", "postgres")
     made.place.chmod(0o755)
-    run("cp", "--archive", new_cluster, cluster)
+    run("cp", "--archive", NEW, cluster)
     text = (
         f"[Service]\nType=notify\nUser=postgres\nTimeoutSec={LIMIT_SECONDS}\n"
         f"ExecStart={PROGRAMS}/postgres -D {cluster} -k {made.place} -c listen_addresses=\n"
@@ -292,7 +297,7 @@ def test_a_frozen_file_system_is_thawed_when_blockbak_dies(stage, repository, ru
                 time.sleep(1)
                 assert writer.poll() is None, "it could write to what should be frozen"
                 os.kill(running.pid, signal.SIGKILL)
-                assert writer.wait(30) == 0
+                assert writer.wait(LIMIT_SECONDS) == 0
         run_blockbak("recover", "--machine")
         assert state(made.place) == before
         # At its deadline it goes on too, and there is no point of it.
@@ -326,7 +331,7 @@ def test_what_cannot_be_stopped_is_told_and_all_is_as_it_was(stage, tmpfs, repos
         # With leave to end it, it is asked first, and then not asked.
         (point,) = run_blockbak.json(*COLD, "--kill", made.disk)["points"]
         assert point["consistency"] == "cold"
-        assert process.wait(10) == -signal.SIGKILL
+        assert process.wait(LIMIT_SECONDS) == -signal.SIGKILL
     private = ("unshare", "--mount", "--propagation", "private")
     with sitting(Path("/"), prefix=private) as process:
         # Nothing here reaches that mount: the file system stays, and takes no writes.
@@ -529,7 +534,11 @@ def test_the_machine_goes_off_while_disks_are_at_rest(run_blockbak, tmp_path):
         else:
             killed_reading(run_blockbak, *words, "--limit", "1M", node)
             assert kept.state() == {"mounts": [], "priorities": [], "units": [], "volumes": []}
-        (kept.place / "then.json").write_text(json.dumps([before, kept.state()]))
+        with (kept.place / "then.json").open("w") as file:
+            json.dump([before, kept.state()], file)
+            # The power may be cut next.
+            file.flush()
+            os.fsync(file.fileno())
         assert (LASTING / kept.mender).exists(), (program, word, after)
     WISH.touch()
 

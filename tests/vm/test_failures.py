@@ -58,19 +58,19 @@ def filled(name):
 
 
 def test_a_snapshot_that_fills_is_extended_or_given_up(make_group, repository, run_blockbak, tmp_path):
-    group = make_group(size=512 * MIB)
-    data, label = group.volume("data", 64 * MIB), f"{group.name}/data"
+    group = make_group(size=128 * MIB)
+    data, label = group.volume("data", 32 * MIB), f"{group.name}/data"
     write(data, 0, noise(1, 8 * MIB))
     held = fingerprint(data)
     # In time: it is looked at more often than this fills it.
-    with start(run_blockbak, *HOT, "--snapshot-size", "16M", "--limit", "4M", label) as running:
+    with start(run_blockbak, *HOT, "--snapshot-size", "8M", "--limit", "2M", label) as running:
         name = pause_reading(running)
         running.go_on()
-        for number in range(40):
+        for number in range(20):
             write(data, number * MIB, noise(100 + number, MIB))
             # How fast it fills is the machine's affair, and so is how long LVM takes.
             while snapshot_read(running.pid) and filled(name) > 0.8:
-                time.sleep(0.05)
+                time.sleep(0.5)
         made = running.end()
     assert made.status == 0, str(made)
     (point,) = made.document["points"]
@@ -82,7 +82,7 @@ def test_a_snapshot_that_fills_is_extended_or_given_up(make_group, repository, r
             group.volume("filler", free(group) - 8 * MIB)
         with start(run_blockbak, *HOT, "--snapshot-size", "8M", *limits, label) as running:
             pause_reading(running)
-            for number in range(24):
+            for number in range(12):
                 write(data, number * MIB, noise(200 + number, MIB))
             running.go_on()
             error = failed(running.end(), "SnapshotOverflowed")
@@ -96,23 +96,23 @@ def test_a_snapshot_that_fills_is_extended_or_given_up(make_group, repository, r
 
 
 def test_a_pool_that_fills_is_not_filled_by_the_snapshot(make_group, repository, run_blockbak, tmp_path):
-    group = make_group()
-    group.pool("pool", 112 * MIB)
-    data, label = group.thin("pool", "data", 96 * MIB), f"{group.name}/data"
-    write(data, 0, noise(1, 64 * MIB))
-    other = group.thin("pool", "other", 64 * MIB)
-    with start(run_blockbak, *HOT, "--limit", "4M", label) as running:
+    group = make_group(size=128 * MIB)
+    group.pool("pool", 72 * MIB)
+    data, label = group.thin("pool", "data", 40 * MIB), f"{group.name}/data"
+    write(data, 0, noise(1, 36 * MIB))
+    other = group.thin("pool", "other", 32 * MIB)
+    with start(run_blockbak, *HOT, "--limit", "1M", label) as running:
         pause_reading(running)
         running.go_on()
         # Each of it takes room of its own, for as long as there is a snapshot: until a twentieth is left.
-        write(data, 0, noise(100, 40 * MIB))
-        for number in range(300):
-            write(data, 40 * MIB + number * 64 * KIB, noise(101 + number, 64 * KIB))
+        write(data, 0, noise(100, 31 * MIB))
+        for number in range(80):
+            write(data, 31 * MIB + number * 64 * KIB, noise(101 + number, 64 * KIB))
             if not snapshot_read(running.pid) and number > 40:
                 break
-            time.sleep(0.1)
+            time.sleep(0.2)
         error = failed(running.end(), "PoolFull")
-    write(data, 0, noise(3, 16 * MIB))
+    write(data, 0, noise(3, 4 * MIB))
     use = lvs(f"{group.name}/pool")[0]
     assert use["lv_attr"][:6] == "twi-ao"
     assert use["lv_attr"][8] == "-"
@@ -120,7 +120,7 @@ def test_a_pool_that_fills_is_not_filled_by_the_snapshot(make_group, repository,
     check_gone(group)
     check_repository(repository)
     # Now others have taken what a snapshot may need.
-    write(other, 0, noise(2, 16 * MIB))
+    write(other, 0, noise(2, 8 * MIB))
     error = failed(run_blockbak(*HOT, label, expect=None), "NoPoolRoom")
     assert error["fields"]["pool"] == f"{group.name}/pool"
     check_gone(group)
@@ -157,8 +157,8 @@ def test_other_hands_on_the_snapshot(make_group, repository, run_blockbak):
 
 
 def test_a_bad_sector_below_the_origin_is_not_taken_for_an_overflow(loop, repository, run_blockbak, tmp_path):
-    disk = loop(96 * MIB)
-    sectors, bad = (disk.size - MIB) // 512, 40 * MIB // 512
+    disk = loop(48 * MIB)
+    sectors, bad = (disk.size - MIB) // 512, 14 * MIB // 512
     # Behind a gap: at the disk's own start LVM would find the physical volume a second time.
     gap = MIB // 512
     healthy = f"0 {sectors} linear {disk} {gap}"
@@ -177,12 +177,12 @@ def test_a_bad_sector_below_the_origin_is_not_taken_for_an_overflow(loop, reposi
     try:
         run("pvcreate", "--quiet", "--yes", f"/dev/mapper/{below}")
         run("vgcreate", "--quiet", name, f"/dev/mapper/{below}")
-        run("lvcreate", "--quiet", "--yes", "-n", "data", "-L", "64m", name)
+        run("lvcreate", "--quiet", "--yes", "-n", "data", "-L", "20m", name)
         data, label = f"/dev/{name}/data", f"{name}/data"
-        write(data, 0, noise(1, 64 * MIB))
+        write(data, 0, noise(1, 20 * MIB))
         start_at = int(float(run("pvs", "--noheadings", "--units", "b", "--nosuffix", "-o", "pe_start",
                                  f"/dev/mapper/{below}")))  # fmt: skip
-        at = 40 * MIB - start_at
+        at = 14 * MIB - start_at
         load(sick)
         made = run_blockbak(*HOT, "--snapshot-size", "8M", label, expect=3)
         (point,) = made.document["points"]

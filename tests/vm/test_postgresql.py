@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.vm.cluster import PROGRAMS, by_server
+from tests.vm.cluster import NEW, PROGRAMS, by_server
 from tests.vm.conftest import LIMIT_SECONDS, MIB, Blockbak, Group, run
 from tests.vm.writers import Client, Taken, Writer, find_least, take
 
-DATA_SIZE, WAL_SIZE = 80 * MIB, 32 * MIB
+DATA_SIZE, WAL_SIZE = 64 * MIB, 24 * MIB
 MKFS = ("mkfs.ext4", "-q", "-F", "-J", "size=4", "-E", "lazy_itable_init=0,lazy_journal_init=0")
 
 # Checkpoints come often, so that points fall into them; everything that only takes processor time is off.
@@ -127,9 +127,9 @@ def server(run_blockbak: Blockbak) -> Iterator[Server]:
 
 
 @contextmanager
-def under_load(server: Server, new_cluster: Path, *, split: bool) -> Iterator[Writer]:
+def under_load(server: Server, *, split: bool) -> Iterator[Writer]:
     """A new server on the volumes that are mounted, with pgbench and the witness at work."""
-    run("cp", "--archive", new_cluster, server.data)
+    run("cp", "--archive", NEW, server.data)
     if split:
         wal = server.place / "wal-volume" / "wal"
         run("mv", server.data / "pg_wal", wal)
@@ -141,7 +141,7 @@ def under_load(server: Server, new_cluster: Path, *, split: bool) -> Iterator[Wr
     with server.running():
         server.ask(TABLES)
         pgbench = as_server(
-            PROGRAMS / "pgbench", "-h", server.place, "-n", "-M", "prepared", "-c", 2, "-R", 40, "-T", 3600, "-f", script,
+            PROGRAMS / "pgbench", "-h", server.place, "-n", "-M", "prepared", "-c", 2, "-R", 8, "-T", 3600, "-f", script,
             "postgres",
         )  # fmt: skip
         psql = as_server(PROGRAMS / "psql", "-h", server.place, "-XAtq", "-v", "ON_ERROR_STOP=1", "-d", "postgres")
@@ -211,13 +211,13 @@ def bring_back(server: Server, text: str) -> str:
     )
 
 
-def test_a_whole_server_on_one_volume(make_group, run_blockbak, repository, server, new_cluster):
+def test_a_whole_server_on_one_volume(make_group, run_blockbak, repository, server):
     group = make_group(4096, 512 * MIB)
     data = group.thin(group.pool("pool", 256 * MIB), "data", DATA_SIZE)
     copy = group.volume("data-new", DATA_SIZE)
     run(*MKFS, data)
     label = f"{group.name}/data"
-    with server.mounted({"data": data}), under_load(server, new_cluster, split=False) as witness:
+    with server.mounted({"data": data}), under_load(server, split=False) as witness:
         runs = [
             take(run_blockbak, witness, label, "--freeze-with", "postgresql"),
             take(run_blockbak, witness, label),
@@ -233,7 +233,7 @@ def test_a_whole_server_on_one_volume(make_group, run_blockbak, repository, serv
             checked.check(taken, thorough=number == 1)
 
 
-def test_data_and_wal_on_two_volumes(make_group, run_blockbak, repository, server, new_cluster):
+def test_data_and_wal_on_two_volumes(make_group, run_blockbak, repository, server):
     group = make_group(512, 512 * MIB)
     origins = {"data": group.volume("data", DATA_SIZE), "wal": group.volume("wal", WAL_SIZE)}
     new = {"data": group.volume("data-new", DATA_SIZE), "wal": group.volume("wal-new", WAL_SIZE)}
@@ -241,11 +241,12 @@ def test_data_and_wal_on_two_volumes(make_group, run_blockbak, repository, serve
         run(*MKFS, device)
     data, wal = f"{group.name}/data", f"{group.name}/wal"
     hook = ("--freeze-with", "postgresql")
-    with server.mounted(origins), under_load(server, new_cluster, split=True) as witness:
-        together = [take(run_blockbak, witness, "--together", data, wal, *hook)]
+    both = ("--together", "--together-deadline", "60")
+    with server.mounted(origins), under_load(server, split=True) as witness:
+        together = [take(run_blockbak, witness, *both, data, wal, *hook)]
         alone = take(run_blockbak, witness, data, *hook)
-        together.append(take(run_blockbak, witness, "--together", wal, data))
-        together.append(take(run_blockbak, witness, "--together", data, wal))
+        together.append(take(run_blockbak, witness, *both, wal, data))
+        together.append(take(run_blockbak, witness, *both, data, wal))
     runs = [together[0], alone, *together[1:]]
     kinds = [[document["kind"] for document in one.documents] for one in runs]
     assert kinds == [["full"] * 2, ["incremental"], *[["incremental"] * 2] * 2]

@@ -6,12 +6,11 @@ import hashlib
 import os
 import signal
 import struct
-import subprocess
-import time
 from pathlib import Path
 
 from tests.patterns import SECTOR, stamp
 from tests.vm.conftest import MIB, lvs, run
+from tests.vm.hot import start
 
 SIZE = 10 * MIB + 123
 """Of an image file: neither whole LVM extents nor whole sectors."""
@@ -109,14 +108,9 @@ def test_a_restore_that_fails_leaves_no_volume(make_group, run_blockbak, reposit
     new = f"{group.name}/new"
 
     # Killed while it writes: the volume is known for what it is, and goes with 'recover'.
-    words = ["blockbak", "restore", "source@latest", "--create-lv", new]
-    killed = subprocess.Popen(words, env={**os.environ, **run_blockbak.exported})
-    deadline = time.monotonic() + 60
-    while not restoring():
-        assert killed.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    with start(run_blockbak, "restore", "source@latest", "--create-lv", new) as running:
+        running.until("it restores", restoring)
+        os.kill(running.pid, signal.SIGKILL)
     assert [one["lv_name"] for one in restoring()] == ["new"]
     recovered = run_blockbak("recover")
     assert f"Removed {new}, the unfinished restore of a run that did not end" in recovered.text

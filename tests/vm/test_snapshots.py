@@ -207,17 +207,17 @@ def test_no_room_is_said_beforehand(make_group, repository, run_blockbak):
 
 def test_a_volume_keeps_its_points_whatever_is_done_to_it(loop, make_group, ext4, repository, run_blockbak, tmp_path):
     """On several disks, one of them encrypted; renamed, trimmed, grown and shrunk between its points."""
-    disk, key, crypt = loop(128 * MIB), tmp_path / "key", f"crypt-{os.getpid()}"
+    disk, key, crypt = loop(56 * MIB), tmp_path / "key", f"crypt-{os.getpid()}"
     key.write_bytes(b"not a secret")
     run(
         "cryptsetup", "luksFormat", "--batch-mode", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000",
         "--key-file", key, disk,
     )  # fmt: skip
     run("cryptsetup", "open", "--allow-discards", "--key-file", key, disk, crypt)
-    group = make_group(size=64 * MIB)
+    group = make_group(size=32 * MIB)
     run("vgextend", "--quiet", "--yes", group.name, f"/dev/mapper/{crypt}")
     # Of one disk's whole room, and some of the other's.
-    data = group.volume("da-ta.1", 128 * MIB)
+    data = group.volume("da-ta.1", 40 * MIB)
     mounted = ext4(as_disk(data))
     try:
         (mounted.where / "gone").write_bytes(noise(1, 4 * MIB))

@@ -7,14 +7,14 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
-from tests.cli.program import environment
-from tests.vm.conftest import MIB, run, suspended
+from tests.vm.conftest import MIB, SETTLE_SECONDS, run, suspended
 from tests.vm.hot import as_disk, check_gone, dm_name, instead, killed, mapped, noise, start, suspended_path, write
 from tests.volumes import fingerprint
 
 WRITER = """
-import mmap, os, sys
+import mmap, os, sys, time
 page = mmap.mmap(-1, 4096)
 first, second = (os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_DSYNC) for path in sys.argv[1:])
 number = 0
@@ -23,6 +23,8 @@ while True:
     page[:8] = number.to_bytes(8, "little")
     for device in (first, second):
         os.pwritev(device, [page], 0)
+        # Many times while one snapshot is made, and not all that an emulated processor can do.
+        time.sleep(0.005)
 """
 
 
@@ -60,7 +62,8 @@ def two(make_group):
 
 
 def words(group):
-    return ("backup", "--mode", "hot", "--together", "--snapshot-size", "8M", "--json",
+    # Where everything is emulated and others have the processor too, two snapshots may take longer than usual.
+    return ("backup", "--mode", "hot", "--together", "--together-deadline", "60", "--snapshot-size", "8M", "--json",
             f"{group.name}/a-data", f"{group.name}/b-wal")  # fmt: skip
 
 
@@ -94,7 +97,8 @@ def test_a_set_that_takes_too_long_is_void(make_group, repository, run_blockbak,
             time.sleep(0.01)
         lasted = time.monotonic() - begun
         ended = running.end()
-    assert 1 < lasted < 3 + 2
+    # At its deadline, and not when whoever is slow comes back; a machine that has other work takes a while, too.
+    assert 1 < lasted < 3 + 6
     assert (ended.status, ended.error["name"], ended.document["points"]) == (1, "SetVoid", [])
     check_gone(group)
 
@@ -104,7 +108,7 @@ def test_whoever_dies_while_volumes_are_suspended_they_go_on(make_group, reposit
     write(paths[0], 0, noise(1, MIB))
     # blockbak alone: its guardian lets go.
     killed(run_blockbak, *words(group), env=instead(tmp_path, "lvcreate", "#!/bin/sh\nkill -KILL $PPID\n"))
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + SETTLE_SECONDS
     while any(held_back(states)) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert suspended() == set()
@@ -127,12 +131,8 @@ kill -KILL $(sed 's/.*"pid": *\\([0-9]*\\).*/\\1/' /run/blockbak/guardian-*.json
 
 def refusal(blockbak, *sources, **env):
     """Why these cannot be suspended together."""
-    done = subprocess.run(
-        ["blockbak", "backup", "--mode", "hot", "--together", "--dry-run", *sources],
-        env=environment(blockbak.exported | env), capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 5, done
-    return done.stderr
+    exporting = replace(blockbak, exported=blockbak.exported | env)
+    return exporting("backup", "--mode", "hot", "--together", "--dry-run", *sources, expect=5).said
 
 
 def test_who_is_refused(make_group, ext4, repository, run_blockbak, tmp_path):
