@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import select
 import sys
 import threading
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 _ESCAPED = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
 _CONTROLS = {code: text for code, text in _ESCAPED.items() if chr(code) not in "\n\t"}
 """Characters that would steer a terminal: a name that holds them is shown, not obeyed."""
+
+_LOOK_SECONDS = 0.2
+"""Between two looks at what a person types."""
 
 _lost: list[OSError] = []
 
@@ -104,6 +108,11 @@ def ask(question: str) -> str | None:
     typed = b""
     try:
         click.echo(_fit(f"{question.translate(_CONTROLS)}: ", sys.stderr), nl=False, err=True)
+        # In short waits: of a signal that comes just before one begins, Python hears only after it.
+        waiting = select.poll()
+        waiting.register(sys.stdin.fileno(), select.POLLIN)
+        while not waiting.poll(_LOOK_SECONDS * 1000):
+            pass
         typed = sys.stdin.buffer.readline()
     except OSError:
         return None  # the terminal is gone
