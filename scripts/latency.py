@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=512, metavar="MIB", help="size of the volume [512]")
     parser.add_argument("--seconds", type=float, default=10, help="how long each quiet row takes [10]")
     parser.add_argument("--limit", default="20M", help="what --limit is given in its row [20M]")
+    parser.add_argument("--dir", default="/var/tmp", help="where its files lie, thrice the size [/var/tmp]")
     parser.add_argument("--blockbak", default=os.path.join(os.path.dirname(sys.executable), "blockbak"))
     options = parser.parse_args()
     if not os.path.exists(options.blockbak):
@@ -121,7 +122,7 @@ def main() -> None:
     size = options.size * MIB
     rows: list[tuple[str, list[float]]] = []
     with (
-        tempfile.TemporaryDirectory(dir="/var/tmp", prefix="blockbak-latency-") as folder,
+        tempfile.TemporaryDirectory(dir=options.dir, prefix="blockbak-latency-") as folder,
         _volume(folder, size) as path,
     ):
         rows.append(("nothing else", _write(path, size, _for(options.seconds))))
