@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 
 MIB = 1 << 20
 _PAGE = 4096
+_PLACE = "/var/tmp"  # noqa: S108 - a folder of its own is made in it
 _GROUP = "blockbaklatency"
 _SEED = 1
 
@@ -114,6 +115,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=512, metavar="MIB", help="size of the volume [512]")
     parser.add_argument("--seconds", type=float, default=10, help="how long each quiet row takes [10]")
     parser.add_argument("--limit", default="20M", help="what --limit is given in its row [20M]")
+    parser.add_argument("--dir", default=_PLACE, help="where its files lie, thrice the size [%(default)s]")
     parser.add_argument("--blockbak", default=os.path.join(os.path.dirname(sys.executable), "blockbak"))
     options = parser.parse_args()
     if not os.path.exists(options.blockbak):
@@ -121,7 +123,7 @@ def main() -> None:
     size = options.size * MIB
     rows: list[tuple[str, list[float]]] = []
     with (
-        tempfile.TemporaryDirectory(dir="/var/tmp", prefix="blockbak-latency-") as folder,
+        tempfile.TemporaryDirectory(dir=options.dir, prefix="blockbak-latency-") as folder,
         _volume(folder, size) as path,
     ):
         rows.append(("nothing else", _write(path, size, _for(options.seconds))))

@@ -78,7 +78,7 @@ apt_install() {
 apt_get_install() {
     local options=(--yes --no-install-recommends -o DPkg::Lock::Timeout=120)
     export DEBIAN_FRONTEND=noninteractive
-    # In a session of its own: a machine whose dpkg was broken off installs nothing until somebody mends it, so Ctrl-C
+    # Apart from our group: a machine whose dpkg was broken off installs nothing until somebody mends it, so Ctrl-C
     # and a signal to the group wait until it is through. A new machine has no package lists, an old one stale ones.
     setsid --wait apt-get install "${options[@]}" "$@" ||
         { setsid --wait apt-get update && setsid --wait apt-get install "${options[@]}" "$@"; }

@@ -1,4 +1,4 @@
-"""Two hundred incrementals, one on the other."""
+"""Many incrementals, one on the other."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tests import children
 from tests.doubles import context, new_repository
 from tests.volumes import Volume, difference, fingerprint, restored
 
-LENGTH = 200
 NAME = "vol"
 
 
 @pytest.mark.slow
-def test_a_chain_of_two_hundred(tmp_path, rng, tell):
+def test_a_long_chain(tmp_path, rng, times, tell):
+    length = times(120, 200)
     world = context(tmp_path / "state")
     path = tmp_path / "repository"
     repository = new_repository(path)
@@ -34,11 +34,11 @@ def test_a_chain_of_two_hundred(tmp_path, rng, tell):
         held[made.point] = volume.fingerprint
         return time.monotonic() - begin
 
-    while len(held) < LENGTH + 1:
+    while len(held) < length + 1:
         took[len(held)] = add()
         volume.scribble(1)
         # With the descriptors that a plain shell gives a tight container: no image may hold one for long.
-        if len(held) - 1 in (50, 100, LENGTH):
+        if len(held) - 1 in (50, length):
             limited = ("prlimit", "--nofile=256:256")
             tell(f"backup on {len(held) - 1}: seconds", round(took[len(held) - 1], 3))
             for words in (("list",), ("verify",), ("show", "latest")):

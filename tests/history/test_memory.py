@@ -87,7 +87,7 @@ class Giant:
 
 @pytest.fixture
 def giant(tmp_path, rng, times, tell) -> Giant:
-    size = times(TIB, 16 * TIB - 2 * MIB) - 4096 - 1535
+    size = times(256 * GIB, 16 * TIB - 2 * MIB) - 4096 - 1535
     found = Giant(tmp_path, size, rng, {}, tell)
     with found.source.open("xb") as made:
         made.truncate(size)

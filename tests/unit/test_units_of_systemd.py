@@ -151,9 +151,10 @@ def test_a_target_is_started_without_what_it_wants(systemd, units):
     assert "start --job-mode=ignore-dependencies -- own.target" in systemd.log()
 
 
-def test_a_unit_that_runs_again_is_named(systemd, units):
+@pytest.mark.parametrize("when", ["restart", "meanwhile"])
+def test_a_unit_that_runs_again_is_named(when, systemd, units):
     systemd.add("a.service")
-    systemd.add("stubborn.service", when_stopped="restart")
+    systemd.add("stubborn.service", when_stopped=when)
     with pytest.raises(UnitRestarted) as caught:
         units.stop(["a.service", "stubborn.service"])
     assert caught.value.fields["unit"] == "stubborn.service"
@@ -166,14 +167,6 @@ def test_a_unit_that_cannot_be_stopped_is_named(systemd, units):
         units.stop(["a.service", "hard.service"])
     assert caught.value.fields["unit"] == "hard.service"
     assert "Operation refused" in str(caught.value)
-
-
-def test_a_unit_that_is_started_while_it_stops_is_named_as_one_that_runs_again(systemd, units):
-    systemd.add("a.service")
-    systemd.add("stubborn.service", when_stopped="meanwhile")
-    with pytest.raises(UnitRestarted) as caught:
-        units.stop(["a.service", "stubborn.service"])
-    assert caught.value.fields["unit"] == "stubborn.service"
 
 
 def test_a_unit_that_does_not_start_is_told(systemd, units):
