@@ -6,6 +6,8 @@ import mmap
 import os
 import random
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.cli.program import Child, Running
@@ -23,13 +25,24 @@ def noise(seed: int, length: int) -> bytes:
 
 def write(path: str | os.PathLike[str], start: int, data: bytes) -> None:
     """Write to a device itself, past its page cache. Raises OSError."""
-    memory = mmap.mmap(-1, len(data))
-    memory.write(data)
+    with written(path) as put:
+        put(start, data)
+
+
+@contextmanager
+def written(path: str | os.PathLike[str]) -> Iterator[Callable[[int, bytes], None]]:
+    """The same many times, ``put(start, data)``: udev looks at the device again only once it is closed."""
     device = os.open(path, os.O_WRONLY | os.O_DIRECT)
-    try:
+
+    def put(start: int, data: bytes) -> None:
+        memory = mmap.mmap(-1, len(data))
+        memory.write(data)
         done = 0
         while done < len(data):
             done += os.pwritev(device, [memoryview(memory)[done:]], start + done)
+
+    try:
+        yield put
     finally:
         os.close(device)
 
@@ -46,7 +59,7 @@ class Beside(Running):
     """A run beside the test, in a child of the process that has imported the program."""
 
     # A look takes the emulated processor some milliseconds, which the run has not for itself.
-    _looks_every = 0.02
+    _looks_every = 0.05
 
     def __init__(self, blockbak: Blockbak, words: tuple[str, ...], exported: dict[str, str]) -> None:
         Child.__init__(self, words)

@@ -29,6 +29,7 @@ from tests.vm.hot import (
     start,
     suspended_path,
     write,
+    written,
 )
 from tests.volumes import fingerprint
 
@@ -66,11 +67,12 @@ def test_a_snapshot_that_fills_is_extended_or_given_up(make_group, repository, r
     with start(run_blockbak, *HOT, "--snapshot-size", "8M", "--limit", "2M", label) as running:
         name = pause_reading(running)
         running.go_on()
-        for number in range(20):
-            write(data, number * MIB, noise(100 + number, MIB))
-            # How fast it fills is the machine's affair, and so is how long LVM takes.
-            while snapshot_read(running.pid) and filled(name) > 0.8:
-                time.sleep(0.5)
+        with written(data) as put:
+            for number in range(20):
+                put(number * MIB, noise(100 + number, MIB))
+                # How fast it fills is the machine's affair, and so is how long LVM takes.
+                while snapshot_read(running.pid) and filled(name) > 0.8:
+                    time.sleep(0.5)
         made = running.end()
     assert made.status == 0, str(made)
     (point,) = made.document["points"]
@@ -82,8 +84,7 @@ def test_a_snapshot_that_fills_is_extended_or_given_up(make_group, repository, r
             group.volume("filler", free(group) - 8 * MIB)
         with start(run_blockbak, *HOT, "--snapshot-size", "8M", *limits, label) as running:
             pause_reading(running)
-            for number in range(12):
-                write(data, number * MIB, noise(200 + number, MIB))
+            write(data, 0, noise(200, 12 * MIB))
             running.go_on()
             error = failed(running.end(), "SnapshotOverflowed")
         assert error["fields"] == {"volume": label, "size": 8 * MIB}
@@ -105,12 +106,13 @@ def test_a_pool_that_fills_is_not_filled_by_the_snapshot(make_group, repository,
         pause_reading(running)
         running.go_on()
         # Each of it takes room of its own, for as long as there is a snapshot: until a twentieth is left.
-        write(data, 0, noise(100, 31 * MIB))
-        for number in range(80):
-            write(data, 31 * MIB + number * 64 * KIB, noise(101 + number, 64 * KIB))
-            if not snapshot_read(running.pid) and number > 40:
-                break
-            time.sleep(0.2)
+        with written(data) as put:
+            put(0, noise(100, 31 * MIB))
+            for number in range(80):
+                put(31 * MIB + number * 64 * KIB, noise(101 + number, 64 * KIB))
+                if not snapshot_read(running.pid) and number > 40:
+                    break
+                time.sleep(0.2)
         error = failed(running.end(), "PoolFull")
     write(data, 0, noise(3, 4 * MIB))
     use = lvs(f"{group.name}/pool")[0]

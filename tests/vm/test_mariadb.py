@@ -119,7 +119,7 @@ def test_the_lock_is_held_for_the_snapshot_alone(
         server.ask("CREATE DATABASE load_; CREATE TABLE load_.witness (number INT PRIMARY KEY) ENGINE=InnoDB")
         line = "INSERT INTO load_.witness VALUES ({n}); SELECT {n};"
         client = undo.enter_context(Client(server.client(), line))
-        with Writer(client.step) as writer:
+        with Writer(client.step, pause=0.1) as writer:
             writer.go_on(3)
             start = time.time()
             taken = take(

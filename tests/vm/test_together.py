@@ -24,7 +24,7 @@ while True:
     for device in (first, second):
         os.pwritev(device, [page], 0)
         # Many times while one snapshot is made, and not all that an emulated processor can do.
-        time.sleep(0.005)
+        time.sleep(0.02)
 """
 
 
@@ -94,7 +94,7 @@ def test_a_set_that_takes_too_long_is_void(make_group, repository, run_blockbak,
         begun = time.monotonic()
         while any(held_back(states)):
             assert time.monotonic() < begun + 60
-            time.sleep(0.01)
+            time.sleep(0.05)
         lasted = time.monotonic() - begun
         ended = running.end()
     # At its deadline, and not when whoever is slow comes back; a machine that has other work takes a while, too.
@@ -110,7 +110,7 @@ def test_whoever_dies_while_volumes_are_suspended_they_go_on(make_group, reposit
     killed(run_blockbak, *words(group), env=instead(tmp_path, "lvcreate", "#!/bin/sh\nkill -KILL $PPID\n"))
     deadline = time.monotonic() + SETTLE_SECONDS
     while any(held_back(states)) and time.monotonic() < deadline:
-        time.sleep(0.01)
+        time.sleep(0.05)
     assert suspended() == set()
     # Its guardian with it: nobody is left to.
     both = """#!/bin/sh

@@ -23,7 +23,7 @@ class Writer:
     the ``with`` is left.
     """
 
-    def __init__(self, step: Callable[[int], None], pause: float = 0.1) -> None:
+    def __init__(self, step: Callable[[int], None], pause: float = 0.25) -> None:
         self.begun = 0
         self._step, self._pause = step, pause
         self._safe: list[float] = []
