@@ -368,7 +368,8 @@ def test_a_flipped_bit_never_gives_wrong_bytes(compress, seed, rng, tmp_path):
     wanted = shelf.states[THIRD].content
     noticed = 0
     picks = [(name, place) for name, data in shelf.files.items() for place in structure(name, data, rng)]
-    for name, place in rng.sample(picks, 150):
+    tries = 150 if os.environ.get("BLOCKBAK_SOAK") else 50
+    for name, place in rng.sample(picks, tries):
         data = bytearray(shelf.files[name])
         data[place] ^= 1 << rng.randrange(8)
         rescue.file(name).write_bytes(data)
@@ -382,7 +383,7 @@ def test_a_flipped_bit_never_gives_wrong_bytes(compress, seed, rng, tmp_path):
         else:
             noticed += 1
         rescue.file(name).write_bytes(shelf.files[name])
-    assert noticed > 60
+    assert noticed > tries * 0.4
 
 
 def structure(name: str, data: bytes, rng: random.Random) -> list[int]:

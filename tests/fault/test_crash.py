@@ -21,6 +21,8 @@ from tests.scene import BLOCK, DEEDS, VOLUME, Scene, open_descriptors
 
 SMALL = 75 * BLOCK + 3
 MOST = 200
+KEPT = (0, 1, 99)
+"""How many of the names that were not flushed a power cut leaves."""
 NAMES = [name for name in DEEDS if name != "restore-to-a-device"]
 
 
@@ -98,16 +100,22 @@ def test_a_kill_at_any_call_costs_no_more_than_the_run(name, histories, memory):
             pytest.fail(f"killed at call {at}, {kernel.log[-1]}: {type(error).__name__}: {error}")
 
 
-@pytest.mark.parametrize("keep", [0, 1, 99])
 @pytest.mark.parametrize("name", ["backup-full", "backup-incremental", "synthesize", "delete", "recover", "prune"])
-def test_a_power_cut_at_any_call_costs_no_more_than_the_run(name, keep, histories, memory):
-    """Names and bytes that were not flushed are gone, or the names alone are there."""
+def test_a_power_cut_at_any_call_costs_no_more_than_the_run(name, histories, memory, seed):
+    """Bytes that were not flushed are gone, and of the names all, all but the first, or none: at each call one of
+    these, in a soak each of them.
+    """
     deed = DEEDS[name]
     template = histories["small"].copy(memory / "template")
     deed.ready(template)
     before = template.files()
+    for turn in range(len(KEPT) if os.environ.get("BLOCKBAK_SOAK") else 1):
+        cut_power(deed, template, before, memory, seed + turn)
+
+
+def cut_power(deed, template, before, memory, first):
     for at, kernel, scene in kills(deed, template, memory, PowerCut):
-        kernel.lose(keep)
+        kernel.lose(KEPT[(first + at) % len(KEPT)])
         try:
             check_after(deed, scene, before)
         except (AssertionError, BlockbakError, OSError) as error:

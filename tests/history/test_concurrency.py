@@ -184,7 +184,7 @@ def test_all_at_once(tmp_path, rng, seed, times, tell):
         volume.fill(0.6)
         made = backup.backup(repository, backup.Request(str(volume.path), name=name, block_bytes=4 * KIB), world)
         known[made.point] = [digest.hex() for digest in volume.fingerprint]
-    office.work(times(10, 240))
+    office.work(times(6, 240))
     bad = [reason for call in office.calls if (reason := wrong(call))]
     counts = Counter((call["words"][0], call["code"]) for call in office.calls)
     for (verb, code), count in sorted(counts.items()):
@@ -251,7 +251,7 @@ while True:
     try:
         assert busy.stdout
         assert busy.stdout.readline() == "ready\n"
-        until = time.monotonic() + times(4, 60)
+        until = time.monotonic() + times(2, 60)
         while time.monotonic() < until:
             assert busy.poll() is None, "the one that deletes has failed"
             looks += 1

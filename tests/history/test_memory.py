@@ -87,7 +87,7 @@ class Giant:
 
 @pytest.fixture
 def giant(tmp_path, rng, times, tell) -> Giant:
-    size = times(256 * GIB, 16 * TIB - 2 * MIB) - 4096 - 1535
+    size = times(128 * GIB, 16 * TIB - 2 * MIB) - 4096 - 1535
     found = Giant(tmp_path, size, rng, {}, tell)
     with found.source.open("xb") as made:
         made.truncate(size)
@@ -134,7 +134,7 @@ def test_reading_back_a_new_file_passes_over_its_holes(tmp_path, rng, times, tel
 @pytest.mark.slow
 def test_a_volume_full_of_data_needs_no_more(tmp_path, rng, times, tell):
     """Every buffer is in use here, and every section full of digests."""
-    size = times(300 * MIB, 4 * GIB) + 511
+    size = times(200 * MIB, 4 * GIB) + 511
     giant = Giant(tmp_path, size, rng, {}, tell)
     block = giant.dice.randbytes(MIB)
     with giant.source.open("xb") as made:

@@ -12,24 +12,25 @@ import gc
 import importlib
 import json
 import os
+import pkgutil
 import sys
 
-# Those that a run imports only when it comes to them.
-FLOWS = (
-    "backup", "restore", "verify", "synthesize", "delete", "export", "show", "nextboot", "offer", "rawcheck", "recover",
+# What a run imports only when it comes to it.
+OTHERS = (
+    "click._textwrap", "difflib", "encodings.ascii", "importlib.resources.readers", "numpy.ma", "psutil", "pyudev",
+    "rich.console", "rich.table", "tomllib",
 )  # fmt: skip
 
 
 def serve() -> None:
     """Answer requests until standard input ends."""
-    from blockbak.cli.main import MODULES, VERBS
+    from blockbak import cli, flow
 
-    for verb in VERBS:
-        importlib.import_module(f"blockbak.cli.{MODULES.get(verb, verb)}")
-    for module in FLOWS:
-        importlib.import_module(f"blockbak.flow.{module}")
-    for module in ("difflib", "psutil"):
-        importlib.import_module(module)
+    for package in (cli, flow):
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
+    for name in OTHERS:
+        importlib.import_module(name)
     # No child's collector looks at, and thereby copies, what they share.
     gc.freeze()
     for line in sys.stdin:
