@@ -13,7 +13,9 @@ from blockbak.errors import (
     BadBlockSize,
     BlockbakError,
     Damage,
+    DamagedImage,
     DamagedRawImage,
+    Gap,
     Interrupted,
     NewerFormat,
     NotTogether,
@@ -173,7 +175,7 @@ def _parent_view(
             error: BlockbakError | None = damage_since(volume, catalog, choice.parent, fulls=fulls)
             try:
                 if error is None:
-                    view = open_chain(volume, plan(choice.parent, catalog.images), stack)
+                    view = open_chain(volume, _parent_chain(volume, catalog, choice.parent), stack)
                     view.check()
             except (Damage, NewerFormat) as damage:
                 view, error = None, damage
@@ -181,6 +183,21 @@ def _parent_view(
                 reason = f"the last {'full' if fulls else 'point'} cannot be used: {_clause(error)}"
                 choice = without_parent(request.kind, volume.name, reason)
         yield choice, view
+
+
+def _parent_chain(volume: Volume, catalog: Catalog, parent: Point) -> Sequence[Image]:
+    """The chain that the new point will stand on. Raises Gap, and DamagedImage where every chain has an image that was
+    damaged when last verified: nothing that stands on it could be restored.
+    """
+    bad = volume.found_damaged()
+    chain = plan(parent, catalog.images)
+    found = next((image.file for image in chain if image.file in bad), None)
+    if found is None:
+        return chain
+    try:
+        return plan(parent, catalog.images, bad)
+    except Gap:
+        raise DamagedImage(file=found, reason="that was found when it was last verified") from None
 
 
 Result: TypeAlias = Report | BlockbakError

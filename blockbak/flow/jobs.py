@@ -167,9 +167,11 @@ def past(catalog: Catalog) -> list[Made]:
     return found
 
 
-def newest_good(catalog: Catalog) -> datetime | None:
-    """When the newest point was made that a whole chain restores."""
-    whole = chains(catalog.images)
+def newest_good(repository: Repository, volume: str) -> datetime | None:
+    """When the newest point was made that a whole chain restores, of images that were not found damaged."""
+    catalog = catalog_of(repository, volume)
+    damaged = repository.volume(volume).found_damaged() if catalog.images else ()
+    whole = chains(image for image in catalog.images if image.file not in damaged)
     good = [point for point in catalog.points if any(image.file in whole for image in point.images)]
     return moment_of(good[-1]) if good else None
 

@@ -265,7 +265,8 @@ class _Pruning:
         """
         there = {image.file: image for image in (*known.catalog.images, *self.composed)}
         images = [image for file, image in there.items() if file not in self.removed]
-        return replace(known, catalog=replace(known.catalog, images=images))
+        hidden = tuple(image for image in known.hidden if image.file not in self.removed)
+        return replace(known, catalog=replace(known.catalog, images=images), hidden=hidden)
 
     def _check_room(self, merges: Sequence[Merge]) -> None:
         """Raises NoMergeRoom."""

@@ -509,7 +509,7 @@ def ages(job: Job, state: State, repository: Repository) -> list[Age]:
     if job.rpo is None:
         return []
     return [
-        Age(source, volume, jobs.newest_good(jobs.catalog_of(repository, volume)), job.rpo)
+        Age(source, volume, jobs.newest_good(repository, volume), job.rpo)
         for source, volume in state.volumes.items()
     ]
 

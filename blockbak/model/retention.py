@@ -17,6 +17,7 @@ from blockbak.model.chain import Image, Point, chains, points
 from blockbak.model.events import Entry
 from blockbak.model.facts import FULL, INCREMENTAL, Kind
 from blockbak.model.pin import Pin
+from blockbak.model.schedule import AHEAD_MOST
 from blockbak.model.when import first_moment
 from blockbak.units import DAY
 
@@ -330,7 +331,8 @@ def full_due(of: Sequence[Point], policy: Policy, now: datetime, fulls: Iterable
         for image in point.images
         if image.opening.kind == FULL and not image.opening.synthetic
     ]
-    newest = max([*made, *fulls], default=None)
+    # One that is to come was made by a clock that was wrong: it would put off the next for as long.
+    newest = max((one for one in [*made, *fulls] if one <= now + AHEAD_MOST), default=None)
     return newest is None or (now - newest).total_seconds() >= policy.full_every
 
 

@@ -122,13 +122,12 @@ def test_pruning_twice_is_pruning_once(days, policy):
 
 def carried_out(images, found, hidden=()):
     """What is there after each step of the plan, as the flow does it."""
-    images = list(images)
+    images, hidden = list(images), list(hidden)
 
     def remove(gone):
         if gone:
             for one in decide(images, gone, hidden).images:
-                if one in images:
-                    images.remove(one)
+                (images if one in images else hidden).remove(one)
 
     remove(found.expired)
     yield images
@@ -327,6 +326,14 @@ def test_a_full_is_due_when_the_last_one_from_the_source_is_old():
 
 
 # --- years in a second -----------------------------------------------------------------------------------
+
+
+def test_a_full_of_a_clock_that_was_ahead_does_not_put_off_the_next_for_years():
+    later = [image(1, created="2031-01-01T00:00:00.000Z")]
+    assert full_due(points(later), Policy(full_every=90 * DAY), NOW)
+    assert full_due([], Policy(full_every=90 * DAY), NOW, [NOW + timedelta(days=2000)])
+    # A little may be two machines that do not agree.
+    assert not full_due([], Policy(full_every=90 * DAY), NOW, [NOW + timedelta(minutes=30)])
 
 
 def test_years_of_a_policy():
