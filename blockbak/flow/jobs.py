@@ -21,7 +21,7 @@ from blockbak.flow.backup import check_block_size
 from blockbak.flow.context import Context
 from blockbak.flow.hot import HotOptions
 from blockbak.flow.source import Request, look, look_at
-from blockbak.host import clock, notifier, selection
+from blockbak.host import clock, jobstate, notifier, selection
 from blockbak.model import config as configs
 from blockbak.model import retention, schedule
 from blockbak.model.chain import Point, chains, moment_of_id
@@ -215,6 +215,28 @@ def last_full(entries: Sequence[Entry], volume: str) -> datetime | None:
         if entry.event == "made" and entry.volume == volume and entry.points and entry.facts.get("kind") == FULL:
             return moment_of_id(entry.points[0])
     return None
+
+
+def sharing(config: Config, job: Job, repository: Repository, one: Wanted, context: Context) -> list[Job]:
+    """The other jobs that make points of this volume of the repository: those that name the same source, and those of
+    which their last run tells, or the history where no run is known of.
+    """
+    here = os.path.realpath(repository.path)
+    others = [
+        other
+        for other in config.jobs.values()
+        if other.name != job.name and os.path.realpath(config.path_of(other)) == here
+    ]
+    if not others:
+        return []
+    made = {entry.job for entry in repository.record.entries() if entry.event == "made" and entry.volume == one.volume}
+
+    def shares(other: Job) -> bool:
+        state = jobstate.load(context.state_dir, other.name)
+        known = one.volume in state.volumes.values() if state.started else other.name in made
+        return known or one.source in other.sources
+
+    return [other for other in others if shares(other)]
 
 
 def synthetic_due(job: Job, catalog: Catalog, zone: tzinfo, now: datetime) -> str:

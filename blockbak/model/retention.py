@@ -33,7 +33,8 @@ SIMULATED_MAX = 20_000
 class Policy:
     """What is kept: so many of the last points; the newest point of each of so many hours, days, weeks (ISO), months
     and years that have one; all made ``within`` so many seconds; and in any case so many ``verified`` points. All in
-    UTC. After ``full_every`` seconds a full that shares no block with others is due (0: never).
+    UTC. After ``full_every`` seconds a full that shares no block with others is due (0: never). What one of ``others``
+    keeps stays as well.
     """
 
     last: int = 0
@@ -45,6 +46,7 @@ class Policy:
     within: float = 0.0
     verified: int = 0
     full_every: float = 90 * DAY
+    others: tuple[Policy, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (*(rule for rule, _ in _PERIODS), "last", "within", "verified", "full_every"):
@@ -162,9 +164,16 @@ class Plan:
 def chosen(candidates: Sequence[Candidate], policy: Policy, now: datetime) -> dict[str, list[str]]:
     """The points that the policy keeps, each with its reasons. ``candidates`` are in their order, oldest first.
 
-    Each rule counts by itself. The newest is kept whatever the policy says; without a rule all are.
+    Each rule counts by itself, and so does each policy. The newest is kept whatever the policy says; without a rule all
+    are.
     """
     reasons: dict[str, list[str]] = {}
+    if policy.others:
+        for one_policy in (replace(policy, others=()), *policy.others):
+            for point, why in chosen(candidates, one_policy, now).items():
+                known = reasons.setdefault(point, [])
+                known += [reason for reason in why if reason not in known]
+        return reasons
 
     def keep(one: Candidate, why: str) -> None:
         reasons.setdefault(one.id, []).append(why)

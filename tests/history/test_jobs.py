@@ -161,6 +161,31 @@ def test_what_the_policy_lets_go_is_pruned_but_not_of_what_failed(machine):
     assert len(machine.kinds()) == 1
 
 
+def test_what_one_job_keeps_of_a_volume_no_other_job_prunes(machine):
+    other = f'[jobs.slow]\nsources = ["{machine.source}"]\nschedule = "weekly"\n'
+    one = "[jobs.web.retention]\nkeep_last = 1\n"
+    machine.configure('schedule = "daily"', f"{one}{other}[jobs.slow.retention]\nkeep_weekly = 10")
+    # The first of May 2026 is a Friday: this is the end of one week, a whole one, and the beginning of a third.
+    for _ in range(12):
+        assert [report.exit for report in machine.run("slow", "web")] == [0, 0]
+        machine.now += timedelta(days=1)
+    assert len(machine.kinds()) == 3
+    # What the state directory told, the history tells as well.
+    shutil.rmtree(machine.place / "state")
+    machine.once()
+    assert len(machine.kinds()) == 3
+    # A job without retention never lets anything go.
+    machine.configure('schedule = "daily"', f"{one}{other}")
+    machine.now += timedelta(days=1)
+    machine.once()
+    assert len(machine.kinds()) == 4
+    assert any("nothing of it may go" in sentence for sentence in machine.said)
+    machine.configure('schedule = "daily"', one)
+    machine.now += timedelta(days=1)
+    machine.once()
+    assert len(machine.kinds()) == 1
+
+
 def test_a_full_of_its_own_is_made_as_often_as_the_policy_wants(machine):
     machine.configure('schedule = "daily"', "[jobs.web.retention]\nkeep_last = 2\nfull_every = '10d'")
     fulls = []
