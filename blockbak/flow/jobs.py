@@ -7,11 +7,13 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, tzinfo
+from shutil import which
 
 from blockbak.errors import (
     BadBlockSize,
     BadConfig,
     BlockbakError,
+    NoCheckCommand,
     NoConfig,
     NoSourceFits,
     NoSuchJob,
@@ -21,7 +23,7 @@ from blockbak.flow.backup import check_block_size
 from blockbak.flow.context import Context
 from blockbak.flow.hot import HotOptions
 from blockbak.flow.source import Request, look, look_at
-from blockbak.host import clock, jobstate, notifier, selection
+from blockbak.host import clock, hooks, jobstate, notifier, selection
 from blockbak.model import config as configs
 from blockbak.model import retention, schedule
 from blockbak.model.chain import Point, chains, moment_of_id
@@ -261,7 +263,8 @@ def kind_asked(due: Due) -> str:
 
 def doubts(config: Config, path: str) -> list[str]:
     """Sentences on what would go wrong on this machine now: repositories that are not there, sources that are not
-    found, people who cannot be told. None of it is an error of the configuration: a disk may come back.
+    found, hooks and checks that cannot be run, people who cannot be told. None of it is an error of the configuration:
+    a disk may come back.
     """
     found = []
     for place in config.repositories.values():
@@ -269,6 +272,8 @@ def doubts(config: Config, path: str) -> list[str]:
             Repository(place.path)
         except BlockbakError as error:
             found.append(f"Repository {place.name}: {error}")
+        if place.textfile and not os.path.isdir(folder := os.path.dirname(place.textfile)):
+            found.append(f"Repository {place.name}: the textfile cannot be written: there is no directory {folder}.")
     for job in config.jobs.values():
         named, errors = sources(job)
         found += [str(error) for error in errors]
@@ -277,10 +282,32 @@ def doubts(config: Config, path: str) -> list[str]:
                 look_at(source)
             except BlockbakError as error:
                 found.append(f"Job {job.name}: {error}")
+        found += [f"Job {job.name}: {reason}" for reason in _unready(job)]
     if config.notify.urls and os.stat(path).st_mode & (stat.S_IRGRP | stat.S_IROTH):
         found.append(f"{path} holds the secrets of notify.urls, and others may read it: chmod 600 {path}")
     if config.notify.urls and not notifier.has_apprise():
         found.append("notify.urls needs the extra blockbak[notify], which is not installed.")
     if config.notify.command and (reason := notifier.unusable(config.notify.command)):
         found.append(f"notify.command: {reason}")
+    return found
+
+
+def _unready(job: Job) -> list[str]:
+    """What of a job's hooks and of its drill is not there, or would not be run."""
+    found = []
+    for named in (job.reading.freeze_with, job.rest.hooks):
+        try:
+            if named:
+                hooks.find(named)
+        except BlockbakError as error:
+            found.append(str(error))
+    if job.drill is None:
+        return found
+    if job.drill.check and which(job.drill.check[0]) is None:
+        found.append(str(NoCheckCommand(program=job.drill.check[0])))
+    if job.drill.target:
+        try:
+            look_at(job.drill.target)
+        except BlockbakError as error:
+            found.append(f"the drill's target: {error}")
     return found

@@ -228,6 +228,22 @@ def test_a_repository_that_is_not_there_is_a_failure_and_the_next_job_is_run(mac
     assert [sentence for sentence in doubts(load(str(machine.file)), str(machine.file)) if "gone" in sentence]
 
 
+def test_what_a_run_would_not_find_is_told_before_it_is_needed(machine):
+    machine.configure(
+        'schedule = "daily"\nmode = "cold"\ncold_hooks = ["/nowhere/hook"]',
+        f'[jobs.web.drill]\ncheck = ["/nowhere/check"]\ntarget = "/dev/nowhere"\n'
+        f'[jobs.hot]\nsources = ["{machine.source}"]\nmode = "hot"\nfreeze_with = ["/nowhere/freeze"]\n',
+    )
+    machine.file.write_text(
+        machine.file.read_text().replace("[jobs.web]", 'textfile = "/nowhere/blockbak.prom"\n[jobs.web]')
+    )
+    told = "\n".join(doubts(load(str(machine.file)), str(machine.file)))
+    for named in ("hook", "check", "freeze"):
+        assert f"/nowhere/{named}" in told
+    assert "/dev/nowhere does not exist" in told
+    assert "no directory /nowhere" in told
+
+
 # --- two at a time, and too long ---------------------------------------------------------------------------------
 
 
