@@ -354,6 +354,12 @@ class _Run:
         """Keep what the policy says, of each volume that is as it should be."""
         policy = self._job.retention
         if policy is None:
+            # Pruning would have told.
+            for volume in volumes:
+                there = {image.file for image in jobs.catalog_of(repository, volume).images}
+                known = repository.volume(volume).found_damaged() & there if there else ()
+                told = "was found damaged, and never whole since."
+                self.report.attention += [f"{volume}: {file} {told}" for file in sorted(known)]
             return
         for one in (one for one in self.report.wanted if one.volume in volumes):
             volume = one.volume
@@ -362,7 +368,9 @@ class _Run:
                 sharing = jobs.sharing(self._config, self._job, repository, one, context)
                 for other in sharing:
                     if other.retention is None:
-                        context.say(f"{volume}: nothing of it may go: it is of job {other.name} too, without retention.")
+                        context.say(
+                            f"{volume}: nothing of it may go: job {other.name} images it too, and has no retention."
+                        )
                 both_keep = replace(policy, others=tuple(other.retention or Policy() for other in sharing))
                 found = prune.prune(repository, volume, both_keep, context, compress=compress)
                 self.report.pruned.append(found)
@@ -516,8 +524,7 @@ def ages(job: Job, state: State, repository: Repository) -> list[Age]:
     if job.rpo is None:
         return []
     return [
-        Age(source, volume, jobs.newest_good(repository, volume), job.rpo)
-        for source, volume in state.volumes.items()
+        Age(source, volume, jobs.newest_good(repository, volume), job.rpo) for source, volume in state.volumes.items()
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -82,9 +83,8 @@ def _synthesize(
             return Report(report(known), 0, 0, 0, 0, written=False)
         if kind != FULL and len(view.layers) == 1:
             raise NothingToMerge(volume=name, point=point.id)
+        _check_frames(volume, [one for one in opened.chain if one.file in bad], context)
         image, tally = compose(volume, view, 0 if kind == FULL else 1, kind, compress, context)
-        if doubtful := next((one.file for one in opened.chain if one.file in bad), ""):
-            _check_frames(volume, image, doubtful, context)
         return Report(
             report(image),
             tally.cloned_bytes,
@@ -95,15 +95,15 @@ def _synthesize(
         )
 
 
-def _check_frames(volume: Volume, image: Image, doubtful: str, context: Context) -> None:
-    """Read what was composed of an image that was found damaged: frames are taken over as they are stored, and under a
-    new name nobody would know of the damage. Raises DamagedImage, and the composed image is gone.
+def _check_frames(volume: Volume, doubtful: Sequence[Image], context: Context) -> None:
+    """Read images that were found damaged once more, before anything is made of them: frames are taken over as they are
+    stored, and under a new name nobody would know of the damage. Raises DamagedImage.
     """
-    with ExitStack() as stack:
-        flaws, _ = check_image(open_reader(volume, image, stack, from_disk=True), context)
-    if flaws:
-        volume.remove(image.file)
-        raise DamagedImage(file=doubtful, reason=f"what is composed of it is damaged too: {flaws[0].reason}")
+    for image in doubtful:
+        with ExitStack() as stack:
+            flaws, _ = check_image(open_reader(volume, image, stack, from_disk=True), context)
+        if flaws:
+            raise DamagedImage(file=image.file, reason=f"{flaws[0].reason}; nothing is composed of it")
 
 
 def _point(repository: Repository, name: str, at: str | None) -> Point:

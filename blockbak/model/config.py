@@ -422,8 +422,8 @@ SECTIONS: dict[tuple[str, ...], str] = {
     _TOP: "The whole file.",
     _REPOSITORY: "A repository, and the name by which jobs call it.",
     _JOB: "A job: what is imaged into which repository, when, and how.",
-    _RETENTION: "What of a job's points is kept. Without this table nothing is ever removed. Hours, days and all longer "
-    "times are those of UTC. Of a volume that several jobs image into one repository, each keeps what it names.",
+    _RETENTION: "What of a job's points is kept. Without this table nothing is ever removed. Hours, days and all "
+    "longer times are those of UTC. Of a volume that several jobs image into one repository, each keeps what it names.",
     _DRILL: "Whether the job's points can be restored: tried, checked and timed.",
     _NOTIFY: "Who is told when something goes wrong, and when it is right again.",
 }

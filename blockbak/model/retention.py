@@ -168,12 +168,16 @@ def chosen(candidates: Sequence[Candidate], policy: Policy, now: datetime) -> di
     are.
     """
     reasons: dict[str, list[str]] = {}
-    if policy.others:
-        for one_policy in (replace(policy, others=()), *policy.others):
-            for point, why in chosen(candidates, one_policy, now).items():
-                known = reasons.setdefault(point, [])
-                known += [reason for reason in why if reason not in known]
-        return reasons
+    for one in (policy, *policy.others):
+        for point, why in _kept_by(one, candidates, now).items():
+            known = reasons.setdefault(point, [])
+            known += [reason for reason in why if reason not in known]
+    return reasons
+
+
+def _kept_by(policy: Policy, candidates: Sequence[Candidate], now: datetime) -> dict[str, list[str]]:
+    """The same of one policy by itself."""
+    reasons: dict[str, list[str]] = {}
 
     def keep(one: Candidate, why: str) -> None:
         reasons.setdefault(one.id, []).append(why)

@@ -140,6 +140,13 @@ def test_a_share_is_verified_when_it_is_due_and_damage_is_a_failure(machine):
     report = machine.once()
     assert report.exit == 4
     assert [error.name for error in report.errors] == ["DamagedImage"]
+    # A day later nothing is looked at, and all is not well again: nobody is told of a recovery.
+    machine.now += timedelta(days=1)
+    report = machine.once()
+    assert [point.kind for point in report.points] == ["full"]
+    assert (report.exit, report.errors) == (3, [])
+    assert "found damaged" in report.attention[0]
+    assert machine.state().failing
 
 
 def test_what_the_policy_lets_go_is_pruned_but_not_of_what_failed(machine):
