@@ -146,7 +146,7 @@ def _simulated(known: _Known, policy: Policy, now: datetime, until: datetime) ->
         for one in plan.decisions
         if one.point in created and not one.damaged
     ]
-    there = retention.simulate(candidates, policy, now, until, known.pins)
+    there = retention.simulate(candidates, policy, now, until, retention.with_bases(known.pins, known.catalog.images))
     kept = {one.id: tuple(why) for one, why in there}
 
     def then(one: Decision) -> Decision:

@@ -13,6 +13,8 @@ from itertools import pairwise
 from statistics import median
 from typing import Literal, TypeAlias
 
+from msgspec import structs
+
 from blockbak.model.chain import Image, Point, chains, points
 from blockbak.model.events import Entry
 from blockbak.model.facts import FULL, INCREMENTAL, Kind
@@ -299,6 +301,16 @@ def _ancestors(of: Iterable[str], images: Iterable[Image]) -> dict[str, str]:
             if parent not in found:
                 found[parent] = asking
                 waiting.append((parent, asking))
+    return found
+
+
+def with_bases(pins: Mapping[str, Pin], images: Sequence[Image]) -> dict[str, Pin]:
+    """The pins, and one as long as theirs for each point on which an immutable one stands: it is not touched either."""
+    found = dict(pins)
+    for pin in pins.values():
+        for base in _ancestors([pin.point], images) if pin.immutable else ():
+            if base not in found or (found[base].until and (not pin.until or pin.until > found[base].until)):
+                found[base] = structs.replace(pin, point=base, why=f"{pin.point} stands on it")
     return found
 
 

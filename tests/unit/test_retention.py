@@ -15,7 +15,18 @@ from blockbak.model import retention
 from blockbak.model.chain import chains, points
 from blockbak.model.events import Entry
 from blockbak.model.pin import Pin
-from blockbak.model.retention import EXPIRE, KEEP, MERGE, Candidate, Policy, chosen, full_due, plan, simulate
+from blockbak.model.retention import (
+    EXPIRE,
+    KEEP,
+    MERGE,
+    Candidate,
+    Policy,
+    chosen,
+    full_due,
+    plan,
+    simulate,
+    with_bases,
+)
 from blockbak.units import DAY
 from tests.points import histories, image, point_name
 
@@ -356,6 +367,14 @@ def test_a_pin_stays_in_the_simulation_until_its_time():
     for end, stays in (("2026-01-20T00:00:00.000Z", False), ("2026-03-01T00:00:00.000Z", True), ("", True)):
         found = simulate(there, policy, START, until, {point_name(1): pin(1, until=end)})
         assert (point_name(1) in {one.id for one, _ in found}) is stays
+
+
+def test_what_an_immutable_point_stands_on_stays_as_long_as_it():
+    pins = {point_name(1): pin(1, until="2026-07-01T00:00:00.000Z"), point_name(3): pin(3, immutable=True)}
+    found = with_bases(pins, chain(4))
+    assert found.keys() == {point_name(number) for number in (1, 2, 3)}
+    assert all(one.stands(NOW + timedelta(days=5000)) for one in found.values())
+    assert with_bases({point_name(3): pin(3)}, chain(4)).keys() == {point_name(3)}
 
 
 def test_points_of_every_second_are_thinned_out_and_the_years_gone_through_all_the_same():
