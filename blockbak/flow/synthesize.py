@@ -77,7 +77,7 @@ def _synthesize(
         point = _point(repository, name, at)
         opened = open_point(volume, catalog, point, stack)
         view = opened.view
-        bad = volume.found_damaged()
+        bad = volume.found_damaged(context.say)
         known = next((one for one in point.images if one.opening.kind == kind and one.file not in bad), None)
         if known is not None and _usable(volume, known, opened.chain):
             return Report(report(known), 0, 0, 0, 0, written=False)

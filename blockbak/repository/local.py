@@ -335,11 +335,14 @@ class Volume:
                 found.setdefault(parts["point"], []).append((int(parts["number"]), name))
         return {point: [name for _, name in sorted(numbered)] for point, numbered in found.items()}
 
-    def found_damaged(self) -> set[str]:
-        """The image files that were damaged when last verified, as the history tells; none where it cannot be read."""
+    def found_damaged(self, say: Callable[[str], None] = lambda _: None) -> set[str]:
+        """The image files that were damaged when last verified, as the history tells; none where it cannot be read, and
+        ``say`` is told so.
+        """
         try:
             return checks(self._repository.record.entries(), self.name).bad
-        except BlockbakError:
+        except BlockbakError as error:
+            say(f"{self.name}: what was found damaged cannot be told: {error}")
             return set()
 
     def pins(self) -> tuple[dict[str, Pin], list[BlockbakError]]:
