@@ -538,6 +538,11 @@ class OutputFailed(Failed):
     advice = "What was asked for may have been done all the same; only the answer is lost."
 
 
+class NoCheckCommand(Failed):
+    message = "The check command {program} is not there, or is no program."
+    advice = "Nothing was restored. Name it by its whole path, and make it executable."
+
+
 class NoDrillRoom(Failed):
     message = "{path} has {free} bytes free; a drill of {point} may take {needed} there."
     advice = "Make room there, name another directory with --scratch, or a logical volume with --target."

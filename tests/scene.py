@@ -20,6 +20,7 @@ from blockbak.flow import backup, delete, pin, prune, recover, restore, synthesi
 from blockbak.flow.context import Context
 from blockbak.host.blockio import is_marked
 from blockbak.host.kernel import Kernel
+from blockbak.image.reader import ImageReader
 from blockbak.model.chain import plan, points
 from blockbak.model.retention import Policy
 from blockbak.repository import local
@@ -173,6 +174,14 @@ class Scene:
             return out.read_bytes()
         finally:
             out.unlink()
+
+    def flip_a_frame(self, name: str, frame: int = 0) -> None:
+        """Change a stored byte of a frame of an image, the first one, which its index does not show."""
+        with self.volume().open_image(name) as source:
+            section = next(iter(ImageReader(source).all_sections()))
+            offset = int(section.frames["offset"][frame]) + int(section.frames["stored"][frame]) // 2
+        byte = (self.where / name).read_bytes()[offset]
+        write_at(self.where / name, offset, bytes([byte ^ 0xFF]))
 
     # --- what must hold ------------------------------------------------------------------------------
 

@@ -62,7 +62,10 @@ def command(
     if action == "remove":
         _remove(unit_dir, as_json=as_json)
         return
+    from datetime import UTC, datetime
+
     from blockbak.flow.jobs import chosen, load
+    from blockbak.host import clock
     from blockbak.model import timers
 
     path = common.config_path(config_file)
@@ -70,7 +73,8 @@ def command(
     names = [job.name for job in chosen(config, jobs)]
     call = _call(path)
     if cron:
-        lines = timers.crontab(config, call, names)
+        same = clock.alike(clock.zone(config.timezone), clock.zone(), datetime.now(UTC))
+        lines = timers.crontab(config, call, names, same_zone=same)
         if as_json:
             render.document({"cron": lines})
         for line in lines if not as_json else ():

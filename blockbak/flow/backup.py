@@ -13,7 +13,9 @@ from blockbak.errors import (
     BadBlockSize,
     BlockbakError,
     Damage,
+    DamagedImage,
     DamagedRawImage,
+    Gap,
     Interrupted,
     NewerFormat,
     NotTogether,
@@ -161,7 +163,7 @@ def point_id(now: datetime, hex_id: Callable[[int], str], taken: Callable[[str],
 
 @contextmanager
 def _parent_view(
-    volume: Volume, catalog: Catalog, choice: Choice, request: Request
+    volume: Volume, catalog: Catalog, choice: Choice, request: Request, context: Context
 ) -> Iterator[tuple[Choice, PointView | None]]:
     """The parent's chain, checked from end to end; a damaged one makes ``auto`` a full, and so does a newer
     point that cannot be used: what was changed since then is to be found, whatever happened to its manifest.
@@ -173,7 +175,7 @@ def _parent_view(
             error: BlockbakError | None = damage_since(volume, catalog, choice.parent, fulls=fulls)
             try:
                 if error is None:
-                    view = open_chain(volume, plan(choice.parent, catalog.images), stack)
+                    view = open_chain(volume, _parent_chain(volume, catalog, choice.parent, context), stack)
                     view.check()
             except (Damage, NewerFormat) as damage:
                 view, error = None, damage
@@ -181,6 +183,21 @@ def _parent_view(
                 reason = f"the last {'full' if fulls else 'point'} cannot be used: {_clause(error)}"
                 choice = without_parent(request.kind, volume.name, reason)
         yield choice, view
+
+
+def _parent_chain(volume: Volume, catalog: Catalog, parent: Point, context: Context) -> Sequence[Image]:
+    """The chain that the new point will stand on. Raises Gap, and DamagedImage where every chain has an image that was
+    damaged when last verified: nothing that stands on it could be restored.
+    """
+    bad = volume.found_damaged(context.say)
+    chain = plan(parent, catalog.images)
+    found = next((image.file for image in chain if image.file in bad), None)
+    if found is None:
+        return chain
+    try:
+        return plan(parent, catalog.images, bad)
+    except Gap:
+        raise DamagedImage(file=found, reason="that was found when it was last verified") from None
 
 
 Result: TypeAlias = Report | BlockbakError
@@ -455,7 +472,7 @@ def make_point(repository: Repository, held: Held, source: Source, context: Cont
         context.say(f"{orphan} has no manifest; 'blockbak recover' brings it back.")
     points = catalog.points
     choice = _choose(request, seen, points, catalog, volume.name, context)
-    with _parent_view(volume, catalog, choice, request) as (chosen, view):
+    with _parent_view(volume, catalog, choice, request, context) as (chosen, view):
         sequence = highest_sequence(volume, catalog, held.lock) + 1
         # Durable before the image that carries it: it must not be used again, whatever becomes of the image.
         held.lock.remember(sequence)
@@ -502,7 +519,7 @@ def _planned(repository: Repository, seen: Seen, request: Request, context: Cont
         points = catalog.points
     choice = _choose(request, seen, points, catalog, name, context)
     if volume is not None:
-        with _parent_view(volume, catalog, choice, request) as (checked, _):
+        with _parent_view(volume, catalog, choice, request, context) as (checked, _):
             choice = checked
     notes = [f"A full is made: {choice.reason}."] if choice.reason else []
     if request.used_only and seen.mode != "live":

@@ -19,6 +19,7 @@ from blockbak.errors import (
     BlockbakError,
     CommandFailed,
     MissingProgram,
+    NoCheckCommand,
     NoDrillRoom,
     NoPermission,
     NoSuchPoint,
@@ -125,16 +126,18 @@ def drill(repository: Repository, point_name: str, options: DrillOptions, contex
     """Restore a point to scratch, or to the device that ``options`` name, and prove it. What is not as it should be is
     in the report; the repository's record has a line of it, also of a drill that failed.
 
-    Raises NoSuchPoint, Damage, NoDrillRoom, NoPermission, NoPlaceApart, LoopFailed, MissingProgram, VerificationFailed,
-    Interrupted; and for a target what ``restore.restore`` raises.
+    Raises NoSuchPoint, Damage, NoDrillRoom, NoPermission, NoPlaceApart, LoopFailed, NoCheckCommand, MissingProgram,
+    VerificationFailed, Interrupted; and for a target what ``restore.restore`` raises.
     """
     _, _, point = find(repository, point_name)
     if os.geteuid() != 0:
         raise NoPermission(action="mount what is restored of", path=f"{point.volume}@{point.id}")
     # Told now, and not after an hour of restoring.
-    for program in [*options.check[:1], *([emulator.PROGRAM] if options.boot else [])]:
-        if which(program) is None:
-            raise MissingProgram(program=program, package=package_of(program))
+    for command in options.check[:1]:
+        if which(command) is None:
+            raise NoCheckCommand(program=command)
+    if options.boot and which(emulator.PROGRAM) is None:
+        raise MissingProgram(program=emulator.PROGRAM, package=package_of(emulator.PROGRAM))
     about = _Drill(repository, point, options, context)
     report = about.report
     with recorded(repository, "drilled", context, volume=point.volume) as doing:

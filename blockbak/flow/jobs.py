@@ -7,11 +7,13 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, tzinfo
+from shutil import which
 
 from blockbak.errors import (
     BadBlockSize,
     BadConfig,
     BlockbakError,
+    NoCheckCommand,
     NoConfig,
     NoSourceFits,
     NoSuchJob,
@@ -21,7 +23,7 @@ from blockbak.flow.backup import check_block_size
 from blockbak.flow.context import Context
 from blockbak.flow.hot import HotOptions
 from blockbak.flow.source import Request, look, look_at
-from blockbak.host import clock, notifier, selection
+from blockbak.host import clock, hooks, jobstate, notifier, selection
 from blockbak.model import config as configs
 from blockbak.model import retention, schedule
 from blockbak.model.chain import Point, chains, moment_of_id
@@ -167,9 +169,11 @@ def past(catalog: Catalog) -> list[Made]:
     return found
 
 
-def newest_good(catalog: Catalog) -> datetime | None:
-    """When the newest point was made that a whole chain restores."""
-    whole = chains(catalog.images)
+def newest_good(repository: Repository, volume: str) -> datetime | None:
+    """When the newest point was made that a whole chain restores, of images that were not found damaged."""
+    catalog = catalog_of(repository, volume)
+    damaged = repository.volume(volume).found_damaged() if catalog.images else ()
+    whole = chains(image for image in catalog.images if image.file not in damaged)
     good = [point for point in catalog.points if any(image.file in whole for image in point.images)]
     return moment_of(good[-1]) if good else None
 
@@ -215,6 +219,28 @@ def last_full(entries: Sequence[Entry], volume: str) -> datetime | None:
     return None
 
 
+def sharing(config: Config, job: Job, repository: Repository, one: Wanted, context: Context) -> list[Job]:
+    """The other jobs that make points of this volume of the repository: those that name the same source, and those of
+    which their last run tells, or the history where no run is known of.
+    """
+    here = os.path.realpath(repository.path)
+    others = [
+        other
+        for other in config.jobs.values()
+        if other.name != job.name and os.path.realpath(config.path_of(other)) == here
+    ]
+    if not others:
+        return []
+    made = {entry.job for entry in repository.record.entries() if entry.event == "made" and entry.volume == one.volume}
+
+    def shares(other: Job) -> bool:
+        state = jobstate.load(context.state_dir, other.name)
+        known = one.volume in state.volumes.values() if state.started else other.name in made
+        return known or one.source in other.sources
+
+    return [other for other in others if shares(other)]
+
+
 def synthetic_due(job: Job, catalog: Catalog, zone: tzinfo, now: datetime) -> str:
     """Why a full is to be composed at a volume's newest point; "" where none is."""
     return schedule.synthetic_due(job.kinds, past(catalog), now, zone)
@@ -237,7 +263,8 @@ def kind_asked(due: Due) -> str:
 
 def doubts(config: Config, path: str) -> list[str]:
     """Sentences on what would go wrong on this machine now: repositories that are not there, sources that are not
-    found, people who cannot be told. None of it is an error of the configuration: a disk may come back.
+    found, hooks and checks that cannot be run, people who cannot be told. None of it is an error of the configuration:
+    a disk may come back.
     """
     found = []
     for place in config.repositories.values():
@@ -245,6 +272,8 @@ def doubts(config: Config, path: str) -> list[str]:
             Repository(place.path)
         except BlockbakError as error:
             found.append(f"Repository {place.name}: {error}")
+        if place.textfile and not os.path.isdir(folder := os.path.dirname(place.textfile)):
+            found.append(f"Repository {place.name}: the textfile cannot be written: there is no directory {folder}.")
     for job in config.jobs.values():
         named, errors = sources(job)
         found += [str(error) for error in errors]
@@ -253,10 +282,32 @@ def doubts(config: Config, path: str) -> list[str]:
                 look_at(source)
             except BlockbakError as error:
                 found.append(f"Job {job.name}: {error}")
+        found += [f"Job {job.name}: {reason}" for reason in _unready(job)]
     if config.notify.urls and os.stat(path).st_mode & (stat.S_IRGRP | stat.S_IROTH):
         found.append(f"{path} holds the secrets of notify.urls, and others may read it: chmod 600 {path}")
     if config.notify.urls and not notifier.has_apprise():
         found.append("notify.urls needs the extra blockbak[notify], which is not installed.")
     if config.notify.command and (reason := notifier.unusable(config.notify.command)):
         found.append(f"notify.command: {reason}")
+    return found
+
+
+def _unready(job: Job) -> list[str]:
+    """What of a job's hooks and of its drill is not there, or would not be run."""
+    found = []
+    for named in (job.reading.freeze_with, job.rest.hooks):
+        try:
+            if named:
+                hooks.find(named)
+        except BlockbakError as error:
+            found.append(str(error))
+    if job.drill is None:
+        return found
+    if job.drill.check and which(job.drill.check[0]) is None:
+        found.append(str(NoCheckCommand(program=job.drill.check[0])))
+    if job.drill.target:
+        try:
+            look_at(job.drill.target)
+        except BlockbakError as error:
+            found.append(f"the drill's target: {error}")
     return found

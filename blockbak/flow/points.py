@@ -195,15 +195,21 @@ def open_chain(volume: Volume, chain: Sequence[Image], stack: ExitStack) -> Poin
 def open_point(volume: Volume, catalog: Catalog, point: Point, stack: ExitStack) -> Opened:
     """The point's view, checked but for the frames' content.
 
-    Where an image is damaged and others hold the point too, those serve. Raises the first Damage where
-    no whole chain is left.
+    Where an image is damaged, or was when last verified, and others hold the point too, those serve. Raises the first
+    Damage where no whole chain is left.
     """
+    # Only where a point is held twice there is a choice.
+    avoided = volume.found_damaged() if len(catalog.images) > len(catalog.points) else set()
     without: set[str] = set()
     first: Exception | None = None
     while True:
         try:
-            chain = plan(point, catalog.images, without)
+            chain = plan(point, catalog.images, without | avoided)
         except Gap as gap:
+            if avoided:
+                # What was found damaged serves where nothing else does: most of it may be whole.
+                avoided = set()
+                continue
             raise (first or _why_gap(catalog, point) or gap) from None
         attempt = ExitStack()
         try:

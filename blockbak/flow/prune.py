@@ -146,7 +146,7 @@ def _simulated(known: _Known, policy: Policy, now: datetime, until: datetime) ->
         for one in plan.decisions
         if one.point in created and not one.damaged
     ]
-    there = retention.simulate(candidates, policy, now, until, known.pins)
+    there = retention.simulate(candidates, policy, now, until, retention.with_bases(known.pins, known.catalog.images))
     kept = {one.id: tuple(why) for one, why in there}
 
     def then(one: Decision) -> Decision:
@@ -265,7 +265,8 @@ class _Pruning:
         """
         there = {image.file: image for image in (*known.catalog.images, *self.composed)}
         images = [image for file, image in there.items() if file not in self.removed]
-        return replace(known, catalog=replace(known.catalog, images=images))
+        hidden = tuple(image for image in known.hidden if image.file not in self.removed)
+        return replace(known, catalog=replace(known.catalog, images=images), hidden=hidden)
 
     def _check_room(self, merges: Sequence[Merge]) -> None:
         """Raises NoMergeRoom."""

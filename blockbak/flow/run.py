@@ -37,6 +37,7 @@ from blockbak.model import telling
 from blockbak.model.config import Config, Job, Notify
 from blockbak.model.drill import DrillOptions
 from blockbak.model.facts import DIFFERENTIAL, FULL, INCREMENTAL
+from blockbak.model.retention import Policy
 from blockbak.model.schedule import Due, due_since
 from blockbak.model.telling import Age, Event, Outcome
 from blockbak.repository.local import Repository
@@ -353,11 +354,25 @@ class _Run:
         """Keep what the policy says, of each volume that is as it should be."""
         policy = self._job.retention
         if policy is None:
+            # Pruning would have told.
+            for volume in volumes:
+                there = {image.file for image in jobs.catalog_of(repository, volume).images}
+                known = repository.volume(volume).found_damaged() & there if there else ()
+                told = "was found damaged, and never whole since."
+                self.report.attention += [f"{volume}: {file} {told}" for file in sorted(known)]
             return
-        for volume in volumes:
+        for one in (one for one in self.report.wanted if one.volume in volumes):
+            volume = one.volume
             with self._noted():
                 context, compress = self._context.about(volume=volume), self._job.reading.compress
-                found = prune.prune(repository, volume, policy, context, compress=compress)
+                sharing = jobs.sharing(self._config, self._job, repository, one, context)
+                for other in sharing:
+                    if other.retention is None:
+                        context.say(
+                            f"{volume}: nothing of it may go: job {other.name} images it too, and has no retention."
+                        )
+                both_keep = replace(policy, others=tuple(other.retention or Policy() for other in sharing))
+                found = prune.prune(repository, volume, both_keep, context, compress=compress)
                 self.report.pruned.append(found)
                 self.report.attention += [f"{volume}: {sentence}" for sentence in found.damage]
                 self._done(found)
@@ -509,8 +524,7 @@ def ages(job: Job, state: State, repository: Repository) -> list[Age]:
     if job.rpo is None:
         return []
     return [
-        Age(source, volume, jobs.newest_good(jobs.catalog_of(repository, volume)), job.rpo)
-        for source, volume in state.volumes.items()
+        Age(source, volume, jobs.newest_good(repository, volume), job.rpo) for source, volume in state.volumes.items()
     ]
 
 

@@ -142,10 +142,14 @@ def _facts(volume: Volume, catalog: Catalog, entries: Sequence[Entry]) -> Facts:
     own = [one for one in entries if one.volume == volume.name]
     job = job_of(own, volume.name)
     images = _images(catalog, own)
+    damaged = {one.file for one in images if one.damaged}
     whole = chains(catalog.images)
+    # What restores a point goes by images that are good, where there are such.
+    good = chains(image for image in catalog.images if image.file not in damaged)
     points = []
     for point in catalog.points:
-        candidates = [whole[image.file] for image in point.images if image.file in whole]
+        held = [image.file for image in point.images if image.file in whole]
+        candidates = [good[file] for file in held if file in good] or [whole[file] for file in held]
         first = point.images[0]
         files = tuple(image.file for image in shortest(candidates)) if candidates else ()
         points.append(
@@ -167,11 +171,20 @@ def _images(catalog: Catalog, own: Iterable[Entry]) -> tuple[StoredImage, ...]:
     at: dict[str, datetime] = {}
     damaged: set[str] = set()
     for entry in own:
+        if entry.event == "removed":
+            # Their names may be given out anew.
+            for file in _texts(entry, "files"):
+                share.pop(file, None)
+                at.pop(file, None)
+                damaged.discard(file)
         if entry.event != "verified":
             continue
         moment = datetime.fromisoformat(entry.time)
+        looked_at = float(entry.facts.get("share", 0.0))
         for file in _texts(entry, "images"):
-            share[file] = max(share.get(file, 0.0), float(entry.facts.get("share", 0.0)))
+            if file in damaged and looked_at < 1:
+                continue  # a sample that does not meet the damage does not undo it
+            share[file] = max(share.get(file, 0.0), looked_at)
             at[file] = moment
             damaged.discard(file)
         for file in _texts(entry, "damaged"):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from blockbak.errors import ComposeFailed, Damage, NoSuchPoint, NothingToMerge
+from blockbak.errors import ComposeFailed, Damage, DamagedImage, NoSuchPoint, NothingToMerge
 from blockbak.flow import workers
 from blockbak.flow.backup import Report as PointReport
 from blockbak.flow.backup import report
 from blockbak.flow.context import Context, iso
-from blockbak.flow.points import find, open_chain, open_point
+from blockbak.flow.points import find, open_chain, open_point, open_reader
 from blockbak.flow.recording import recorded
+from blockbak.flow.verify import check_image
 from blockbak.host.blockio import PartialFile
 from blockbak.image import codec
 from blockbak.image.compose import Composer, Tally
@@ -75,11 +77,13 @@ def _synthesize(
         point = _point(repository, name, at)
         opened = open_point(volume, catalog, point, stack)
         view = opened.view
-        known = next((image for image in point.images if image.opening.kind == kind), None)
+        bad = volume.found_damaged(context.say)
+        known = next((one for one in point.images if one.opening.kind == kind and one.file not in bad), None)
         if known is not None and _usable(volume, known, opened.chain):
             return Report(report(known), 0, 0, 0, 0, written=False)
         if kind != FULL and len(view.layers) == 1:
             raise NothingToMerge(volume=name, point=point.id)
+        _check_frames(volume, [one for one in opened.chain if one.file in bad], context)
         image, tally = compose(volume, view, 0 if kind == FULL else 1, kind, compress, context)
         return Report(
             report(image),
@@ -89,6 +93,17 @@ def _synthesize(
             tally.clones,
             written=True,
         )
+
+
+def _check_frames(volume: Volume, doubtful: Sequence[Image], context: Context) -> None:
+    """Read images that were found damaged once more, before anything is made of them: frames are taken over as they are
+    stored, and under a new name nobody would know of the damage. Raises DamagedImage.
+    """
+    for image in doubtful:
+        with ExitStack() as stack:
+            flaws, _ = check_image(open_reader(volume, image, stack, from_disk=True), context)
+        if flaws:
+            raise DamagedImage(file=image.file, reason=f"{flaws[0].reason}; nothing is composed of it")
 
 
 def _point(repository: Repository, name: str, at: str | None) -> Point:

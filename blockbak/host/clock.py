@@ -1,9 +1,9 @@
-"""The time zone of this machine, or one by its name; and how long the machine runs."""
+"""The time zone of this machine, or one by its name, and whether they are alike; and how long the machine runs."""
 
 from __future__ import annotations
 
 import os
-from datetime import UTC, tzinfo
+from datetime import UTC, datetime, timedelta, tzinfo
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from blockbak.errors import NoSuchZone
@@ -32,6 +32,12 @@ def zone(name: str = "", local: str = _LOCAL) -> tzinfo:
             return ZoneInfo.from_file(file)
     except (OSError, ValueError):
         return UTC
+
+
+def alike(one: tzinfo, other: tzinfo, now: datetime) -> bool:
+    """Whether two zones have the same time of day for a year to come, as far as every fifth day tells."""
+    moments = [now + timedelta(days=days) for days in range(0, 366, 5)]
+    return all(moment.astimezone(one).utcoffset() == moment.astimezone(other).utcoffset() for moment in moments)
 
 
 def uptime() -> float:

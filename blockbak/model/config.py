@@ -422,7 +422,8 @@ SECTIONS: dict[tuple[str, ...], str] = {
     _TOP: "The whole file.",
     _REPOSITORY: "A repository, and the name by which jobs call it.",
     _JOB: "A job: what is imaged into which repository, when, and how.",
-    _RETENTION: "What of a job's points is kept. Without this table nothing is ever removed.",
+    _RETENTION: "What of a job's points is kept. Without this table nothing is ever removed. Hours, days and all "
+    "longer times are those of UTC. Of a volume that several jobs image into one repository, each keeps what it names.",
     _DRILL: "Whether the job's points can be restored: tried, checked and timed.",
     _NOTIFY: "Who is told when something goes wrong, and when it is right again.",
 }
@@ -567,6 +568,8 @@ def parse(text: str) -> Config:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise Unusable([_not_toml(str(error), text)]) from error
+    except RecursionError as error:
+        raise Unusable([Problem(1, "", "this is not TOML that can be read: it is nested too deeply")]) from error
     return _Reader(document, tomlscan.lines(text)).config()
 
 

@@ -149,7 +149,8 @@ def judge(facts: Facts, goals: Goals, now: datetime) -> Health:
     """
     damaged = {image.file for image in facts.images if image.damaged}
     good = [point for point in facts.points if point.chain and not damaged & set(point.chain)]
-    newest = max(good, key=lambda point: point.made, default=None)
+    # Points are in their order: of two of one moment the later counts.
+    newest = max(reversed(good), key=lambda point: point.made, default=None)
     age = None if newest is None else max(0.0, (now - newest.made).total_seconds())
     share, verified_at = _verified(facts.images)
     reasons = (

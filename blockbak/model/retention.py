@@ -13,10 +13,13 @@ from itertools import pairwise
 from statistics import median
 from typing import Literal, TypeAlias
 
+from msgspec import structs
+
 from blockbak.model.chain import Image, Point, chains, points
 from blockbak.model.events import Entry
 from blockbak.model.facts import FULL, INCREMENTAL, Kind
 from blockbak.model.pin import Pin
+from blockbak.model.schedule import AHEAD_MOST
 from blockbak.model.when import first_moment
 from blockbak.units import DAY
 
@@ -32,7 +35,8 @@ SIMULATED_MAX = 20_000
 class Policy:
     """What is kept: so many of the last points; the newest point of each of so many hours, days, weeks (ISO), months
     and years that have one; all made ``within`` so many seconds; and in any case so many ``verified`` points. All in
-    UTC. After ``full_every`` seconds a full that shares no block with others is due (0: never).
+    UTC. After ``full_every`` seconds a full that shares no block with others is due (0: never). What one of ``others``
+    keeps stays as well.
     """
 
     last: int = 0
@@ -44,6 +48,7 @@ class Policy:
     within: float = 0.0
     verified: int = 0
     full_every: float = 90 * DAY
+    others: tuple[Policy, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (*(rule for rule, _ in _PERIODS), "last", "within", "verified", "full_every"):
@@ -161,8 +166,19 @@ class Plan:
 def chosen(candidates: Sequence[Candidate], policy: Policy, now: datetime) -> dict[str, list[str]]:
     """The points that the policy keeps, each with its reasons. ``candidates`` are in their order, oldest first.
 
-    Each rule counts by itself. The newest is kept whatever the policy says; without a rule all are.
+    Each rule counts by itself, and so does each policy. The newest is kept whatever the policy says; without a rule all
+    are.
     """
+    reasons: dict[str, list[str]] = {}
+    for one in (policy, *policy.others):
+        for point, why in _kept_by(one, candidates, now).items():
+            known = reasons.setdefault(point, [])
+            known += [reason for reason in why if reason not in known]
+    return reasons
+
+
+def _kept_by(policy: Policy, candidates: Sequence[Candidate], now: datetime) -> dict[str, list[str]]:
+    """The same of one policy by itself."""
     reasons: dict[str, list[str]] = {}
 
     def keep(one: Candidate, why: str) -> None:
@@ -288,6 +304,16 @@ def _ancestors(of: Iterable[str], images: Iterable[Image]) -> dict[str, str]:
     return found
 
 
+def with_bases(pins: Mapping[str, Pin], images: Sequence[Image]) -> dict[str, Pin]:
+    """The pins, and one as long as theirs for each point on which an immutable one stands: it is not touched either."""
+    found = dict(pins)
+    for pin in pins.values():
+        for base in _ancestors([pin.point], images) if pin.immutable else ():
+            if base not in found or (found[base].until and (not pin.until or pin.until > found[base].until)):
+                found[base] = structs.replace(pin, point=base, why=f"{pin.point} stands on it")
+    return found
+
+
 def _keep_forks(serving: Mapping[str, tuple[Image, ...]], reasons: dict[str, list[str]]) -> None:
     """A point on which several kept ones stand, each by itself, stays: it would have to go into all of them."""
     above: dict[str, dict[str, str]] = {}
@@ -330,7 +356,8 @@ def full_due(of: Sequence[Point], policy: Policy, now: datetime, fulls: Iterable
         for image in point.images
         if image.opening.kind == FULL and not image.opening.synthetic
     ]
-    newest = max([*made, *fulls], default=None)
+    # One that is to come was made by a clock that was wrong: it would put off the next for as long.
+    newest = max((one for one in [*made, *fulls] if one <= now + AHEAD_MOST), default=None)
     return newest is None or (now - newest).total_seconds() >= policy.full_every
 
 

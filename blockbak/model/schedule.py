@@ -148,13 +148,17 @@ class Calendar:
         parts = [names, f"*-{in_months}-{day}", f"{minute // 60:02d}:{minute % 60:02d}:00", zone]
         return [" ".join(part for part in parts if part)]
 
-    def crontab(self) -> list[str]:
-        """The five fields that cron takes, in the machine's own zone; as ``on_calendar`` rather too often."""
+    def crontab(self, *, same_zone: bool = True) -> list[str]:
+        """The five fields that cron takes, in the machine's own zone; as ``on_calendar`` rather too often. Where its
+        moments are not of the ``same_zone``, that is at every quarter of an hour: zones differ by nothing less.
+        """
         if self.unit == "never":
             return []
         if self.unit == "minutes":
             return [f"{minutes} {hours} * * *" for minutes, hours in self._turns(own_zone=True)]
         minute = self.at or 0
+        if not same_zone:
+            return [f"{','.join(str(one) for one in range(minute % 15, 60, 15))} * * * *"]
         weekdays = ",".join(str((day + 1) % 7) for day in self.weekdays) or "*"
         day = "*" if not self.day else str(self.day)
         if self.day > _SHORTEST_MONTH:

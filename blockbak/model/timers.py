@@ -209,8 +209,10 @@ def _word(text: str) -> str:
 # --- without systemd ------------------------------------------------------------------------------------------------
 
 
-def crontab(config: Config, call: Call, jobs: Sequence[str]) -> list[str]:
-    """Lines for /etc/cron.d, a comment before each job. What fires too often finds that nothing is due."""
+def crontab(config: Config, call: Call, jobs: Sequence[str], *, same_zone: bool) -> list[str]:
+    """Lines for /etc/cron.d, a comment before each job. What fires too often finds that nothing is due. ``same_zone``
+    says that calendars are in the zone in which cron reads its lines, the machine's.
+    """
     lines = ["# Made by 'blockbak timers install --cron', for a file in /etc/cron.d."]
     lines += [f"{name}={value}" for name, value in call.environment]
     run = shlex.join(["nice", "-n", "10", *call.program])
@@ -219,7 +221,7 @@ def crontab(config: Config, call: Call, jobs: Sequence[str]) -> list[str]:
         lines.append(f"# {name}: {job.schedule}")
         words = f"{run} run --config {shlex.quote(call.config)} {shlex.quote(name)}"
         # cron takes a percent sign for the end of a line.
-        lines += [f"{fields} root {words}".replace("%", "\\%") for fields in job.schedule.crontab()]
+        lines += [f"{fields} root {words}".replace("%", "\\%") for fields in job.schedule.crontab(same_zone=same_zone)]
     recover = shlex.join([*call.program, "recover", "--machine"])
     lines.append(f"@reboot root {recover}".replace("%", "\\%"))
     return lines

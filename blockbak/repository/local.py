@@ -48,6 +48,7 @@ from blockbak.host.kernel import Kernel
 from blockbak.model import pin
 from blockbak.model.chain import Image, Point, chains, plan, points
 from blockbak.model.pin import Pin
+from blockbak.model.retention import checks
 from blockbak.repository import manifest
 from blockbak.repository.record import HEAD, HISTORY, Record
 
@@ -333,6 +334,16 @@ class Volume:
             if parts := _PIN.fullmatch(name):
                 found.setdefault(parts["point"], []).append((int(parts["number"]), name))
         return {point: [name for _, name in sorted(numbered)] for point, numbered in found.items()}
+
+    def found_damaged(self, say: Callable[[str], None] = lambda _: None) -> set[str]:
+        """The image files that were damaged when last verified, as the history tells; none where it cannot be read, and
+        ``say`` is told so.
+        """
+        try:
+            return checks(self._repository.record.entries(), self.name).bad
+        except BlockbakError as error:
+            say(f"{self.name}: what was found damaged cannot be told: {error}")
+            return set()
 
     def pins(self) -> tuple[dict[str, Pin], list[BlockbakError]]:
         """The pins by point, also those whose time is over; and what is wrong with pins. A point whose pin cannot be

@@ -13,12 +13,11 @@ import pytest
 
 from blockbak.errors import Damage, DamagedHistory, NoMergeRoom, NoSpace
 from blockbak.flow import prune, restore, verify
-from blockbak.image.reader import ImageReader
 from blockbak.model.retention import EXPIRE, KEEP, MERGE, Policy
 from blockbak.repository.record import HISTORY
 from blockbak.units import DAY, KIB, MIB
 from tests.faults import FaultyKernel
-from tests.scene import BLOCK, DEEDS, VOLUME, Scene, write_at
+from tests.scene import BLOCK, DEEDS, VOLUME, Scene
 
 SMALL = 75 * BLOCK + 3
 
@@ -30,15 +29,6 @@ def scene(memory):
 
 def actions(report):
     return [one.action for one in report.decisions]
-
-
-def flip_a_frame(scene, name):
-    """Change a stored byte of the first frame of an image, which its index does not show."""
-    with scene.volume().open_image(name) as source:
-        section = next(iter(ImageReader(source).all_sections()))
-        offset = int(section.frames["offset"][0]) + int(section.frames["stored"][0]) // 2
-    byte = (scene.where / name).read_bytes()[offset]
-    write_at(scene.where / name, offset, bytes([byte ^ 0xFF]))
 
 
 def test_new_images_are_durable_and_read_back_before_old_ones_go(memory):
@@ -85,7 +75,7 @@ def test_the_lines_tell_what_was_merged_and_removed(memory):
 def test_a_damaged_frame_is_found_before_anything_goes(scene):
     """The base has a bad frame: nothing of its chain is merged or removed."""
     base = f"{scene.names[0]}.full.zst"
-    flip_a_frame(scene, base)
+    scene.flip_a_frame(base)
     before = scene.files()
     said = []
     report = prune.prune(scene.repository(), VOLUME, Policy(last=1), scene.world(say=said.append))
@@ -99,7 +89,7 @@ def test_a_damaged_frame_is_found_before_anything_goes(scene):
 
 def test_what_verify_found_damaged_does_not_count(scene):
     newest = f"{scene.names[3]}.incremental.zst"
-    flip_a_frame(scene, newest)
+    scene.flip_a_frame(newest)
     verify.verify(scene.repository(), [], scene.world(), pick=lambda: 0.0)
     report = prune.prune(scene.repository(), VOLUME, Policy(last=1), scene.world(), dry_run=True)
     assert actions(report) == [KEEP] * 4
@@ -108,7 +98,7 @@ def test_what_verify_found_damaged_does_not_count(scene):
 
 
 def test_another_chain_is_pruned_all_the_same(scene):
-    flip_a_frame(scene, f"{scene.names[0]}.full.zst")
+    scene.flip_a_frame(f"{scene.names[0]}.full.zst")
     for kind in ("full", "incremental", "incremental"):
         scene.change(len(scene.names))
         scene.back_up(kind)
@@ -193,6 +183,17 @@ def test_a_hidden_image_keeps_what_it_stands_on(scene):
     assert "recover" in report.decisions[3].reasons[0]
     newest.write_bytes(whole)
     scene.check_points()
+
+
+def test_a_hidden_image_that_went_with_its_point_keeps_nothing_any_more(scene):
+    """It is of a point that a synthetic full holds and no rule keeps, and stands on one that is merged afterwards."""
+    middle = scene.names[1]
+    scene.back_up("differential")
+    scene.synthesize(at=middle)
+    (scene.where / f"{middle}.incremental.json").unlink()
+    prune.prune(scene.repository(), VOLUME, Policy(last=1), scene.world())
+    assert scene.listed() == scene.names[-1:]
+    assert scene.restored(scene.names[-1]) == scene.held[scene.names[-1]]
 
 
 def test_a_history_that_cannot_be_read_stops_a_prune_and_no_backup(scene):

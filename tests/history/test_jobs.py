@@ -140,6 +140,13 @@ def test_a_share_is_verified_when_it_is_due_and_damage_is_a_failure(machine):
     report = machine.once()
     assert report.exit == 4
     assert [error.name for error in report.errors] == ["DamagedImage"]
+    # A day later nothing is looked at, and all is not well again: nobody is told of a recovery.
+    machine.now += timedelta(days=1)
+    report = machine.once()
+    assert [point.kind for point in report.points] == ["full"]
+    assert (report.exit, report.errors) == (3, [])
+    assert "found damaged" in report.attention[0]
+    assert machine.state().failing
 
 
 def test_what_the_policy_lets_go_is_pruned_but_not_of_what_failed(machine):
@@ -158,6 +165,31 @@ def test_what_the_policy_lets_go_is_pruned_but_not_of_what_failed(machine):
     assert len(machine.kinds()) == 3
     moved.rename(machine.source)
     assert machine.once().exit == 0
+    assert len(machine.kinds()) == 1
+
+
+def test_what_one_job_keeps_of_a_volume_no_other_job_prunes(machine):
+    other = f'[jobs.slow]\nsources = ["{machine.source}"]\nschedule = "weekly"\n'
+    one = "[jobs.web.retention]\nkeep_last = 1\n"
+    machine.configure('schedule = "daily"', f"{one}{other}[jobs.slow.retention]\nkeep_weekly = 10")
+    # The first of May 2026 is a Friday: this is the end of one week, a whole one, and the beginning of a third.
+    for _ in range(12):
+        assert [report.exit for report in machine.run("slow", "web")] == [0, 0]
+        machine.now += timedelta(days=1)
+    assert len(machine.kinds()) == 3
+    # What the state directory told, the history tells as well.
+    shutil.rmtree(machine.place / "state")
+    machine.once()
+    assert len(machine.kinds()) == 3
+    # A job without retention never lets anything go.
+    machine.configure('schedule = "daily"', f"{one}{other}")
+    machine.now += timedelta(days=1)
+    machine.once()
+    assert len(machine.kinds()) == 4
+    assert any("nothing of it may go" in sentence for sentence in machine.said)
+    machine.configure('schedule = "daily"', one)
+    machine.now += timedelta(days=1)
+    machine.once()
     assert len(machine.kinds()) == 1
 
 
@@ -201,6 +233,22 @@ def test_a_repository_that_is_not_there_is_a_failure_and_the_next_job_is_run(mac
     assert (aside.exit, [error.name for error in aside.errors]) == (1, ["NotARepository"])
     assert web.exit == 0
     assert [sentence for sentence in doubts(load(str(machine.file)), str(machine.file)) if "gone" in sentence]
+
+
+def test_what_a_run_would_not_find_is_told_before_it_is_needed(machine):
+    machine.configure(
+        'schedule = "daily"\nmode = "cold"\ncold_hooks = ["/nowhere/hook"]',
+        f'[jobs.web.drill]\ncheck = ["/nowhere/check"]\ntarget = "/dev/nowhere"\n'
+        f'[jobs.hot]\nsources = ["{machine.source}"]\nmode = "hot"\nfreeze_with = ["/nowhere/freeze"]\n',
+    )
+    machine.file.write_text(
+        machine.file.read_text().replace("[jobs.web]", 'textfile = "/nowhere/blockbak.prom"\n[jobs.web]')
+    )
+    told = "\n".join(doubts(load(str(machine.file)), str(machine.file)))
+    for named in ("hook", "check", "freeze"):
+        assert f"/nowhere/{named}" in told
+    assert "/dev/nowhere does not exist" in told
+    assert "no directory /nowhere" in told
 
 
 # --- two at a time, and too long ---------------------------------------------------------------------------------

@@ -259,7 +259,7 @@ def test_a_program_that_is_not_there_is_told_before_anything_is_restored(program
     source = tmp_path / "source"
     source.write_bytes(b"\0" * MIB)
     point = program.backup(source)["point"]
-    assert program("drill", point, "--check", "/no/such/program", expect=1).error["name"] == "MissingProgram"
+    assert program("drill", point, "--check", "/no/such/program", expect=1).error["name"] == "NoCheckCommand"
 
 
 def test_damage_is_the_end_and_the_record_says_so(program, loop):

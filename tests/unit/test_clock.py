@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 import pytest
 
 from blockbak.errors import NoSuchZone
-from blockbak.host.clock import zone
+from blockbak.host.clock import alike, zone
 
 SUMMER = datetime(2026, 7, 1, tzinfo=UTC)
 
@@ -33,3 +33,9 @@ def test_without_a_name_it_is_that_of_tz_or_of_the_machine(monkeypatch, tmp_path
     assert zone(local=str(tmp_path / "none")) is UTC
     (tmp_path / "none").write_text("nonsense")
     assert zone(local=str(tmp_path / "none")) is UTC
+
+
+def test_zones_are_alike_if_they_are_so_all_year():
+    assert alike(zone("Europe/Berlin"), zone("Europe/Paris"), SUMMER)
+    # In summer both are an hour ahead of UTC.
+    assert not alike(zone("Europe/London"), zone("Africa/Lagos"), SUMMER)

@@ -106,6 +106,7 @@ def test_options_of_reading_and_of_rest_arrive():
     [
         ("", "line 1: repositories: names no repository"),
         ("a = ", "line 1: this is not TOML: invalid value"),
+        (f"a = {'[' * 2000}", "line 1: this is not TOML that can be read: it is nested too deeply"),
         ('a = "x', "line 1: this is not TOML: unterminated string"),
         (LEAST + "\nmodus = 'hot'", "line 8: jobs.web.modus: there is no such key; is mode meant?"),
         (LEAST + "\nmode = 'warm'", "line 8: jobs.web.mode: 'warm' is none of auto, hot, cold, live"),

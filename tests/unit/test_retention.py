@@ -15,7 +15,18 @@ from blockbak.model import retention
 from blockbak.model.chain import chains, points
 from blockbak.model.events import Entry
 from blockbak.model.pin import Pin
-from blockbak.model.retention import EXPIRE, KEEP, MERGE, Candidate, Policy, chosen, full_due, plan, simulate
+from blockbak.model.retention import (
+    EXPIRE,
+    KEEP,
+    MERGE,
+    Candidate,
+    Policy,
+    chosen,
+    full_due,
+    plan,
+    simulate,
+    with_bases,
+)
 from blockbak.units import DAY
 from tests.points import histories, image, point_name
 
@@ -103,7 +114,7 @@ def test_so_many_verified_ones_stay():
     assert kept(some, last=1, verified=9) == ["p9", "p4", "p1", "p0"]
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(Policy)])
+@pytest.mark.parametrize("name", [field.name for field in fields(Policy) if field.name != "others"])
 def test_a_policy_below_zero_is_refused_at_birth(name):
     with pytest.raises(ValueError, match=name):
         Policy(**{name: -1})
@@ -122,13 +133,12 @@ def test_pruning_twice_is_pruning_once(days, policy):
 
 def carried_out(images, found, hidden=()):
     """What is there after each step of the plan, as the flow does it."""
-    images = list(images)
+    images, hidden = list(images), list(hidden)
 
     def remove(gone):
         if gone:
             for one in decide(images, gone, hidden).images:
-                if one in images:
-                    images.remove(one)
+                (images if one in images else hidden).remove(one)
 
     remove(found.expired)
     yield images
@@ -329,6 +339,14 @@ def test_a_full_is_due_when_the_last_one_from_the_source_is_old():
 # --- years in a second -----------------------------------------------------------------------------------
 
 
+def test_a_full_of_a_clock_that_was_ahead_does_not_put_off_the_next_for_years():
+    later = [image(1, created="2031-01-01T00:00:00.000Z")]
+    assert full_due(points(later), Policy(full_every=90 * DAY), NOW)
+    assert full_due([], Policy(full_every=90 * DAY), NOW, [NOW + timedelta(days=2000)])
+    # A little may be two machines that do not agree.
+    assert not full_due([], Policy(full_every=90 * DAY), NOW, [NOW + timedelta(minutes=30)])
+
+
 def test_years_of_a_policy():
     now = START + timedelta(days=9)
     until = now + timedelta(days=5 * 365)
@@ -349,6 +367,14 @@ def test_a_pin_stays_in_the_simulation_until_its_time():
     for end, stays in (("2026-01-20T00:00:00.000Z", False), ("2026-03-01T00:00:00.000Z", True), ("", True)):
         found = simulate(there, policy, START, until, {point_name(1): pin(1, until=end)})
         assert (point_name(1) in {one.id for one, _ in found}) is stays
+
+
+def test_what_an_immutable_point_stands_on_stays_as_long_as_it():
+    pins = {point_name(1): pin(1, until="2026-07-01T00:00:00.000Z"), point_name(3): pin(3, immutable=True)}
+    found = with_bases(pins, chain(4))
+    assert found.keys() == {point_name(number) for number in (1, 2, 3)}
+    assert all(one.stands(NOW + timedelta(days=5000)) for one in found.values())
+    assert with_bases({point_name(3): pin(3)}, chain(4)).keys() == {point_name(3)}
 
 
 def test_points_of_every_second_are_thinned_out_and_the_years_gone_through_all_the_same():

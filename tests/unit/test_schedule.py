@@ -177,6 +177,13 @@ def test_cron_fires_at_each_moment(one, now, zone):
     pytest.fail(f"{one}: {one.crontab()} does not fire at {wall}")
 
 
+@given(calendars, moments, zones, zones)
+def test_cron_fires_at_each_moment_of_another_zone(one, now, zone, machine):
+    wall = one.next(now, zone).astimezone(machine)
+    fires = [[fields(text, 0) for text in line.split()] for line in one.crontab(same_zone=False)]
+    assert any(wall.minute in minute and rest == [set()] * 4 for minute, *rest in fires), wall
+
+
 def _named(moment: datetime, zone, one) -> datetime:
     """The wall-clock time that a calendar of days names on that day."""
     wall = moment.astimezone(zone).replace(tzinfo=None)

@@ -111,11 +111,11 @@ def test_directories_of_its_own_are_in_the_environment(config):
     call = Call(CALL.program, CALL.config, "/x", (("BLOCKBAK_STATE_DIR", "/x y"),))
     for unit in made(config, call=call).values():
         assert ('Environment="BLOCKBAK_STATE_DIR=/x y"' in lines(unit)) == unit.name.endswith(".service")
-    assert "BLOCKBAK_STATE_DIR=/x y" in timers.crontab(config, call, ["db"])
+    assert "BLOCKBAK_STATE_DIR=/x y" in timers.crontab(config, call, ["db"], same_zone=True)
 
 
 def test_cron_lines(config):
-    found = timers.crontab(config, CALL, ["web-1", "db", "asked"])
+    found = timers.crontab(config, CALL, ["web-1", "db", "asked"], same_zone=True)
     run = f"root nice -n 10 {sys.executable} -I -m blockbak run --config '/etc/block bak/100\\%.toml'"
     assert found[1:] == [
         "# web-1: daily at 02:30", f"30 2 * * * {run} web-1", "# db: monthly on 31 at 23:00",
