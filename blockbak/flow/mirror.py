@@ -132,14 +132,19 @@ def _asked(request: Request) -> SourceRequest:
 @contextlib.contextmanager
 def opened(seen: Seen, request: Request, context: Context) -> Iterator[Source]:
     """The source, open and held as it was looked at, or a snapshot of it. Raises every error of the source and
-    snapshot trees.
+    snapshot trees, MirrorSourceInUse.
     """
     with ExitStack() as stack:
         source: Source
         if request.hot is None or request.dry_run:
             # Nothing is made for a dry run: what is compared then is a volume that goes on being written.
             seen = seen if request.hot is None else replace(seen, mode="live")
-            source = stack.enter_context(closing(AtRest(seen, _asked(request), context)))
+            try:
+                # The other end opened its target meanwhile, and that may be the same file.
+                resolve_mode(seen.device, seen.mode)
+                source = stack.enter_context(closing(AtRest(seen, _asked(request), context)))
+            except SourceInUse as error:
+                raise MirrorSourceInUse(**error.fields) from error
         else:
             # With one member nothing is asked of a repository's place.
             (source,) = stack.enter_context(snapshots([Member(seen, "")], request.hot, "", context))

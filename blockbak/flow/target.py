@@ -13,6 +13,7 @@ from blockbak.errors import (
     NotABlockSource,
     SourceError,
     TargetExists,
+    TargetFailed,
     TargetHolds,
     TargetInUse,
     TargetSectorSize,
@@ -196,7 +197,8 @@ def existing(
     given: str, known: Device, incoming: Incoming, repository: Repository | None, context: Context
 ) -> Iterator[TargetWriter]:
     """A target that was there when it was looked at as ``known``, open, and nobody else's; a file gets the
-    content's size. Raises BadTarget if it has become another one since, and what ``check_target`` raises.
+    content's size. Raises BadTarget if it has become another one since, TargetFailed if others took it away or
+    gave it another size while it was written, and what ``check_target`` raises.
     """
     with TargetWriter(known.path, kernel=context.kernel) as target:
         # Between the look at it and now a node may have been handed on, a link turned, a file been mounted.
@@ -207,6 +209,13 @@ def existing(
         if not target.is_block:
             target.resize(incoming.size)
         yield target
+        if target.is_block:
+            return
+        # What was written would be in a file that nobody finds.
+        if not _is_named(target.fd, known.path):
+            raise TargetFailed(action="Writing", path=given, reason="its name was taken away, or given to another file")
+        if target.current_size() != incoming.size:
+            raise TargetFailed(action="Writing", path=given, reason="somebody gave it another size meanwhile")
 
 
 def _marks(device: Device) -> tuple[object, ...]:

@@ -243,6 +243,42 @@ def test_a_full_disk_ends_it_and_the_next_run_goes_on(way, source, tmp_path, tmp
     assert os.listdir(where) == ["copy"]
 
 
+def taken_away(target):
+    target.unlink()
+
+
+def exchanged(target):
+    (target.parent / "other").write_bytes(b"another")
+    os.replace(target.parent / "other", target)
+
+
+def cut(target):
+    os.truncate(target, PIECE)
+
+
+@pytest.mark.parametrize("way", ["here", "over pipes"])
+@pytest.mark.parametrize("happens", [taken_away, exchanged, cut])
+def test_a_target_that_others_take_away_meanwhile_is_no_copy(way, happens, source, tmp_path):
+    """What differs lies at its beginning: the reading back of it goes well."""
+    target = tmp_path / "target"
+    target.write_bytes(bytes(BLOCK) + source.read_bytes()[BLOCK:])
+
+    class Meanwhile(Kernel):
+        def drop_cache(self, fd, *, block):
+            super().drop_cache(fd, block=block)
+            happens(target)
+
+    request = Request(str(source), str(target), overwrite=True)
+    world = context(tmp_path / "state", kernel=Meanwhile())
+    if way == "here":
+        with pytest.raises(TargetFailed, match="Writing .*target failed"):
+            mirror(request, world)
+    else:
+        ended = over_pipes(request, target, tmp_path / "state", there=world)
+        assert isinstance(ended.receiver, TargetFailed)
+        assert "Writing" in str(failed(ended.sender))
+
+
 def test_nothing_that_was_never_begun_stays(source, tmp_path):
     """A failure before the first byte leaves no partial."""
     target = tmp_path / "copy"

@@ -179,6 +179,19 @@ def test_the_receiver_refuses_for_itself(pair, program, tmp_path):
     assert sha(tmp_path / "new") == sha(source)
 
 
+def test_the_other_end_may_have_the_same_file_or_device(pair, program, tmp_path):
+    """Each end is right by itself; what the source's end opens after the other one tells."""
+    import shlex
+    import sys
+
+    file = tmp_path / "file"
+    file.write_bytes(b"x" * MIB)
+    for place in (file, pair[0].path):
+        end = [sys.executable, "-P", "-m", "blockbak", "mirror", "--receive", str(place), "--yes"]
+        error = program("mirror", place, "--through", shlex.join(end), expect=5).error
+        assert error["name"] == "MirrorSourceInUse"
+
+
 def test_write_counters_of_the_source_are_compared(loop, program, tmp_path):
     """Somebody who does not keep to O_EXCL writes meanwhile."""
     from tests.host.stage import writing
