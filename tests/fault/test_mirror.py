@@ -271,7 +271,7 @@ def test_a_target_that_others_take_away_meanwhile_is_no_copy(way, happens, sourc
     request = Request(str(source), str(target), overwrite=True)
     world = context(tmp_path / "state", kernel=Meanwhile())
     if way == "here":
-        with pytest.raises(TargetFailed, match="Writing .*target failed"):
+        with pytest.raises(TargetFailed, match=r"Writing .*target failed"):
             mirror(request, world)
     else:
         ended = over_pipes(request, target, tmp_path / "state", there=world)
