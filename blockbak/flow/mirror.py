@@ -39,7 +39,7 @@ from blockbak.image.sidecar import Range, ranges
 from blockbak.model import extent, hashmap
 from blockbak.model.extent import ABSENT, DATA, Extents
 from blockbak.model.facts import FULL, Opening
-from blockbak.model.filesystem import Read, filesystem
+from blockbak.model.filesystem import PhysicalVolume, Read, filesystem
 from blockbak.model.hashmap import Mask
 from blockbak.model.identity import Identity
 from blockbak.model.partition import PartitionTable, inside, parse
@@ -50,7 +50,8 @@ _FACTS = (
     "differing_bytes", "moved_bytes", "written_bytes", "zeroed_bytes",
 )  # fmt: skip
 """What the history says of a mirror."""
-_MEMBERS = ("LVM2_member", "linux_raid_member")
+_PHYSICAL_VOLUME = "LVM2_member"
+_MEMBERS = (_PHYSICAL_VOLUME, "linux_raid_member")
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +209,12 @@ def members(device: Device) -> list[str]:
 
 
 # --- the target ----------------------------------------------------------------------------------------------
+
+
+def volumes_among(told: list[str]) -> tuple[PhysicalVolume, ...]:
+    """The physical volumes among ``members``; of which group they are those do not tell."""
+    pairs = (one.partition(" ") for one in told)
+    return tuple(PhysicalVolume(uuid, "") for kind, _, uuid in pairs if kind == _PHYSICAL_VOLUME)
 
 
 def is_older_copy(target: Device | None, ours: list[str]) -> bool:

@@ -30,7 +30,7 @@ from blockbak.host.device import Device
 from blockbak.image.view import PointView
 from blockbak.model import partition
 from blockbak.model.facts import Opening
-from blockbak.model.filesystem import Read
+from blockbak.model.filesystem import PhysicalVolume, Read
 from blockbak.model.part import Part
 from blockbak.model.partition import PartitionTable
 from blockbak.repository.local import Repository, repository_above
@@ -40,14 +40,15 @@ from blockbak.units import align_down
 @dataclass(frozen=True, slots=True)
 class Incoming:
     """What is to lie on a target: what its header says of it, and ``read(offset, length)`` of its content; or, where
-    that cannot be read beforehand, the partition table that it is said to have. ``part`` is what of the volume it is
-    (None: all), and ``read`` then counts from its first byte. ``copied``: an older copy of it lies on the target, so
-    that the volume group or array which that seems to belong to is the content's own.
+    that cannot be read beforehand, the partition table and the physical volumes that it is said to have. ``part`` is
+    what of the volume it is (None: all), and ``read`` then counts from its first byte. ``copied``: an older copy of
+    it lies on the target, so that the volume group or array which that seems to belong to is the content's own.
     """
 
     opening: Opening
     read: Read
     said_table: PartitionTable | None = None
+    said_volumes: tuple[PhysicalVolume, ...] = ()
     part: Part | None = None
     copied: bool = False
 
@@ -278,8 +279,13 @@ def continued_file(path: str, size: int, context: Context, *, overwrite: bool) -
         raise TargetExists(path=partial)
     writer = TargetWriter(partial, create=not there, kernel=context.kernel)
     held = os.dup(writer.fd)  # the lock lasts until the file has its name
+    own = False
     try:
         with writer as target:
+            # Through a link another file would be written, which nobody named; it may even be the source.
+            own = _is_named(held, partial) and os.fstat(held).st_nlink == 1
+            if not own:
+                raise BadTarget(path=path, reason=f"{partial} is another file's link")
             mark(target.fd)
             target.resize(size)
             yield target
@@ -292,7 +298,7 @@ def continued_file(path: str, size: int, context: Context, *, overwrite: bool) -
         raise BadTarget(path=path, reason=error.strerror) from error
     finally:
         try:
-            if not os.fstat(held).st_blocks and _is_named(held, partial):
+            if own and not os.fstat(held).st_blocks and _is_named(held, partial):
                 with contextlib.suppress(OSError):
                     context.kernel.unlink(partial)
         finally:

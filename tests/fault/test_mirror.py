@@ -17,6 +17,7 @@ from dataclasses import replace
 import pytest
 
 from blockbak.errors import (
+    BadTarget,
     BlockbakError,
     Interrupted,
     NotReadBack,
@@ -293,6 +294,26 @@ def test_somebody_elses_partial_is_left_alone(source, tmp_path):
     with pytest.raises(BlockbakError, match="overwritten only when told so"):
         mirror(Request(str(source), str(tmp_path / "copy")), context(tmp_path / "state"))
     assert (tmp_path / "copy.partial").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("way", ["here", "over pipes"])
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_nothing_is_written_through_a_link_that_is_in_the_way(way, link, source, tmp_path):
+    """Whoever may write beside the target could else have any file overwritten, or the source be its own copy."""
+    other, target = old(tmp_path, "other"), tmp_path / "copy"
+    before = other.read_bytes()
+    link(other, tmp_path / "copy.partial")
+    request = Request(str(source), str(target), overwrite=True)
+    if way == "here":
+        with pytest.raises(BadTarget, match="link"):
+            mirror(request, context(tmp_path / "state"))
+    else:
+        ended = over_pipes(request, target, tmp_path / "state")
+        assert isinstance(ended.receiver, BadTarget)
+        assert "link" in str(failed(ended.sender))
+    assert other.read_bytes() == before
+    assert os.path.lexists(tmp_path / "copy.partial")
+    assert not target.exists()
 
 
 # --- signals and kills ----------------------------------------------------------------------------------------------

@@ -192,6 +192,19 @@ def test_the_other_end_may_have_the_same_file_or_device(pair, program, tmp_path)
         assert error["name"] == "MirrorSourceInUse"
 
 
+def test_the_receiver_warns_of_a_physical_volume_that_it_has_already(pair, program):
+    """It cannot read the source, and so goes by what it is told of it."""
+    import shlex
+    import sys
+
+    source, target = pair
+    put(source.path, 0, pv_label("mine"))
+    end = [sys.executable, "-P", "-m", "blockbak", "mirror", "--receive", target.path, "--yes"]
+    for words in (("--through", shlex.join(end), "--dry-run"), ("--dry-run", target)):
+        notes = program("mirror", source, *words).document["notes"]
+        assert [one for one in notes if "LVM's physical volume" in one and source.path in one], notes
+
+
 def test_write_counters_of_the_source_are_compared(loop, program, tmp_path):
     """Somebody who does not keep to O_EXCL writes meanwhile."""
     from tests.host.stage import writing
