@@ -31,7 +31,7 @@ from blockbak.flow.source import Request as SourceRequest
 from blockbak.flow.target import Incoming, check_target, continued_file, existing, look_at_target
 from blockbak.host import device as devices
 from blockbak.host import usage, volumes
-from blockbak.host.blockio import PIECE_BYTES, RETRIES, SourceReader, aligned
+from blockbak.host.blockio import PIECE_BYTES, RETRIES, SourceReader, aligned, is_marked
 from blockbak.host.device import Device
 from blockbak.host.marks import reading
 from blockbak.image.format import BLOCK_DEFAULT, window_for
@@ -287,6 +287,12 @@ def brought(
             reader = stack.enter_context(SourceReader(place, exclusive=False)) if there else None
             yield Untouched(place, reader, incoming.size), never
     elif known is None:
+        place = partial_of(given)
+        left = look_at_target(place)
+        if left is not None:
+            # An earlier run left it. Somebody may have mounted it since, or it may be of no run.
+            own = replace(incoming, copied=True)
+            check_target(place, left, own, repository, context, overwrite=overwrite or is_marked(left.path))
         with continued_file(os.path.realpath(given), incoming.size, context, overwrite=overwrite) as new:
             yield new, never
     else:
@@ -411,7 +417,9 @@ def _mirror(request: Request, context: Context, repository: Repository | None) -
     clock = context.timer()
     seen = look(request, context)
     target = look_at_target(request.target)
-    _check_apart(seen.device, request.target, target)
+    # What is written of a file that is not there yet is its partial.
+    written = request.target if target is not None else partial_of(request.target)
+    _check_apart(seen.device, written, target or look_at_target(written))
     incoming = _incoming(seen, target, request.block_bytes, context)
     overwrite = request.overwrite or request.dry_run
     check_target(request.target, target, incoming, repository, context, overwrite=overwrite)

@@ -395,7 +395,7 @@ class _Sending:
         if isinstance(error, Interrupted):
             return Interrupted(state=told)
         if not self.request.dry_run and not isinstance(error, PeerFailed | PeerRefused):
-            error.add_note(f"{told[0].upper()}{told[1:]}.")
+            error.add_note(f"{told}.")  # it begins with a name
         return error
 
     def _report(self, sink: _Sink, done: wire.Done, settled: Settled, read_bytes: int, clock: float) -> Report:

@@ -98,6 +98,23 @@ def test_a_copy_does_not_lie_on_what_it_is_of(pair, program, tmp_path):
         assert program("mirror", file, target, "--yes", expect=5).error["name"] == "MirrorOntoItself"
 
 
+def test_what_an_earlier_run_left_may_be_in_use_by_now(pair, program, tmp_path):
+    """Or be the source itself, which would get another name."""
+    from blockbak.host.blockio import mark
+
+    source, _ = pair
+    left, target = tmp_path / "copy.partial", tmp_path / "copy"
+    left.write_bytes(b"x" * SIZE)
+    with left.open("r+b") as file:
+        mark(file.fileno())
+    refused(program, "MirrorOntoItself", left, target)
+    with attached(left) as other:
+        refused(program, "MirrorOntoItself", other, target)
+        assert "backing file" in refused(program, "TargetInUse", source.path, target)["message"]
+    assert left.read_bytes() == b"x" * SIZE
+    assert not target.exists()
+
+
 # --- targets ----------------------------------------------------------------------------------------------------------
 
 
