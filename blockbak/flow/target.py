@@ -210,12 +210,14 @@ def existing(
         if not target.is_block:
             target.resize(incoming.size)
         yield target
-        if target.is_block:
-            return
-        # What was written would be in a file that nobody finds.
-        if not _is_named(target.fd, known.path):
+        # Else what was written would be in a file that nobody finds, or its end would be lost.
+        if not target.is_block and not _is_named(target.fd, known.path):
             raise TargetFailed(action="Writing", path=given, reason="its name was taken away, or given to another file")
-        if target.current_size() != incoming.size:
+        try:
+            size = target.current_size()
+        except OSError as error:
+            raise TargetFailed(action="Asking the size of", path=given, reason=error.strerror) from error
+        if size < incoming.size or (size > incoming.size and not target.is_block):
             raise TargetFailed(action="Writing", path=given, reason="somebody gave it another size meanwhile")
 
 

@@ -316,6 +316,22 @@ def test_nothing_is_written_through_a_link_that_is_in_the_way(way, link, source,
     assert not target.exists()
 
 
+def test_a_device_that_is_made_smaller_meanwhile_is_no_copy(source, tmp_path, loop):
+    """As lvreduce does, whoever has the volume open."""
+    target = loop(6 * MIB)
+
+    class Meanwhile(Kernel):
+        def drop_cache(self, fd, *, block):
+            super().drop_cache(fd, block=block)
+            os.truncate(target.file, 4 * MIB)
+            stage_run("losetup", "-c", target.path)
+
+    kernel = Meanwhile()
+    mirror(Request(str(source), target.path, overwrite=True), context(tmp_path / "state"))
+    with pytest.raises(TargetFailed, match="another size"):
+        mirror(Request(str(source), target.path, overwrite=True), context(tmp_path / "state", kernel=kernel))
+
+
 # --- signals and kills ----------------------------------------------------------------------------------------------
 
 
