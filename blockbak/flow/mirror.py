@@ -24,7 +24,7 @@ from blockbak.flow.context import Context, never
 from blockbak.flow.hot import HotOptions, Member, foreseen, snapshots
 from blockbak.flow.instep import InStep, Target, Untouched, blocks_of, length_of, without
 from blockbak.flow.into_lvm import pool_of, twin_notes
-from blockbak.flow.recording import recorded
+from blockbak.flow.recording import from_root, recorded
 from blockbak.flow.scan import Found, Sink, scan_into
 from blockbak.flow.source import AtRest, Seen, Settled, Source, check_source, look_at, resolve_mode
 from blockbak.flow.source import Request as SourceRequest
@@ -394,11 +394,13 @@ def noted(request: Request, target: str, repository: Repository | None, context:
     if repository is None or request.dry_run:
         yield reports
         return
-    with recorded(repository, "mirrored", context, source=request.source, target=target) as doing:
+    with recorded(repository, "mirrored", context, source=from_root(request.source), target=target) as doing:
         yield reports
         for report in reports:
             doing.exit = ATTENTION if report.attention else 0
             doing.facts |= {name: getattr(report, name) for name in _FACTS}
+            if not report.host:
+                doing.facts["target"] = target
 
 
 def mirror(request: Request, context: Context, *, repository: Repository | None = None) -> Report:
@@ -408,7 +410,7 @@ def mirror(request: Request, context: Context, *, repository: Repository | None 
     begun of a new file, are read anyway. Raises every error of the source and snapshot trees, a Refused for a source
     or target that must not be, TargetFailed, TargetFull, NotReadBack, Interrupted.
     """
-    with noted(request, request.target, repository, context) as reports:
+    with noted(request, from_root(request.target), repository, context) as reports:
         reports.append(_mirror(request, context, repository))
     return reports[0]
 
