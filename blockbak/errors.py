@@ -277,7 +277,7 @@ class NoPoolRoom(SnapshotError):
 
 class NotSnapshotable(SnapshotError):
     message = "{volume} cannot be snapshotted: {reason}."
-    advice = "Stop what uses it and take it cold, or as it is with --mode live."
+    advice = "Stop what uses it and take it cold; 'blockbak backup --mode live' takes it as it is."
 
 
 class SnapshotOverflowed(SnapshotError):

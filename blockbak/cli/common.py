@@ -127,7 +127,7 @@ _retries_option = click.option(
     help="Ask so often again for a sector that cannot be read, once the rest around it is read.",
 )  # fmt: skip
 _strict_option = click.option(
-    "--strict", is_flag=True, help="Make no image if a sector cannot be read [finish, name it, exit 3]."
+    "--strict", is_flag=True, help="End at the first sector that cannot be read [finish, name it, exit 3]."
 )
 _used_only_option = click.option(
     "--used-only", is_flag=True,

@@ -204,7 +204,9 @@ def twin_notes(target: Device, incoming: Incoming) -> list[str]:
 
 
 def _physical_volumes(incoming: Incoming) -> list[PhysicalVolume]:
-    """Those in the content: itself, or in its partitions."""
+    """Those in the content: itself, or in its partitions; or those that it is said to have."""
+    if incoming.said_volumes:
+        return list(incoming.said_volumes)
     table = incoming.table()
     places = [(0, incoming.size)]
     places += [(one.start, one.length) for one in table.partitions] if table else []

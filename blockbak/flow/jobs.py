@@ -287,6 +287,8 @@ def doubts(config: Config, path: str) -> list[str]:
         found.append(f"{path} holds the secrets of notify.urls, and others may read it: chmod 600 {path}")
     if config.notify.urls and not notifier.has_apprise():
         found.append("notify.urls needs the extra blockbak[notify], which is not installed.")
+    elif config.notify.urls and (reason := notifier.not_understood(config.notify.urls)):
+        found.append(f"notify.urls: {reason}.")
     if config.notify.command and (reason := notifier.unusable(config.notify.command)):
         found.append(f"notify.command: {reason}")
     return found

@@ -24,14 +24,14 @@ from blockbak.flow.context import Context, never
 from blockbak.flow.hot import HotOptions, Member, foreseen, snapshots
 from blockbak.flow.instep import InStep, Target, Untouched, blocks_of, length_of, without
 from blockbak.flow.into_lvm import pool_of, twin_notes
-from blockbak.flow.recording import recorded
+from blockbak.flow.recording import from_root, recorded
 from blockbak.flow.scan import Found, Sink, scan_into
 from blockbak.flow.source import AtRest, Seen, Settled, Source, check_source, look_at, resolve_mode
 from blockbak.flow.source import Request as SourceRequest
 from blockbak.flow.target import Incoming, check_target, continued_file, existing, look_at_target
 from blockbak.host import device as devices
 from blockbak.host import usage, volumes
-from blockbak.host.blockio import PIECE_BYTES, RETRIES, SourceReader, aligned
+from blockbak.host.blockio import PIECE_BYTES, RETRIES, SourceReader, aligned, is_marked
 from blockbak.host.device import Device
 from blockbak.host.marks import reading
 from blockbak.image.format import BLOCK_DEFAULT, window_for
@@ -39,7 +39,7 @@ from blockbak.image.sidecar import Range, ranges
 from blockbak.model import extent, hashmap
 from blockbak.model.extent import ABSENT, DATA, Extents
 from blockbak.model.facts import FULL, Opening
-from blockbak.model.filesystem import Read, filesystem
+from blockbak.model.filesystem import PhysicalVolume, Read, filesystem
 from blockbak.model.hashmap import Mask
 from blockbak.model.identity import Identity
 from blockbak.model.partition import PartitionTable, inside, parse
@@ -50,7 +50,8 @@ _FACTS = (
     "differing_bytes", "moved_bytes", "written_bytes", "zeroed_bytes",
 )  # fmt: skip
 """What the history says of a mirror."""
-_MEMBERS = ("LVM2_member", "linux_raid_member")
+_PHYSICAL_VOLUME = "LVM2_member"
+_MEMBERS = (_PHYSICAL_VOLUME, "linux_raid_member")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,14 +133,19 @@ def _asked(request: Request) -> SourceRequest:
 @contextlib.contextmanager
 def opened(seen: Seen, request: Request, context: Context) -> Iterator[Source]:
     """The source, open and held as it was looked at, or a snapshot of it. Raises every error of the source and
-    snapshot trees.
+    snapshot trees, MirrorSourceInUse.
     """
     with ExitStack() as stack:
         source: Source
         if request.hot is None or request.dry_run:
             # Nothing is made for a dry run: what is compared then is a volume that goes on being written.
             seen = seen if request.hot is None else replace(seen, mode="live")
-            source = stack.enter_context(closing(AtRest(seen, _asked(request), context)))
+            try:
+                # The other end opened its target meanwhile, and that may be the same file.
+                resolve_mode(seen.device, seen.mode)
+                source = stack.enter_context(closing(AtRest(seen, _asked(request), context)))
+            except SourceInUse as error:
+                raise MirrorSourceInUse(**error.fields) from error
         else:
             # With one member nothing is asked of a repository's place.
             (source,) = stack.enter_context(snapshots([Member(seen, "")], request.hot, "", context))
@@ -203,6 +209,12 @@ def members(device: Device) -> list[str]:
 
 
 # --- the target ----------------------------------------------------------------------------------------------
+
+
+def volumes_among(told: list[str]) -> tuple[PhysicalVolume, ...]:
+    """The physical volumes among ``members``; of which group they are those do not tell."""
+    pairs = (one.partition(" ") for one in told)
+    return tuple(PhysicalVolume(uuid, "") for kind, _, uuid in pairs if kind == _PHYSICAL_VOLUME)
 
 
 def is_older_copy(target: Device | None, ours: list[str]) -> bool:
@@ -275,6 +287,12 @@ def brought(
             reader = stack.enter_context(SourceReader(place, exclusive=False)) if there else None
             yield Untouched(place, reader, incoming.size), never
     elif known is None:
+        place = partial_of(given)
+        left = look_at_target(place)
+        if left is not None:
+            # An earlier run left it. Somebody may have mounted it since, or it may be of no run.
+            own = replace(incoming, copied=True)
+            check_target(place, left, own, repository, context, overwrite=overwrite or is_marked(left.path))
         with continued_file(os.path.realpath(given), incoming.size, context, overwrite=overwrite) as new:
             yield new, never
     else:
@@ -376,11 +394,13 @@ def noted(request: Request, target: str, repository: Repository | None, context:
     if repository is None or request.dry_run:
         yield reports
         return
-    with recorded(repository, "mirrored", context, source=request.source, target=target) as doing:
+    with recorded(repository, "mirrored", context, source=from_root(request.source), target=target) as doing:
         yield reports
         for report in reports:
             doing.exit = ATTENTION if report.attention else 0
             doing.facts |= {name: getattr(report, name) for name in _FACTS}
+            if not report.host:
+                doing.facts["target"] = target
 
 
 def mirror(request: Request, context: Context, *, repository: Repository | None = None) -> Report:
@@ -390,7 +410,7 @@ def mirror(request: Request, context: Context, *, repository: Repository | None 
     begun of a new file, are read anyway. Raises every error of the source and snapshot trees, a Refused for a source
     or target that must not be, TargetFailed, TargetFull, NotReadBack, Interrupted.
     """
-    with noted(request, request.target, repository, context) as reports:
+    with noted(request, from_root(request.target), repository, context) as reports:
         reports.append(_mirror(request, context, repository))
     return reports[0]
 
@@ -399,7 +419,9 @@ def _mirror(request: Request, context: Context, repository: Repository | None) -
     clock = context.timer()
     seen = look(request, context)
     target = look_at_target(request.target)
-    _check_apart(seen.device, request.target, target)
+    # What is written of a file that is not there yet is its partial.
+    written = request.target if target is not None else partial_of(request.target)
+    _check_apart(seen.device, written, target or look_at_target(written))
     incoming = _incoming(seen, target, request.block_bytes, context)
     overwrite = request.overwrite or request.dry_run
     check_target(request.target, target, incoming, repository, context, overwrite=overwrite)

@@ -49,6 +49,7 @@ from blockbak.flow.mirror import (
     snapshot_notes,
     table_of,
     united,
+    volumes_among,
 )
 from blockbak.flow.rawmap import MapSum
 from blockbak.flow.scan import Found
@@ -394,7 +395,7 @@ class _Sending:
         if isinstance(error, Interrupted):
             return Interrupted(state=told)
         if not self.request.dry_run and not isinstance(error, PeerFailed | PeerRefused):
-            error.add_note(f"{told[0].upper()}{told[1:]}.")
+            error.add_note(f"{told}.")  # it begins with a name
         return error
 
     def _report(self, sink: _Sink, done: wire.Done, settled: Settled, read_bytes: int, clock: float) -> Report:
@@ -647,7 +648,9 @@ def _received(
     sectors = said.logical_sector, said.physical_sector
     opening = opening_of(said.device_bytes, said.block_bytes, sectors, Identity(PATH, ""), said.host)
     table = PartitionTable("gpt", "", said.table_sector, ()) if said.table_sector else None
-    incoming = Incoming(opening, lambda _, __: b"", table, copied=is_older_copy(target, said.members))
+    incoming = Incoming(
+        opening, lambda _, __: b"", table, volumes_among(said.members), copied=is_older_copy(target, said.members)
+    )  # fmt: skip
     overwrite = overwrite or said.dry_run
     check_target(path, target, incoming, repository, context, overwrite=overwrite)
     method, notes = method_of(target, path), notes_on(target, incoming, path)

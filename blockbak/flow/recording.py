@@ -4,6 +4,7 @@ its points tell.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +36,14 @@ class Doing:
 def ending(error: Exception) -> tuple[int, str]:
     """Exit status and name of what ended a use-case."""
     return (error.exit_code, error.name) if isinstance(error, BlockbakError) else (1, type(error).__name__)
+
+
+def from_root(name: str) -> str:
+    """A file or node as the history calls it: who reads that years later does not know where the person was. What is no
+    path, as ``vg/lv`` is, stays as it is.
+    """
+    path = os.path.abspath(name)
+    return path if name and os.path.isdir(os.path.dirname(path)) else name
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from blockbak.flow.into_lvm import NewVolume, new_volume, plan_volume, pool_of, 
 from blockbak.flow.mapfile import Mapfile, mapfile
 from blockbak.flow.part import find_partition, whole
 from blockbak.flow.points import Opened, find, newer_orphans, open_point, open_reader
-from blockbak.flow.recording import recorded
+from blockbak.flow.recording import from_root, recorded
 from blockbak.flow.target import Incoming, check_target, existing, is_itself, look_at_target, new_file
 from blockbak.flow.writing import PointContent, Writing, mostly_equal, read_back, write_all
 from blockbak.host import volumes
@@ -293,7 +293,7 @@ def restore(repository: Repository, request: Request, context: Context, *, dry_r
     """
     if dry_run:
         return bring_back(repository, request, context, dry_run=True)
-    target = request.create_lv or request.target
+    target = request.create_lv or from_root(request.target)
     with recorded(repository, "restored", context, asked=request.point, target=target) as doing:
         done = bring_back(repository, request, context)
         assert isinstance(done, Report)  # noqa: S101 - only a dry run gives a plan

@@ -21,6 +21,7 @@ from blockbak.errors import (
     JobRuns,
     NewerFormat,
     NoPermission,
+    NoSuchJob,
     NoUsableParent,
     RunKilled,
     StoreFailed,
@@ -248,7 +249,7 @@ class _Run:
             self._failed(error)
         begun, started = context.timer(), iso(context.now())
         state.run, state.started, state.ended = context.run, started, ""
-        save(state, job, context)
+        save(state, job.name, context)
         try:
             if repository is not None:
                 self._work(repository, state)
@@ -267,7 +268,7 @@ class _Run:
         try:
             tell_people(self._config.notify, events, context)
         finally:
-            save(state, job, context)
+            save(state, job.name, context)
 
     def _work(self, repository: Repository, state: State) -> None:
         """All that is due, within the deadline."""
@@ -455,20 +456,25 @@ def _moment(text: str) -> datetime | None:
         return None
 
 
-def save(state: State, job: Job, context: Context) -> None:
+def save(state: State, job: str, context: Context) -> None:
     """Keep how a run went; where that cannot be, it is spoken of, and the run is none the worse for it."""
     try:
-        jobstate.save(context.state_dir, job.name, state, context.kernel)
+        jobstate.save(context.state_dir, job, state, context.kernel)
     except StoreFailed as error:
         context.say(f"How this run goes cannot be kept for the next one: {error}")
 
 
 def remember(config: Config, context: Context) -> None:
-    """Keep who is to be told, for a day on which the configuration cannot be read."""
+    """Keep who is to be told, for a day on which the configuration cannot be read, and tell them once it is over."""
     try:
         jobstate.save_notify(context.state_dir, config.notify, context.kernel)
     except StoreFailed as error:
         context.say(f"Who is told of trouble cannot be kept for later: {error}")
+    state = jobstate.load(context.state_dir, jobstate.NO_JOB)
+    if state.failing:
+        tell_people(config.notify, [telling.usable(context.now(), run=context.run, host=context.host)], context)
+        state.failing = False
+        save(state, jobstate.NO_JOB, context)
 
 
 def write_textfiles(config: Config, context: Context) -> None:
@@ -552,22 +558,23 @@ def _tell_missing(job: Job, config: Config, context: Context, *, told: bool) -> 
     state = jobstate.load(context.state_dir, job.name)
     if not state.started:
         return
-    found = ages(job, state, Repository(config.path_of(job), context.kernel))
-    now = context.now()
+    path = config.path_of(job)
+    found = ages(job, state, Repository(path, context.kernel))
+    now, here = context.now(), {"run": context.run, "host": context.host, "repository": path}
     late = telling.missed(found, now)
     before = state.told_missing
     if late:
-        event = telling.missing(job.name, late, now, _moment(before), run=context.run, host=context.host)
+        event = telling.missing(job.name, late, now, _moment(before), **here)
         if event is None:
             return
         state.told_missing = iso(now)
     elif before:
-        event = None if told else telling.met(job.name, now, run=context.run, host=context.host)
+        event = None if told else telling.met(job.name, now, **here)
         state.told_missing = ""
     else:
         return
     tell_people(config.notify, [event] if event else [], context)
-    save(state, job, context)
+    save(state, job.name, context)
 
 
 def tell_unfinished(config: Config, job: Job, context: Context) -> bool:
@@ -593,16 +600,23 @@ def _tell_killed(config: Config, job: Job, state: State, context: Context) -> bo
     )  # fmt: skip
     context.say(str(error))
     tell_people(config.notify, telling.after(outcome, failing=True), context)
-    save(state, job, context)
+    save(state, job.name, context)
     return True
 
 
 def tell_unusable(error: BlockbakError, context: Context) -> None:
-    """Tell people, as the last usable configuration says, that the one there is now cannot be used: no job runs."""
+    """Tell people, as the last usable configuration says, that the one there is now cannot be used: no job runs. Or
+    that the one job that was asked for is not in it.
+    """
     notify = jobstate.load_notify(context.state_dir)
+    job = str(error.fields["job"]) if isinstance(error, NoSuchJob) else jobstate.NO_JOB
     notes = getattr(error, "__notes__", ())
     outcome = Outcome(
-        "", context.run, context.host, context.now(), error.exit_code, error.name,
+        job, context.run, context.host, context.now(), error.exit_code, error.name,
         "\n".join([str(error), *notes]), details={"errors": [error.as_dict()]},
     )  # fmt: skip
+    if not job:
+        state = jobstate.load(context.state_dir, job)
+        state.failing = True
+        save(state, job, context)
     tell_people(notify, telling.after(outcome, failing=False), context)

@@ -299,7 +299,7 @@ class AtRest:
         if self._watch.blind:
             notes.append(f"The kernel counts no writes to {device.path}: one by a process without a lock went unseen.")
         if written:
-            notes.append(f"{device.path} was written while it was read: the image may be torn.")
+            notes.append(f"{device.path} was written while it was read: what was made of it may be torn.")
         return Settled("none" if written else "cold", notes, written)
 
     def close(self) -> None:

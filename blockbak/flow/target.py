@@ -13,6 +13,7 @@ from blockbak.errors import (
     NotABlockSource,
     SourceError,
     TargetExists,
+    TargetFailed,
     TargetHolds,
     TargetInUse,
     TargetSectorSize,
@@ -29,7 +30,7 @@ from blockbak.host.device import Device
 from blockbak.image.view import PointView
 from blockbak.model import partition
 from blockbak.model.facts import Opening
-from blockbak.model.filesystem import Read
+from blockbak.model.filesystem import PhysicalVolume, Read
 from blockbak.model.part import Part
 from blockbak.model.partition import PartitionTable
 from blockbak.repository.local import Repository, repository_above
@@ -39,14 +40,15 @@ from blockbak.units import align_down
 @dataclass(frozen=True, slots=True)
 class Incoming:
     """What is to lie on a target: what its header says of it, and ``read(offset, length)`` of its content; or, where
-    that cannot be read beforehand, the partition table that it is said to have. ``part`` is what of the volume it is
-    (None: all), and ``read`` then counts from its first byte. ``copied``: an older copy of it lies on the target, so
-    that the volume group or array which that seems to belong to is the content's own.
+    that cannot be read beforehand, the partition table and the physical volumes that it is said to have. ``part`` is
+    what of the volume it is (None: all), and ``read`` then counts from its first byte. ``copied``: an older copy of
+    it lies on the target, so that the volume group or array which that seems to belong to is the content's own.
     """
 
     opening: Opening
     read: Read
     said_table: PartitionTable | None = None
+    said_volumes: tuple[PhysicalVolume, ...] = ()
     part: Part | None = None
     copied: bool = False
 
@@ -196,7 +198,8 @@ def existing(
     given: str, known: Device, incoming: Incoming, repository: Repository | None, context: Context
 ) -> Iterator[TargetWriter]:
     """A target that was there when it was looked at as ``known``, open, and nobody else's; a file gets the
-    content's size. Raises BadTarget if it has become another one since, and what ``check_target`` raises.
+    content's size. Raises BadTarget if it has become another one since, TargetFailed if others took it away or
+    gave it another size while it was written, and what ``check_target`` raises.
     """
     with TargetWriter(known.path, kernel=context.kernel) as target:
         # Between the look at it and now a node may have been handed on, a link turned, a file been mounted.
@@ -207,6 +210,15 @@ def existing(
         if not target.is_block:
             target.resize(incoming.size)
         yield target
+        # Else what was written would be in a file that nobody finds, or its end would be lost.
+        if not target.is_block and not _is_named(target.fd, known.path):
+            raise TargetFailed(action="Writing", path=given, reason="its name was taken away, or given to another file")
+        try:
+            size = target.current_size()
+        except OSError as error:
+            raise TargetFailed(action="Asking the size of", path=given, reason=error.strerror) from error
+        if size < incoming.size or (size > incoming.size and not target.is_block):
+            raise TargetFailed(action="Writing", path=given, reason="somebody gave it another size meanwhile")
 
 
 def _marks(device: Device) -> tuple[object, ...]:
@@ -269,8 +281,13 @@ def continued_file(path: str, size: int, context: Context, *, overwrite: bool) -
         raise TargetExists(path=partial)
     writer = TargetWriter(partial, create=not there, kernel=context.kernel)
     held = os.dup(writer.fd)  # the lock lasts until the file has its name
+    own = False
     try:
         with writer as target:
+            # Through a link another file would be written, which nobody named; it may even be the source.
+            own = _is_named(held, partial) and os.fstat(held).st_nlink == 1
+            if not own:
+                raise BadTarget(path=path, reason=f"{partial} is another file's link")
             mark(target.fd)
             target.resize(size)
             yield target
@@ -283,7 +300,7 @@ def continued_file(path: str, size: int, context: Context, *, overwrite: bool) -
         raise BadTarget(path=path, reason=error.strerror) from error
     finally:
         try:
-            if not os.fstat(held).st_blocks and _is_named(held, partial):
+            if own and not os.fstat(held).st_blocks and _is_named(held, partial):
                 with contextlib.suppress(OSError):
                     context.kernel.unlink(partial)
         finally:

@@ -22,6 +22,8 @@ from blockbak.model.config import Notify
 FOLDER = "jobs"
 _NOTIFY = ".notify"
 """No job's name begins so."""
+NO_JOB = ""
+"""In place of a job's name: what is kept of this machine's jobs together, which is whether none could be run."""
 _PARTIAL = ".partial"
 
 

@@ -11,7 +11,7 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 
 from blockbak.errors import BlockbakError, CommandFailed, Interrupted, UnsafeHook
@@ -60,34 +60,54 @@ def by_urls(urls: Sequence[str], event: Event, check: Callable[[], None], second
     if not has_apprise():
         return "Nobody was told by mail or web: the extra blockbak[notify] (apprise) is not installed."
     message = {"urls": list(urls), "title": event.subject, "body": event.text, "kind": event.kind}
-    argv = [sys.executable, "-I", "-m", "blockbak.host.notifier"]
     try:
-        done = runner.run(argv, deadline=seconds, input=json.dumps(message).encode(), accept=(0, 1), check=check)
+        failed = _handed_over(message, check, seconds)
     except CommandFailed as error:
         return f"Nobody was told by mail or web: {error.fields['status']}."
     except Interrupted:
         raise
     except BlockbakError as error:
         return str(error)
+    return f"Nobody was told by {', '.join(failed)}: it could not be sent." if failed else ""
+
+
+def not_understood(urls: Sequence[str]) -> str:
+    """Why some of the addresses can never be used, or "". Nothing is sent."""
+    try:
+        failed = _handed_over({"urls": list(urls), "title": ""}, lambda: None, URLS_SECONDS)
+    except BlockbakError as error:
+        return str(error)
+    return f"apprise does not understand the address {', '.join(f'{one}://…' for one in failed)}" if failed else ""
+
+
+def _handed_over(message: Mapping[str, object], check: Callable[[], None], seconds: float) -> list[str]:
+    """What ``main`` prints of a message. Raises CommandFailed, Interrupted."""
+    argv = [sys.executable, "-I", "-m", "blockbak.host.notifier"]
+    done = runner.run(argv, deadline=seconds, input=json.dumps(message).encode(), accept=(0, 1), check=check)
     failed = done.stdout.split()
-    return f"Nobody was told by {', '.join(failed)}: it could not be sent." if done.status else ""
+    if done.status and not failed:
+        raise CommandFailed(program="apprise", status="it broke down", stderr=done.stderr)
+    return failed
 
 
 def main() -> int:
-    """Send the message on standard input; the kinds of address that failed are printed, exit status 1 then."""
+    """Send the message on standard input; the kinds of address that failed are printed, exit status 1 then. One
+    without a title is not sent: only the addresses are looked at.
+    """
     from apprise import Apprise, NotifyType
 
     message = json.load(sys.stdin)
     # Its log repeats addresses, and with them their secrets.
     logging.disable(logging.CRITICAL)
-    kind = NotifyType.SUCCESS if message["kind"] == "recovery" else NotifyType.FAILURE
+    kind = NotifyType.SUCCESS if message.get("kind") == "recovery" else NotifyType.FAILURE
     failed = []
     for url in message["urls"]:
         sent = False
         sender = Apprise()
         with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):
-            sent = sender.add(url) and bool(
-                sender.notify(body=message["body"], title=message["title"], notify_type=kind)
+            sent = sender.add(url) and (
+                not message["title"]
+                or bool(sender.notify(body=message["body"], title=message["title"], notify_type=kind))
             )
         if not sent:
             failed.append(url.partition("://")[0])

@@ -8,10 +8,13 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from blockbak.model.schedule import shown
+from blockbak.units import format_seconds
 
 FAILURE, RECOVERY, MISSED_RPO = "failure", "recovery", "missed-rpo"
 AGAIN = timedelta(days=1)
 """After so long people are told once more that a point is missing."""
+_OBJECTS = ("errors",)
+"""Facts that are no words: a command finds them on its standard input alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,8 @@ class Event:
         """The facts as variables of a command: BLOCKBAK_EVENT and so on; lists with blanks between."""
         found = {"BLOCKBAK_MESSAGE": self.text}
         for name, value in self.facts.items():
+            if name in _OBJECTS:
+                continue
             if isinstance(value, list | tuple):
                 found[f"BLOCKBAK_{name.upper()}"] = " ".join(map(str, value))
             elif not isinstance(value, dict):
@@ -101,7 +106,7 @@ def missed(ages: Sequence[Age], now: datetime) -> list[Age]:
 
 
 def missing(
-    job: str, ages: Sequence[Age], now: datetime, told: datetime | None, *, run: str, host: str
+    job: str, ages: Sequence[Age], now: datetime, told: datetime | None, *, run: str, host: str, repository: str
 ) -> Event | None:
     """What is told of points that are not new enough; None where there are none, or where people were ``told`` within
     a day.
@@ -111,16 +116,23 @@ def missing(
     lines = []
     for one in ages:
         newest = "it has no point" if one.newest is None else f"its newest point is of {shown(one.newest)}"
-        lines.append(f"{one.source}: {newest}; at most {_hours(one.rpo)} are allowed.")
+        lines.append(f"{one.source}: {newest}; at most {_span(one.rpo)} are allowed.")
     volumes = [one.volume for one in ages if one.volume]
-    outcome = Outcome(job, run, host, now, volumes=volumes, details={"sources": [one.source for one in ages]})
+    details = {"sources": [one.source for one in ages], "repository": repository}
+    outcome = Outcome(job, run, host, now, volumes=volumes, details=details)
     return _event(MISSED_RPO, f"blockbak: {_job(outcome)} has no point that is new enough", "\n".join(lines), outcome)
 
 
-def met(job: str, now: datetime, *, run: str, host: str) -> Event:
+def met(job: str, now: datetime, *, run: str, host: str, repository: str) -> Event:
     """What is told once a job's points are new enough again."""
-    outcome = Outcome(job, run, host, now)
+    outcome = Outcome(job, run, host, now, details={"repository": repository})
     return _event(RECOVERY, f"blockbak: {_job(outcome)} is well again", "Its newest points are new enough.", outcome)
+
+
+def usable(now: datetime, *, run: str, host: str) -> Event:
+    """What is told once a configuration can be used that could not."""
+    outcome = Outcome("", run, host, now)
+    return _event(RECOVERY, f"blockbak: jobs on {host} can be run again", "The configuration can be used.", outcome)
 
 
 def _job(outcome: Outcome) -> str:
@@ -128,5 +140,5 @@ def _job(outcome: Outcome) -> str:
     return f"job {outcome.job} on {outcome.host}" if outcome.job else f"no job on {outcome.host} can be run: it"
 
 
-def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:g} h"
+def _span(seconds: float) -> str:
+    return format_seconds(seconds) if seconds % 3600 else f"{seconds / 3600:g} h"

@@ -19,14 +19,14 @@ def warnings(copy: PhysicalVolume, present: Sequence[tuple[str, PhysicalVolume]]
     for path, one in present:
         if one.uuid == copy.uuid:
             where = f" of volume group {copy.group}" if copy.names_group else ""
-            return [f"The point is LVM's physical volume {copy.uuid}{where}, and so is {path}. {apart}"]
+            return [f"The copy is LVM's physical volume {copy.uuid}{where}, and so is {path}. {apart}"]
     if not copy.names_group:
         return []
     same = [(path, one) for path, one in present if one.group == copy.group]
     others = [path for path, one in same if one.group_uuid != copy.group_uuid or not copy.group_uuid]
     if others:
-        return [f"The point is of a volume group {copy.group}, and {others[0]} is of another one of that name. {apart}"]
+        return [f"The copy is of a volume group {copy.group}, and {others[0]} is of another one of that name. {apart}"]
     if same:
-        joins = f"The point is of volume group {copy.group}, of which {same[0][0]} is here"
+        joins = f"The copy is of volume group {copy.group}, of which {same[0][0]} is here"
         return [f"{joins}: LVM takes {target} for its missing physical volume. {apart}"]
     return []

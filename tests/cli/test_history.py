@@ -46,6 +46,19 @@ def test_a_failed_restore_is_noted(repo, tmp_path):
     assert "1 NoSuchPoint" in ok("-r", repo.path, "history").text.splitlines()[-1]
 
 
+def test_who_reads_of_a_file_later_need_not_know_where_the_person_was(repo, tmp_path):
+    def noted(*words, status):
+        assert run("-r", repo.path.absolute(), *words, cwd=tmp_path).status == status
+        return document("-r", repo.path, "history")["entries"][-1]["facts"]
+
+    assert noted("restore", "nothing", "out.img", status=1)["target"] == str(tmp_path / "out.img")
+    assert noted("restore", "nothing", "no-vg/no-lv", status=1)["target"] == "no-vg/no-lv"
+    (tmp_path / "in.img").write_bytes(b"x" * 65536)
+    for status in (0, 5):  # made, and refused because it is there
+        facts = noted("mirror", "in.img", "copy.img", status=status)
+        assert (facts["source"], facts["target"]) == (str(tmp_path / "in.img"), str(tmp_path / "copy.img"))
+
+
 def test_an_altered_line_is_damage_for_both_verbs(repo):
     path = repo.path / HISTORY
     lines = path.read_bytes().splitlines(keepends=True)

@@ -17,6 +17,7 @@ from dataclasses import replace
 import pytest
 
 from blockbak.errors import (
+    BadTarget,
     BlockbakError,
     Interrupted,
     NotReadBack,
@@ -243,6 +244,42 @@ def test_a_full_disk_ends_it_and_the_next_run_goes_on(way, source, tmp_path, tmp
     assert os.listdir(where) == ["copy"]
 
 
+def taken_away(target):
+    target.unlink()
+
+
+def exchanged(target):
+    (target.parent / "other").write_bytes(b"another")
+    os.replace(target.parent / "other", target)
+
+
+def cut(target):
+    os.truncate(target, PIECE)
+
+
+@pytest.mark.parametrize("way", ["here", "over pipes"])
+@pytest.mark.parametrize("happens", [taken_away, exchanged, cut])
+def test_a_target_that_others_take_away_meanwhile_is_no_copy(way, happens, source, tmp_path):
+    """What differs lies at its beginning: the reading back of it goes well."""
+    target = tmp_path / "target"
+    target.write_bytes(bytes(BLOCK) + source.read_bytes()[BLOCK:])
+
+    class Meanwhile(Kernel):
+        def drop_cache(self, fd, *, block):
+            super().drop_cache(fd, block=block)
+            happens(target)
+
+    request = Request(str(source), str(target), overwrite=True)
+    world = context(tmp_path / "state", kernel=Meanwhile())
+    if way == "here":
+        with pytest.raises(TargetFailed, match=r"Writing .*target failed"):
+            mirror(request, world)
+    else:
+        ended = over_pipes(request, target, tmp_path / "state", there=world)
+        assert isinstance(ended.receiver, TargetFailed)
+        assert "Writing" in str(failed(ended.sender))
+
+
 def test_nothing_that_was_never_begun_stays(source, tmp_path):
     """A failure before the first byte leaves no partial."""
     target = tmp_path / "copy"
@@ -257,6 +294,42 @@ def test_somebody_elses_partial_is_left_alone(source, tmp_path):
     with pytest.raises(BlockbakError, match="overwritten only when told so"):
         mirror(Request(str(source), str(tmp_path / "copy")), context(tmp_path / "state"))
     assert (tmp_path / "copy.partial").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("way", ["here", "over pipes"])
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_nothing_is_written_through_a_link_that_is_in_the_way(way, link, source, tmp_path):
+    """Whoever may write beside the target could else have any file overwritten, or the source be its own copy."""
+    other, target = old(tmp_path, "other"), tmp_path / "copy"
+    before = other.read_bytes()
+    link(other, tmp_path / "copy.partial")
+    request = Request(str(source), str(target), overwrite=True)
+    if way == "here":
+        with pytest.raises(BadTarget, match="link"):
+            mirror(request, context(tmp_path / "state"))
+    else:
+        ended = over_pipes(request, target, tmp_path / "state")
+        assert isinstance(ended.receiver, BadTarget)
+        assert "link" in str(failed(ended.sender))
+    assert other.read_bytes() == before
+    assert os.path.lexists(tmp_path / "copy.partial")
+    assert not target.exists()
+
+
+def test_a_device_that_is_made_smaller_meanwhile_is_no_copy(source, tmp_path, loop):
+    """As lvreduce does, whoever has the volume open."""
+    target = loop(6 * MIB)
+
+    class Meanwhile(Kernel):
+        def drop_cache(self, fd, *, block):
+            super().drop_cache(fd, block=block)
+            os.truncate(target.file, 4 * MIB)
+            stage_run("losetup", "-c", target.path)
+
+    kernel = Meanwhile()
+    mirror(Request(str(source), target.path, overwrite=True), context(tmp_path / "state"))
+    with pytest.raises(TargetFailed, match="another size"):
+        mirror(Request(str(source), target.path, overwrite=True), context(tmp_path / "state", kernel=kernel))
 
 
 # --- signals and kills ----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 from blockbak.errors import BlockbakError, DeadlinePassed, JobRuns
 from blockbak.flow import run as runs
 from blockbak.flow.context import Quiet
-from blockbak.flow.jobs import doubts, load
+from blockbak.flow.jobs import chosen, doubts, load
 from blockbak.host import jobstate
 from tests.machine import BEGIN, SECTORS, Machine
 from tests.patterns import stamp
@@ -410,6 +410,21 @@ def test_a_configuration_that_cannot_be_used_is_told_to_those_of_the_last_one(ma
         load(str(machine.file))
     runs.tell_unusable(caught.value, machine.context)
     assert told() == [("failure", "")]
+    machine.configure('schedule = "daily"', machine.notify)
+    for _ in range(2):
+        runs.remember(load(str(machine.file)), machine.context)
+    assert told() == [("recovery", "")]
+
+
+def test_a_job_that_is_not_in_the_configuration_is_told_by_its_name(machine, told):
+    machine.configure('schedule = "daily"', machine.notify)
+    config = load(str(machine.file))
+    runs.remember(config, machine.context)
+    with pytest.raises(BlockbakError) as caught:
+        chosen(config, ["gone"])
+    runs.tell_unusable(caught.value, machine.context)
+    runs.remember(config, machine.context)
+    assert told() == [("failure", "gone")]
 
 
 def test_a_state_directory_that_cannot_be_written_costs_no_point(machine):

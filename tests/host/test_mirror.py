@@ -98,6 +98,23 @@ def test_a_copy_does_not_lie_on_what_it_is_of(pair, program, tmp_path):
         assert program("mirror", file, target, "--yes", expect=5).error["name"] == "MirrorOntoItself"
 
 
+def test_what_an_earlier_run_left_may_be_in_use_by_now(pair, program, tmp_path):
+    """Or be the source itself, which would get another name."""
+    from blockbak.host.blockio import mark
+
+    source, _ = pair
+    left, target = tmp_path / "copy.partial", tmp_path / "copy"
+    left.write_bytes(b"x" * SIZE)
+    with left.open("r+b") as file:
+        mark(file.fileno())
+    refused(program, "MirrorOntoItself", left, target)
+    with attached(left) as other:
+        refused(program, "MirrorOntoItself", other, target)
+        assert "backing file" in refused(program, "TargetInUse", source.path, target)["message"]
+    assert left.read_bytes() == b"x" * SIZE
+    assert not target.exists()
+
+
 # --- targets ----------------------------------------------------------------------------------------------------------
 
 
@@ -177,6 +194,32 @@ def test_the_receiver_refuses_for_itself(pair, program, tmp_path):
     done = program("mirror", source, "--through", shlex.join(small)).document
     assert done["host"]
     assert sha(tmp_path / "new") == sha(source)
+
+
+def test_the_other_end_may_have_the_same_file_or_device(pair, program, tmp_path):
+    """Each end is right by itself; what the source's end opens after the other one tells."""
+    import shlex
+    import sys
+
+    file = tmp_path / "file"
+    file.write_bytes(b"x" * MIB)
+    for place in (file, pair[0].path):
+        end = [sys.executable, "-P", "-m", "blockbak", "mirror", "--receive", str(place), "--yes"]
+        error = program("mirror", place, "--through", shlex.join(end), expect=5).error
+        assert error["name"] == "MirrorSourceInUse"
+
+
+def test_the_receiver_warns_of_a_physical_volume_that_it_has_already(pair, program):
+    """It cannot read the source, and so goes by what it is told of it."""
+    import shlex
+    import sys
+
+    source, target = pair
+    put(source.path, 0, pv_label("mine"))
+    end = [sys.executable, "-P", "-m", "blockbak", "mirror", "--receive", target.path, "--yes"]
+    for words in (("--through", shlex.join(end), "--dry-run"), ("--dry-run", target)):
+        notes = program("mirror", source, *words).document["notes"]
+        assert [one for one in notes if "LVM's physical volume" in one and source.path in one], notes
 
 
 def test_write_counters_of_the_source_are_compared(loop, program, tmp_path):

@@ -136,6 +136,18 @@ def test_one_address_that_fails_does_not_keep_the_others_from_being_told(event, 
     assert len(server.taken) == 1
 
 
+def test_addresses_are_looked_at_without_telling_anybody(server):
+    assert notifier.not_understood([address(server)]) == ""
+    reason = notifier.not_understood([address(server), "nonsense://secret", "mailto://"])
+    assert reason == "apprise does not understand the address nonsense://…, mailto://…"
+    assert server.taken == []
+
+
+def test_a_sender_that_breaks_has_told_nobody(event):
+    no_address = None
+    assert notifier.by_urls([no_address], event, never) == "Nobody was told by mail or web: it broke down."
+
+
 def test_a_server_that_refuses_is_a_sentence_without_secrets(event, server):
     server.status = 500
     reason = notifier.by_urls([address(server)], event, never)
