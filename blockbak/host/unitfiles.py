@@ -13,7 +13,7 @@ from blockbak.host import runner
 from blockbak.host.blockio import sync_directory
 from blockbak.host.kernel import Kernel
 from blockbak.host.units import Units
-from blockbak.model.timers import MARK, Unit, is_ours
+from blockbak.model.timers import FAILED, MARK, Unit, is_ours
 
 UNIT_DIR = "/etc/systemd/system"
 _SYSTEMCTL_SECONDS = 90.0
@@ -115,6 +115,7 @@ def _remove(unit_dir: str, names: Sequence[str], kernel: Kernel, *, live: bool) 
             _systemctl("disable", "--now", "--", *timers)
         if others := [name for name in names if not name.endswith(".timer") and "@" not in name]:
             _systemctl("disable", "--", *others)
+        _forget(names, timers)
     for name in names:
         path = os.path.join(unit_dir, name)
         try:
@@ -123,6 +124,17 @@ def _remove(unit_dir: str, names: Sequence[str], kernel: Kernel, *, live: bool) 
             raise _failed(path, "removed", error) from error
     if names:
         sync_directory(unit_dir, kernel)
+
+
+def _forget(names: Sequence[str], timers: Sequence[str]) -> None:
+    """Have systemd know no more of their failures, and not when its timers last fired: one that is installed again
+    would take that for a run that was missed. What it does not know is no failure of ours.
+    """
+    known = [f"{FAILED.partition('@')[0]}@*.service" if name == FAILED else name for name in names]
+    if known:
+        _systemctl("reset-failed", "--", *known, accept=range(256))
+    if timers:
+        _systemctl("clean", "--what=state", "--", *timers, accept=range(256))
 
 
 def _write(path: str, text: bytes, kernel: Kernel) -> None:
@@ -147,8 +159,8 @@ def _failed(path: str, action: str, error: OSError) -> StoreFailed:
     return StoreFailed(path=path, action=action, reason=(error.strerror or str(error)).lower())
 
 
-def _systemctl(*words: str) -> None:
-    runner.run(["systemctl", "--quiet", *words], deadline=_SYSTEMCTL_SECONDS)
+def _systemctl(*words: str, accept: Collection[int] = (0,)) -> None:
+    runner.run(["systemctl", "--quiet", *words], deadline=_SYSTEMCTL_SECONDS, accept=accept)
 
 
 def next_times(names: Sequence[str], systemd: Units) -> dict[str, str]:

@@ -188,7 +188,15 @@ def test_units_are_written_switched_on_changed_and_removed(config, systemd, tmp_
     assert install(folder, config, "often").removed == ()
     unitfiles.remove(str(folder), Kernel(), systemd)
     assert [path.name for path in folder.iterdir()] == ["other.service"]
-    assert told(tmp_path)[-1] == "--quiet daemon-reload"
+    # Nor is anything left in systemd's own memory: a failure, or when a timer last fired.
+    assert told(tmp_path) == [
+        "--quiet disable --now -- blockbak-job-often.timer blockbak-job-web-1.timer",
+        f"--quiet disable -- {BOOT} blockbak-job-often.service blockbak-job-web-1.service",
+        f"--quiet reset-failed -- {BOOT} blockbak-failed@*.service blockbak-job-often.service blockbak-job-often.timer"
+        " blockbak-job-web-1.service blockbak-job-web-1.timer",
+        "--quiet clean --what=state -- blockbak-job-often.timer blockbak-job-web-1.timer",
+        "--quiet daemon-reload",
+    ]
 
 
 def test_a_unit_of_somebody_else_is_neither_overwritten_nor_removed(config, tmp_path):
