@@ -74,7 +74,7 @@ def install(
         if state(unit_dir, unit) == "other" and not _is_marked(os.path.join(unit_dir, unit.name)):
             raise UnitFileTaken(path=os.path.join(unit_dir, unit.name))
     stale = [name for name in present(unit_dir) if name not in known]
-    _remove(unit_dir, stale, kernel, live=live)
+    _remove(unit_dir, stale, kernel, systemd)
     written = [unit for unit in units if state(unit_dir, unit) != "same"]
     for unit in written:
         _write(os.path.join(unit_dir, unit.name), unit.text.encode(), kernel)
@@ -95,7 +95,7 @@ def remove(unit_dir: str, kernel: Kernel, systemd: Units | None) -> Changes:
     """
     live = _is_live(systemd)
     names = present(unit_dir)
-    _remove(unit_dir, names, kernel, live=live)
+    _remove(unit_dir, names, kernel, systemd)
     if live and names:
         _systemctl("daemon-reload")
     return Changes((), tuple(names))
@@ -108,33 +108,33 @@ def _is_live(systemd: Units | None) -> bool:
     return systemd is not None
 
 
-def _remove(unit_dir: str, names: Sequence[str], kernel: Kernel, *, live: bool) -> None:
-    if live:
+def _remove(unit_dir: str, names: Sequence[str], kernel: Kernel, systemd: Units | None) -> None:
+    if systemd is not None:
         # A service is not stopped: its run would be broken off. Without its file it ends in its own time.
         if timers := [name for name in names if name.endswith(".timer")]:
             _systemctl("disable", "--now", "--", *timers)
         if others := [name for name in names if not name.endswith(".timer") and "@" not in name]:
             _systemctl("disable", "--", *others)
-        _forget(names, timers)
+        if names:
+            # Else they would be among the failed units for good. What systemd does not know of is no failure of ours.
+            known = [f"{FAILED.partition('@')[0]}@*.service" if name == FAILED else name for name in names]
+            _systemctl("reset-failed", "--", *known, accept=range(256))
+        for name in timers:
+            # When it last fired: one that is installed again would take that for a run that was missed.
+            stamp = os.path.join(systemd.stamps, f"stamp-{name}")
+            if os.path.lexists(stamp):
+                _unlink(stamp, kernel)
     for name in names:
-        path = os.path.join(unit_dir, name)
-        try:
-            kernel.unlink(path)
-        except OSError as error:
-            raise _failed(path, "removed", error) from error
+        _unlink(os.path.join(unit_dir, name), kernel)
     if names:
         sync_directory(unit_dir, kernel)
 
 
-def _forget(names: Sequence[str], timers: Sequence[str]) -> None:
-    """Have systemd know no more of their failures, and not when its timers last fired: one that is installed again
-    would take that for a run that was missed. What it does not know is no failure of ours.
-    """
-    known = [f"{FAILED.partition('@')[0]}@*.service" if name == FAILED else name for name in names]
-    if known:
-        _systemctl("reset-failed", "--", *known, accept=range(256))
-    if timers:
-        _systemctl("clean", "--what=state", "--", *timers, accept=range(256))
+def _unlink(path: str, kernel: Kernel) -> None:
+    try:
+        kernel.unlink(path)
+    except OSError as error:
+        raise _failed(path, "removed", error) from error
 
 
 def _write(path: str, text: bytes, kernel: Kernel) -> None:
