@@ -79,13 +79,11 @@ def install(
     for unit in written:
         _write(os.path.join(unit_dir, unit.name), unit.text.encode(), kernel)
     if live:
+        wanted = [unit.name for unit in units if unit.wanted_by]
+        _systemctl("enable", "--no-reload", "--", *wanted)
         _systemctl("daemon-reload")
-        starting = [unit.name for unit in units if unit.wanted_by and unit.name.endswith(".timer")]
-        others = [unit.name for unit in units if unit.wanted_by and unit.name not in starting]
-        if others:
-            _systemctl("enable", "--", *others)
-        if starting:
-            _systemctl("enable", "--now", "--", *starting)
+        if starting := [name for name in wanted if name.endswith(".timer")]:
+            _systemctl("start", "--", *starting)
     return Changes(tuple(unit.name for unit in written), tuple(stale))
 
 
@@ -109,16 +107,15 @@ def _is_live(systemd: Units | None) -> bool:
 
 
 def _remove(unit_dir: str, names: Sequence[str], kernel: Kernel, systemd: Units | None) -> None:
-    if systemd is not None:
+    if systemd is not None and names:
         # A service is not stopped: its run would be broken off. Without its file it ends in its own time.
         if timers := [name for name in names if name.endswith(".timer")]:
-            _systemctl("disable", "--now", "--", *timers)
-        if others := [name for name in names if not name.endswith(".timer") and "@" not in name]:
-            _systemctl("disable", "--", *others)
-        if names:
-            # Else they would be among the failed units for good. What systemd does not know of is no failure of ours.
-            known = [f"{FAILED.partition('@')[0]}@*.service" if name == FAILED else name for name in names]
-            _systemctl("reset-failed", "--", *known, accept=range(256))
+            _systemctl("stop", "--", *timers)
+        if single := [name for name in names if "@" not in name]:
+            _systemctl("disable", "--no-reload", "--", *single)
+        # Else they would be among the failed units for good. What systemd does not know of is no failure of ours.
+        known = [f"{FAILED.partition('@')[0]}@*.service" if name == FAILED else name for name in names]
+        _systemctl("reset-failed", "--", *known, accept=range(256))
         for name in timers:
             # When it last fired: one that is installed again would take that for a run that was missed.
             stamp = os.path.join(systemd.stamps, f"stamp-{name}")

@@ -176,8 +176,8 @@ def test_units_are_written_switched_on_changed_and_removed(config, systemd, tmp_
     changes = install(folder, config, "web-1", "db", systemd=systemd)
     assert len(changes.written) == 6
     assert told(tmp_path) == [
-        "--quiet daemon-reload", f"--quiet enable -- {BOOT}",
-        "--quiet enable --now -- blockbak-job-web-1.timer blockbak-job-db.timer",
+        f"--quiet enable --no-reload -- blockbak-job-web-1.timer blockbak-job-db.timer {BOOT}", "--quiet daemon-reload",
+        "--quiet start -- blockbak-job-web-1.timer blockbak-job-db.timer",
     ]  # fmt: skip
     assert (folder / BOOT).stat().st_mode & 0o777 == 0o644
     assert install(folder, config, "web-1", "db", systemd=systemd).written == ()
@@ -186,7 +186,7 @@ def test_units_are_written_switched_on_changed_and_removed(config, systemd, tmp_
     less = parse(CONFIG.partition("[jobs.db]")[0])
     changes = install(folder, less, "web-1", systemd=systemd)
     assert changes.removed == ("blockbak-job-db.service", "blockbak-job-db.timer")
-    assert "--quiet disable --now -- blockbak-job-db.timer" in told(tmp_path)
+    assert "--quiet stop -- blockbak-job-db.timer" in told(tmp_path)
     assert install(folder, config, "often").removed == ()
     stamps = tmp_path / "root/var/lib/systemd/timers"
     stamps.mkdir(parents=True)
@@ -197,8 +197,8 @@ def test_units_are_written_switched_on_changed_and_removed(config, systemd, tmp_
     ours = [f"blockbak-job-{name}" for name in ("often.service", "often.timer", "web-1.service", "web-1.timer")]
     # Nor is anything left in systemd's own memory: a failure, or when a timer last fired.
     assert told(tmp_path) == [
-        "--quiet disable --now -- blockbak-job-often.timer blockbak-job-web-1.timer",
-        f"--quiet disable -- {BOOT} blockbak-job-often.service blockbak-job-web-1.service",
+        "--quiet stop -- blockbak-job-often.timer blockbak-job-web-1.timer",
+        f"--quiet disable --no-reload -- {BOOT} {' '.join(ours)}",
         f"--quiet reset-failed -- {BOOT} blockbak-failed@*.service {' '.join(ours)}",
         "--quiet daemon-reload",
     ]

@@ -136,7 +136,7 @@ def until(what: str, holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + LIMIT_SECONDS
     while not holds():
         assert time.monotonic() < deadline, f"it never came to this: {what}\n{journal('blockbak-job-web.service')}"
-        time.sleep(1)
+        time.sleep(1.5)
 
 
 def ran_again(before: str) -> dict[str, str]:
