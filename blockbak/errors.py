@@ -453,7 +453,8 @@ class DeadlinePassed(JobError):
 class RunKilled(JobError):
     message = "The run of job {job} that began at {started} did not come to its end."
     advice = (
-        "It was killed, or the machine went down. 'blockbak recover' puts right what it left; the next run goes on."
+        "It was stopped or killed, or the machine went down. 'blockbak recover' puts right what it left; the next run "
+        "goes on."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,8 @@ def command(
         raise click.UsageError("--cron goes with install and show.")
     if cron and unit_dir is not None:
         raise click.UsageError("--cron writes no units, so --unit-dir does not go with it.")
+    if action == "install" and unit_dir is not None and not os.path.isdir(unit_dir):
+        raise click.BadParameter(f"{unit_dir} is not a directory.", param_hint="'--unit-dir'")
     if action == "failed":
         context.exit(_failed(jobs, config_file, as_json=as_json))
     if action == "remove":

@@ -53,6 +53,8 @@ CHECKER_SECONDS = 24 * 3600.0
 """A file system of many TiB takes hours."""
 OUTPUT = 4000
 """Characters of what a check command says that are kept."""
+_CHECK_UMASK = 0o022
+"""A check command may become another user, also where we are run with a closed umask."""
 _BELONGS_ELSEWHERE = ("LVM2_member", "linux_raid_member", "btrfs")
 """On a device of its own, LVM, md or, where it is one of several, btrfs might take it for the original's."""
 
@@ -421,8 +423,9 @@ class _Drill:
         with self._step("check command"):
             try:
                 done = place.run(
-                    argv, deadline=options.check_seconds, check=self.context.check, env=env, accept=range(256)
-                )
+                    argv, deadline=options.check_seconds, check=self.context.check, env=env, accept=range(256),
+                    umask=_CHECK_UMASK,
+                )  # fmt: skip
             except CommandFailed as error:
                 report.check_output = str(error.fields["stderr"])
                 self.differs(f"The check command failed: {plan.told(str(error))}")

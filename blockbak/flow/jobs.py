@@ -33,6 +33,9 @@ from blockbak.model.facts import FULL, INCREMENTAL
 from blockbak.model.schedule import Due, Made
 from blockbak.repository.local import Catalog, Repository
 
+_MOST_CHARACTERS = 4 << 20
+"""A configuration of thousands of jobs has less; whatever goes on for longer may never end."""
+
 # --- the configuration ----------------------------------------------------------------------------------------------
 
 
@@ -43,11 +46,13 @@ def load(path: str) -> Config:
     try:
         with open(path, encoding="utf-8", newline="") as file:
             reason = _unsafe(os.fstat(file.fileno()))
-            text = file.read()
+            text = file.read(_MOST_CHARACTERS + 1)
     except OSError as error:
         raise NoConfig(path=path, reason=(error.strerror or str(error)).lower()) from error
     except UnicodeDecodeError as error:
         raise NoConfig(path=path, reason="it is not UTF-8") from error
+    if len(text) > _MOST_CHARACTERS:
+        raise NoConfig(path=path, reason="it is longer than any configuration")
     if reason:
         raise UnsafeConfig(path=path, reason=reason)
     try:

@@ -258,6 +258,7 @@ class _Run:
         report.seconds = round(context.timer() - begun, 3)
         state.ended, state.exit = iso(context.now()), report.exit
         state.error = report.errors[0].name if report.errors else ""
+        state.stopped = report.interrupted
         known = {one.source: one.volume or state.volumes.get(one.source, "") for one in report.wanted}
         state.volumes = {source: volume for source, volume in known.items() if volume} or state.volumes
         events: list[Event] = []
@@ -579,20 +580,24 @@ def _tell_missing(job: Job, config: Config, context: Context, *, told: bool) -> 
 
 def tell_unfinished(config: Config, job: Job, context: Context) -> bool:
     """Tell people of a run that did not come to its end, if that is how it ended; whether it is. For systemd, which is
-    the only one left to notice. Raises JobRuns where it is still under way.
+    the only one left to notice, and asks a run to end that takes too long. Raises JobRuns where it is still under way.
     """
     with jobstate.alone(
         context.state_dir, job.name, wait=0, check=context.check, say=context.say, kernel=context.kernel
     ):
-        return _tell_killed(config, job, jobstate.load(context.state_dir, job.name), context)
+        state = jobstate.load(context.state_dir, job.name)
+        return _tell_killed(config, job, state, context, stopped=state.stopped)
 
 
-def _tell_killed(config: Config, job: Job, state: State, context: Context) -> bool:
-    """Tell people of the last run of a job that is held, if it did not come to its end; whether that is so."""
-    if not state.started or state.ended:
+def _tell_killed(config: Config, job: Job, state: State, context: Context, *, stopped: bool = False) -> bool:
+    """Tell people of the last run of a job that is held, if it did not come to its end; whether that is so. One that
+    was ``stopped`` counts too, where nobody was there who asked for it.
+    """
+    if not state.started or (state.ended and not stopped):
         return False
     error = RunKilled(job=job.name, started=state.started)
     state.ended, state.exit, state.error, state.failing = iso(context.now()), error.exit_code, error.name, True
+    state.stopped = False
     details = {"errors": [error.as_dict()], "repository": config.path_of(job)}
     outcome = Outcome(
         job.name, state.run, context.host, context.now(), error.exit_code, error.name, str(error),

@@ -57,6 +57,7 @@ class Apart:
         check: Callable[[], None] = lambda: None,
         env: Mapping[str, str] | None = None,
         accept: Collection[int] = (0,),
+        umask: int = -1,
     ) -> Completed:
         """Run a program there; otherwise as ``runner.run``. Raises MissingProgram, CommandFailed."""
         program = os.path.basename(argv[0])
@@ -64,7 +65,8 @@ class Apart:
         if path is None:
             raise MissingProgram(program=program, package=package_of(program))
         try:
-            return run([*self._enter, path, *argv[1:]], deadline=deadline, check=check, env=env, accept=accept)
+            words = [*self._enter, path, *argv[1:]]
+            return run(words, deadline=deadline, check=check, env=env, accept=accept, umask=umask)
         except CommandFailed as error:
             raise CommandFailed(**{**error.fields, "program": program}) from error
 

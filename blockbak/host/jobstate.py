@@ -30,7 +30,8 @@ _PARTIAL = ".partial"
 class State(msgspec.Struct):
     """Times are ISO 8601 in UTC, empty for never. ``ended`` is empty while a run lasts, and stays so if it was killed.
     ``failing`` says that the last run that ended had failed, and that people were told; ``told_missing`` when they
-    were last told of points that are not new enough. ``volumes`` are the names in the repository of what a source was.
+    were last told of points that are not new enough. ``stopped`` says that the last run was asked to end before it was
+    done, which people were not told. ``volumes`` are the names in the repository of what a source was.
     """
 
     run: str = ""
@@ -39,6 +40,7 @@ class State(msgspec.Struct):
     exit: int = 0
     error: str = ""
     failing: bool = False
+    stopped: bool = False
     told_missing: str = ""
     verified: str = ""
     drilled: str = ""

@@ -111,13 +111,15 @@ def run(
     env: Mapping[str, str] | None = None,
     accept: Collection[int] = (0,),
     check: Callable[[], None] = lambda: None,
+    umask: int = -1,
 ) -> Completed:
     """Run ``argv`` (never through a shell) to its end and return what it said.
 
     ``deadline`` is in seconds; at it the program's whole process group is asked to end, then killed. The
     same happens when waiting is interrupted. ``input`` is its standard input (else /dev/null), ``env`` is
     added to the environment, ``accept`` names the exit statuses that are no failure. ``check`` is called
-    ten times a second while the program runs; what it raises ends the program and is raised here.
+    ten times a second while the program runs; what it raises ends the program and is raised here. ``umask``
+    is ours where none is given.
 
     Raises MissingProgram where it is not installed, and CommandFailed (``status`` is the exit status, or
     words where there is none) where it ended otherwise or too late.
@@ -129,7 +131,7 @@ def run(
     with _memory_files() as (stdin, stdout, stderr):
         _fill(stdin, input or b"")
         files = (None if input is None else stdin, stdout, stderr)
-        status = _run_to_end(path, argv, files, deadline=deadline, env=env, check=check)
+        status = _run_to_end(path, argv, files, deadline=deadline, env=env, check=check, umask=umask)
         output, said = _content(stdout), _content(stderr).decode("utf-8", "replace").strip()
     if status not in accept:
         raise CommandFailed(program=program, status=_in_words(status, deadline), stderr=said[-STDERR_TAIL:])
@@ -145,6 +147,7 @@ def _run_to_end(
     deadline: float,
     env: Mapping[str, str] | None,
     check: Callable[[], None],
+    umask: int,
 ) -> int | None:
     """The exit status (negative: a signal's number), or None for a program stopped at its deadline."""
     stdin, stdout, stderr = files
@@ -160,6 +163,7 @@ def _run_to_end(
                 env=_environment(env),
                 close_fds=True,
                 start_new_session=True,
+                umask=umask,
             )
         except OSError as error:
             program = Path(argv[0]).name

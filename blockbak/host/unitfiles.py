@@ -13,7 +13,7 @@ from blockbak.host import runner
 from blockbak.host.blockio import sync_directory
 from blockbak.host.kernel import Kernel
 from blockbak.host.units import Units
-from blockbak.model.timers import MARK, Unit, is_ours
+from blockbak.model.timers import FAILED, MARK, Unit, is_ours
 
 UNIT_DIR = "/etc/systemd/system"
 _SYSTEMCTL_SECONDS = 90.0
@@ -74,18 +74,16 @@ def install(
         if state(unit_dir, unit) == "other" and not _is_marked(os.path.join(unit_dir, unit.name)):
             raise UnitFileTaken(path=os.path.join(unit_dir, unit.name))
     stale = [name for name in present(unit_dir) if name not in known]
-    _remove(unit_dir, stale, kernel, live=live)
+    _remove(unit_dir, stale, kernel, systemd)
     written = [unit for unit in units if state(unit_dir, unit) != "same"]
     for unit in written:
         _write(os.path.join(unit_dir, unit.name), unit.text.encode(), kernel)
     if live:
+        wanted = [unit.name for unit in units if unit.wanted_by]
+        _systemctl("enable", "--no-reload", "--", *wanted)
         _systemctl("daemon-reload")
-        starting = [unit.name for unit in units if unit.wanted_by and unit.name.endswith(".timer")]
-        others = [unit.name for unit in units if unit.wanted_by and unit.name not in starting]
-        if others:
-            _systemctl("enable", "--", *others)
-        if starting:
-            _systemctl("enable", "--now", "--", *starting)
+        if starting := [name for name in wanted if name.endswith(".timer")]:
+            _systemctl("start", "--", *starting)
     return Changes(tuple(unit.name for unit in written), tuple(stale))
 
 
@@ -95,7 +93,7 @@ def remove(unit_dir: str, kernel: Kernel, systemd: Units | None) -> Changes:
     """
     live = _is_live(systemd)
     names = present(unit_dir)
-    _remove(unit_dir, names, kernel, live=live)
+    _remove(unit_dir, names, kernel, systemd)
     if live and names:
         _systemctl("daemon-reload")
     return Changes((), tuple(names))
@@ -108,21 +106,32 @@ def _is_live(systemd: Units | None) -> bool:
     return systemd is not None
 
 
-def _remove(unit_dir: str, names: Sequence[str], kernel: Kernel, *, live: bool) -> None:
-    if live:
+def _remove(unit_dir: str, names: Sequence[str], kernel: Kernel, systemd: Units | None) -> None:
+    if systemd is not None and names:
         # A service is not stopped: its run would be broken off. Without its file it ends in its own time.
         if timers := [name for name in names if name.endswith(".timer")]:
-            _systemctl("disable", "--now", "--", *timers)
-        if others := [name for name in names if not name.endswith(".timer") and "@" not in name]:
-            _systemctl("disable", "--", *others)
+            _systemctl("stop", "--", *timers)
+        if single := [name for name in names if "@" not in name]:
+            _systemctl("disable", "--no-reload", "--", *single)
+        # Else they would be among the failed units for good. What systemd does not know of is no failure of ours.
+        known = [f"{FAILED.partition('@')[0]}@*.service" if name == FAILED else name for name in names]
+        _systemctl("reset-failed", "--", *known, accept=range(256))
+        for name in timers:
+            # When it last fired: one that is installed again would take that for a run that was missed.
+            stamp = os.path.join(systemd.stamps, f"stamp-{name}")
+            if os.path.lexists(stamp):
+                _unlink(stamp, kernel)
     for name in names:
-        path = os.path.join(unit_dir, name)
-        try:
-            kernel.unlink(path)
-        except OSError as error:
-            raise _failed(path, "removed", error) from error
+        _unlink(os.path.join(unit_dir, name), kernel)
     if names:
         sync_directory(unit_dir, kernel)
+
+
+def _unlink(path: str, kernel: Kernel) -> None:
+    try:
+        kernel.unlink(path)
+    except OSError as error:
+        raise _failed(path, "removed", error) from error
 
 
 def _write(path: str, text: bytes, kernel: Kernel) -> None:
@@ -147,8 +156,8 @@ def _failed(path: str, action: str, error: OSError) -> StoreFailed:
     return StoreFailed(path=path, action=action, reason=(error.strerror or str(error)).lower())
 
 
-def _systemctl(*words: str) -> None:
-    runner.run(["systemctl", "--quiet", *words], deadline=_SYSTEMCTL_SECONDS)
+def _systemctl(*words: str, accept: Collection[int] = (0,)) -> None:
+    runner.run(["systemctl", "--quiet", *words], deadline=_SYSTEMCTL_SECONDS, accept=accept)
 
 
 def next_times(names: Sequence[str], systemd: Units) -> dict[str, str]:

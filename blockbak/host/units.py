@@ -67,6 +67,13 @@ class Units:
         """Whether systemd runs this machine (sd_booted(3))."""
         return (self._root / "run/systemd/system").is_dir()
 
+    @property
+    def stamps(self) -> str:
+        """Where systemd keeps when a persistent timer last fired (systemd.timer(5)); ``systemctl clean`` needs D-Bus,
+        which not every machine has.
+        """
+        return str(self._root / "var/lib/systemd/timers")
+
     # --- what they are ---------------------------------------------------------------------------------
 
     def look(self, names: Iterable[str], *, strict: bool = False) -> Mapping[str, Unit]:

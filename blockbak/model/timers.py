@@ -107,6 +107,8 @@ def _service(job: Job, config: Config, call: Call) -> str:
         f"ExecStart={_command(call, 'run', job.name)}",
         "# The log has the answers as well, with what they are about.",
         "StandardOutput=null",
+        "# Else it would go where the answers go.",
+        "StandardError=journal",
         "# 3: there is a point, and something to look at; people were told.",
         "SuccessExitStatus=3",
         "Nice=10",

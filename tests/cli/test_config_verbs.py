@@ -62,6 +62,7 @@ def test_the_file_is_named_by_option_or_variable(place, tmp_path):
     assert place.ok("config", "check").status == 0
     other.write_bytes(b"x = '\xff'")
     assert "it is not UTF-8" in run("config", "check", "--config", str(other)).said
+    assert "longer than any" in run("config", "check", "--config", "/dev/zero").said
 
 
 def test_show_fills_in_defaults_and_says_where_each_value_came_from(place):
@@ -106,7 +107,15 @@ def test_lines_for_cron(place):
 
 
 @pytest.mark.parametrize(
-    "words", [["remove", "web"], ["remove", "--cron"], ["install", "--cron", "--unit-dir", "/x"], ["failed"], ["start"]]
+    "words",
+    [
+        ["remove", "web"],
+        ["remove", "--cron"],
+        ["install", "--cron", "--unit-dir", "/x"],
+        ["install", "--unit-dir", "/none"],
+        ["failed"],
+        ["start"],
+    ],
 )
 def test_what_does_not_go_together_is_refused(place, words):
     assert place.run("timers", *words).status == 2

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from blockbak.errors import BlockbakError, DeadlinePassed, JobRuns
+from blockbak.errors import BlockbakError, DeadlinePassed, Interrupted, JobRuns
 from blockbak.flow import run as runs
 from blockbak.flow.context import Quiet
 from blockbak.flow.jobs import chosen, doubts, load
@@ -388,6 +388,26 @@ def test_a_run_that_was_killed_is_told_by_the_one_who_notices(machine, told):
     assert not runs.tell_unfinished(config, config.jobs["web"], machine.context)
     machine.now += timedelta(days=1)
     machine.once()
+    assert told() == [("recovery", "web")]
+
+
+def test_a_run_that_systemd_asked_to_end_is_told_by_what_it_starts_then(machine, told):
+    machine.configure('schedule = "daily"', machine.notify)
+    usual = machine.context
+
+    def end() -> None:
+        raise Interrupted(state="nothing is left half-made")
+
+    machine.context = replace(usual, check=end)
+    assert machine.once().exit == 130
+    machine.context = usual
+    # Who pressed Ctrl-C knows, so the run itself tells nobody.
+    assert told() == []
+    config = load(str(machine.file))
+    assert runs.tell_unfinished(config, config.jobs["web"], machine.context)
+    assert told() == [("failure", "web")]
+    assert not runs.tell_unfinished(config, config.jobs["web"], machine.context)
+    assert machine.once().exit == 0
     assert told() == [("recovery", "web")]
 
 

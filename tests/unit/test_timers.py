@@ -83,6 +83,8 @@ def test_a_service_is_nice_and_its_failure_is_told(config):
     start = f'ExecStart={sys.executable} -I -m blockbak run --config "/etc/block bak/100%%.toml" web-1'
     wanted = {start, "Nice=10", "IOSchedulingClass=idle", "OnFailure=blockbak-failed@web-1.service", "KillMode=process"}
     assert wanted <= set(service)
+    # Messages go where answers go, unless something else is said (systemd.exec(5)).
+    assert {"StandardOutput=null", "StandardError=journal"} <= set(service)
     assert "TimeoutStartSec=22500" in service
     assert "TimeoutStartSec=infinity" in lines(made(config)["blockbak-job-db.service"])
     assert lines(made(config)[FAILED]).count(
@@ -174,8 +176,8 @@ def test_units_are_written_switched_on_changed_and_removed(config, systemd, tmp_
     changes = install(folder, config, "web-1", "db", systemd=systemd)
     assert len(changes.written) == 6
     assert told(tmp_path) == [
-        "--quiet daemon-reload", f"--quiet enable -- {BOOT}",
-        "--quiet enable --now -- blockbak-job-web-1.timer blockbak-job-db.timer",
+        f"--quiet enable --no-reload -- blockbak-job-web-1.timer blockbak-job-db.timer {BOOT}", "--quiet daemon-reload",
+        "--quiet start -- blockbak-job-web-1.timer blockbak-job-db.timer",
     ]  # fmt: skip
     assert (folder / BOOT).stat().st_mode & 0o777 == 0o644
     assert install(folder, config, "web-1", "db", systemd=systemd).written == ()
@@ -184,11 +186,23 @@ def test_units_are_written_switched_on_changed_and_removed(config, systemd, tmp_
     less = parse(CONFIG.partition("[jobs.db]")[0])
     changes = install(folder, less, "web-1", systemd=systemd)
     assert changes.removed == ("blockbak-job-db.service", "blockbak-job-db.timer")
-    assert "--quiet disable --now -- blockbak-job-db.timer" in told(tmp_path)
+    assert "--quiet stop -- blockbak-job-db.timer" in told(tmp_path)
     assert install(folder, config, "often").removed == ()
+    stamps = tmp_path / "root/var/lib/systemd/timers"
+    stamps.mkdir(parents=True)
+    for name in ("blockbak-job-web-1.timer", "other.timer"):
+        (stamps / f"stamp-{name}").touch()
     unitfiles.remove(str(folder), Kernel(), systemd)
     assert [path.name for path in folder.iterdir()] == ["other.service"]
-    assert told(tmp_path)[-1] == "--quiet daemon-reload"
+    ours = [f"blockbak-job-{name}" for name in ("often.service", "often.timer", "web-1.service", "web-1.timer")]
+    # Nor is anything left in systemd's own memory: a failure, or when a timer last fired.
+    assert told(tmp_path) == [
+        "--quiet stop -- blockbak-job-often.timer blockbak-job-web-1.timer",
+        f"--quiet disable --no-reload -- {BOOT} {' '.join(ours)}",
+        f"--quiet reset-failed -- {BOOT} blockbak-failed@*.service {' '.join(ours)}",
+        "--quiet daemon-reload",
+    ]
+    assert [path.name for path in stamps.iterdir()] == ["stamp-other.timer"]
 
 
 def test_a_unit_of_somebody_else_is_neither_overwritten_nor_removed(config, tmp_path):

@@ -17,9 +17,10 @@ def sha(path: object, size: int = SIZE) -> str:
         return hashlib.sha256(file.read(size)).hexdigest()
 
 
-@pytest.mark.parametrize("thin", [False, True], ids=["thick", "thin"])
-def test_a_mounted_volume_is_mirrored_from_a_snapshot(thin, group, ext4, run_blockbak, tmp_path):
+@pytest.mark.parametrize(("sector", "thin"), [(512, False), (4096, True)], ids=["512-thick", "4096-thin"])
+def test_a_mounted_volume_is_mirrored_from_a_snapshot(sector, thin, make_group, ext4, run_blockbak, tmp_path):
     """What was written before is in the copy, which is a file system that needs no repair."""
+    group = make_group(sector)
     if thin:
         group.pool("pool", 96 * MIB)
         source = group.thin("pool", "data", SIZE)
@@ -30,7 +31,7 @@ def test_a_mounted_volume_is_mirrored_from_a_snapshot(thin, group, ext4, run_blo
     label = f"{group.name}/data"
     refused = run_blockbak.json("mirror", label, copy, expect=5)
     assert refused["error"]["name"] == "MirrorSourceInUse"
-    for turn in range(3):
+    for turn in range(2):
         data = noise(turn, MIB)
         (mounted.where / f"file-{turn}").write_bytes(data)
         words = ["mirror", "--from-snapshot", "--snapshot-size", "16M", label, copy, *(["--yes"] if turn else [])]
@@ -44,7 +45,8 @@ def test_a_mounted_volume_is_mirrored_from_a_snapshot(thin, group, ext4, run_blo
         assert (tmp_path / "out").read_bytes() == data, out
 
 
-def test_a_dry_run_makes_no_snapshot(group, ext4, run_blockbak, tmp_path):
+def test_a_dry_run_makes_no_snapshot(make_group, ext4, run_blockbak, tmp_path):
+    group = make_group()
     source = group.volume("data", SIZE)
     ext4(as_disk(source))
     before = sorted(group.lvs())
@@ -55,7 +57,8 @@ def test_a_dry_run_makes_no_snapshot(group, ext4, run_blockbak, tmp_path):
     assert not (tmp_path / "copy").exists()
 
 
-def test_a_volume_is_mirrored_onto_another(group, run_blockbak):
+def test_a_volume_is_mirrored_onto_another(make_group, run_blockbak):
+    group = make_group(4096)
     source, target = group.volume("data", SIZE), group.volume("copy", SIZE)
     write(source, 0, noise(1, 4 * MIB))
     run_blockbak("mirror", source, target, "--yes")
@@ -66,7 +69,8 @@ def test_a_volume_is_mirrored_onto_another(group, run_blockbak):
     assert refused["error"]["name"] == "TargetUnsafe"
 
 
-def test_a_snapshot_that_overflows_ends_the_mirror_and_not_the_volume(group, ext4, run_blockbak, tmp_path):
+def test_a_snapshot_that_overflows_ends_the_mirror_and_not_the_volume(make_group, ext4, run_blockbak, tmp_path):
+    group = make_group()
     source = group.volume("data", 64 * MIB)
     mounted = ext4(as_disk(source))
     (mounted.where / "before").write_bytes(noise(1, 16 * MIB))
