@@ -79,8 +79,13 @@ def restores(place: Path) -> Callable[[], bool]:
     return grown(place, "*/target")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("moment", [has_loop, is_mounted, is_filled, backs_up, restores])
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [
+        (has_loop, signal.SIGINT), (is_mounted, signal.SIGTERM), (is_filled, signal.SIGINT), (backs_up, signal.SIGTERM),
+        (restores, signal.SIGINT), (restores, signal.SIGTERM),
+    ],
+)  # fmt: skip
 def test_the_demo_broken_off_leaves_nothing(
     moment: Callable[[Path], Callable[[], bool]], number: int, as_root, tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ from blockbak.host.kernel import Kernel
 from blockbak.repository.local import FILE, Repository
 from blockbak.repository.record import HEAD, HISTORY
 from blockbak.units import KIB, MIB
+from tests.conftest import SEED
 from tests.faults import CALLS, FaultyKernel
 from tests.scene import BLOCK, DEEDS, VOLUME, Scene, open_descriptors
 
@@ -124,14 +125,16 @@ def after(deed, scene, kernel, before):
     return []
 
 
-def throw(deed, history, folder, call, number):
-    """Fail the n-th ``call`` for every n; all that was wrong, and how often the fault was met."""
+def throw(deed, history, folder, call, numbers):
+    """Fail the n-th ``call`` for every n, with one error after the other; all that was wrong, and how often the fault
+    was met.
+    """
     template = history.copy(folder / "template")
     deed.ready(template)
     before = template.files()
     wrong = []
     for at in range(1, MOST):
-        scene = template.copy(folder / str(at))
+        scene, number = template.copy(folder / str(at)), numbers[at % len(numbers)]
         deed.fresh(scene)
         kernel = FaultyKernel(call, number, at)
         found = attempt(
@@ -149,13 +152,22 @@ def throw(deed, history, folder, call, number):
     return wrong, at - 1
 
 
+def in_turn(call):
+    """The errors that the call may give: in a soak each of them by itself at every call, else one after the other."""
+    numbers = NUMBERS[call]
+    if os.environ.get("BLOCKBAK_SOAK"):
+        return [(number,) for number in numbers]
+    first = SEED % len(numbers)
+    return [(*numbers[first:], *numbers[:first])]
+
+
 def all_numbers(deed, history, folder, call):
-    """Throw each error that the call may give; what was wrong."""
+    """Throw the errors that the call may give; what was wrong."""
     wrong = []
-    for number in NUMBERS[call]:
-        place = folder / errno.errorcode[number]
+    for numbers in in_turn(call):
+        place = folder / errno.errorcode[numbers[0]]
         place.mkdir()
-        found, met = throw(deed, history, place, call, number)
+        found, met = throw(deed, history, place, call, numbers)
         assert met > 0, f"{deed} makes no call of {call}"
         wrong += found
     return "\n".join(wrong)
@@ -191,13 +203,14 @@ def test_a_failing_copy_costs_no_more_than_the_synthesis_where_no_blocks_are_sha
 # --- the beginnings: a repository, and a volume's first point -----------------------------------------
 
 
-def loops(call, number, folder, run, check):
+def loops(call, numbers, folder, run, check):
     """``run(kernel, place)`` with the n-th call failing, for every n, each in a place of its own; what was
     wrong with how it ended, or with what ``check(place)`` saw.
     """
     wrong = []
     for at in range(1, MOST):
-        place = folder / f"{errno.errorcode[number]}-{at}"
+        number = numbers[at % len(numbers)]
+        place = folder / f"{errno.errorcode[numbers[0]]}-{at}"
         place.mkdir()
         kernel = FaultyKernel(call, number, at)
         found = attempt(lambda kernel, place=place: run(kernel, place), kernel)
@@ -230,7 +243,7 @@ def test_a_failing_call_costs_no_more_than_the_init(call, memory):
             assert (scene.place / name).read_bytes() == (package / name).read_bytes()
         assert set(os.listdir(scene.place)) == {FILE, "rescue.py", "RESTORE.txt"}
 
-    wrong = [line for number in NUMBERS[call] for line in loops(call, number, memory, run, check)]
+    wrong = [line for numbers in in_turn(call) for line in loops(call, numbers, memory, run, check)]
     assert wrong == [], "\n".join(wrong)
 
 
@@ -256,7 +269,7 @@ def test_a_failing_call_costs_no_more_than_the_first_backup(call, memory):
         assert scene.restored(made.point) == source.read_bytes()
         assert scene.catalog().partials == []
 
-    wrong = [line for number in NUMBERS[call] for line in loops(call, number, memory, run, check)]
+    wrong = [line for numbers in in_turn(call) for line in loops(call, numbers, memory, run, check)]
     assert wrong == [], "\n".join(wrong)
 
 

@@ -289,7 +289,7 @@ def place_in(patient: Patient, dice: random.Random, what: str) -> tuple[str, str
 @pytest.mark.slow
 @every_kind
 def test_one_flipped_bit_is_found_and_never_restored(patient, rng, times, tell):
-    for number in range(times(40, 1500)):
+    for number in range(times(24, 1500)):
         # Through all parts in turn first: dice alone would leave one out in every third run.
         name, part, place = place_in(patient, rng, PARTS[number]) if number < len(PARTS) else pick(patient, rng)
         data = bytearray(patient.files[name])
@@ -412,7 +412,7 @@ def test_bytes_too_many_or_none_at_all_are_found(patient, rng, times, tell):
 @every_kind
 def test_a_lost_sector_is_found(patient, rng, times, tell):
     """Zeros, or another sector's bytes, where a disk or a controller mislaid a write."""
-    for _ in range(times(12, 400)):
+    for _ in range(times(8, 400)):
         name = rng.choice(sorted(patient.files))
         data = patient.files[name]
         unit = rng.choice([512, 4096])
@@ -440,7 +440,7 @@ def test_a_missing_file_is_told_and_the_others_serve(patient, rng):
 @every_kind
 def test_a_damaged_orphan_is_not_adopted(patient, rng, times):
     """Without its manifest an image is believed only after every byte of it was checked."""
-    for _ in range(times(12, 400)):
+    for _ in range(times(8, 400)):
         name, part, place = pick(patient, rng)
         if part == "manifest":
             continue

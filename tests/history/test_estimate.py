@@ -23,16 +23,14 @@ DAYS = 12
 SHARE = 0.08
 
 
+def piece(dice, place, size):
+    """Of four windows two are noise, one compresses, one is zeros: in runs, as files lie."""
+    kind = place // MIB % 4
+    return dice.integers(0, (256, 256, 16, 1)[kind], size, dtype=np.uint8)
+
+
 def content(dice, size):
-    """Half of it noise, a quarter that compresses, a quarter zeros: in runs of some windows, as files lie."""
-    data = np.zeros(size, np.uint8)
-    for start in range(0, size, MIB):
-        kind = dice.integers(0, 4)
-        if kind < 2:
-            data[start : start + MIB] = dice.integers(0, 256, MIB, dtype=np.uint8)
-        elif kind == 2:
-            data[start : start + MIB] = dice.integers(0, 16, MIB, dtype=np.uint8)
-    return data
+    return np.concatenate([piece(dice, start, MIB) for start in range(0, size, MIB)])
 
 
 @pytest.fixture
@@ -48,11 +46,12 @@ def stored(repository):
 
 
 def edit(source, dice):
-    """A day's changes: as many blocks as are told, anywhere."""
+    """A day's changes: as many blocks as are told, anywhere but in zeros, each to what compresses as well."""
+    places = [start for start in range(0, SIZE, BLOCK) if start // MIB % 4 < 3]
     with source.open("r+b") as file:
-        for block in dice.choice(SIZE // BLOCK, round(SHARE * SIZE / BLOCK), replace=False).tolist():
-            file.seek(block * BLOCK)
-            file.write(dice.integers(0, 256, BLOCK, dtype=np.uint8).tobytes())
+        for start in dice.choice(places, round(SHARE * SIZE / BLOCK), replace=False).tolist():
+            file.seek(start)
+            file.write(piece(dice, start, BLOCK).tobytes())
 
 
 def test_a_sample_says_how_large_a_full_becomes(volume, tmp_path):

@@ -198,7 +198,7 @@ def test_a_killed_backup_harms_nothing(ward, times, tell):
         (made,) = [name for name in ward.names() - before if name.endswith(".zst")]
         sizes[kind] = (ward.directory / made).stat().st_size
     killed = 0
-    for number in range(times(12, 150)):
+    for number in range(times(8, 150)):
         kind = kinds[number // 2 % 2]
         ward.fresh()
         with children.warm(ward.path, *words, "--kind", kind) as child:
@@ -218,7 +218,7 @@ def test_a_killed_backup_harms_nothing(ward, times, tell):
             assert adopted == [name[:21] for name in orphans], what
             ward.check(dict.fromkeys(adopted, now), what, by_command=False)
     tell("kills that hit", killed)
-    tell("kills that came too late", times(12, 150) - killed)
+    tell("kills that came too late", times(8, 150) - killed)
 
 
 @pytest.mark.slow
@@ -228,7 +228,7 @@ def test_a_killed_synthesis_harms_nothing(ward, times, tell):
     seconds = measured(ward, ward.fresh, words)
     size = (ward.directory / f"{newest}.full.zst").stat().st_size
     killed = 0
-    for number in range(times(10, 100)):
+    for number in range(times(6, 100)):
         ward.fresh()
         with children.warm(ward.path, *words) as child:
             when, due = moment(ward, seconds, size, number)
@@ -242,7 +242,7 @@ def test_a_killed_synthesis_harms_nothing(ward, times, tell):
         assert report.point.kind == "full", what
         ward.check(ward.held, what, by_command=False)
     tell("kills that hit", killed)
-    tell("kills that came too late", times(10, 100) - killed)
+    tell("kills that came too late", times(6, 100) - killed)
 
 
 # --- delete and recover -----------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def test_a_killed_deletion_is_finished_by_the_next_run(ward, times, tell):
     words = ("delete", *gone)
     seconds = measured(ward, ward.fresh, words)
     killed = half = 0
-    for number in range(times(5, 60)):
+    for number in range(times(4, 60)):
         ward.fresh()
         with children.warm(ward.path, *words) as child:
             delay = ward.dice.uniform(0, seconds)
@@ -296,7 +296,7 @@ def test_a_killed_recovery_is_taken_up_again(ward, times, tell):
 
     seconds = measured(ward, broken, ("recover",))
     killed = 0
-    for number in range(times(5, 60)):
+    for number in range(times(4, 60)):
         broken()
         with children.warm(ward.path, "recover") as child:
             delay = ward.dice.uniform(0, seconds)
@@ -326,7 +326,7 @@ def test_a_killed_restore_leaves_no_finished_file(ward, times, tell):
     seconds = measured(ward, ward.fresh, words)
     target.unlink()
     killed = 0
-    for number in range(times(5, 60)):
+    for number in range(times(4, 60)):
         with children.warm(ward.path, *words) as child:
             delay = ward.dice.uniform(0, seconds)
             killed += children.kill_when(child, after(delay))
