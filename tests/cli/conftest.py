@@ -53,9 +53,9 @@ def repo(stock: Stock, tmp_path: Path) -> Stock:
 
 @pytest.fixture(scope="session")
 def slow(temporary_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A source of 16 MiB that no level of compression shrinks: at a high one, its backup takes seconds."""
+    """A source of 6 MiB that no level of compression shrinks: at a high one, its backup takes a second."""
     path = tmp_path_factory.mktemp("slow") / "slow.img"
-    path.write_bytes(stamp(0, 1 << 15, 1, SEED))
+    path.write_bytes(stamp(0, 3 << 12, 1, SEED))
     return path
 
 
