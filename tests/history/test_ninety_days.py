@@ -143,8 +143,10 @@ class Days:
             expected |= {"RpoMissed"} if age > RPO else set()
         names = [path.name for path in self.folder.iterdir()]
         left = [name for name in names if name.endswith((".partial", ".deleted"))]
-        left += [name for name in names if name.endswith(".full.zst") and name[:21] not in points]
-        left += [name for name in names if name.endswith(".inc.zst") and name[:21] not in points]
+        # The mark of a deletion that was begun stands for the image, too.
+        marked = {name.removesuffix(".json.deleted") for name in names}
+        images = [name for name in names if name.endswith(".zst") and name[:21] not in points]
+        left += [name for name in images if name.removesuffix(".zst") not in marked]
         assert ("Leftovers" in {reason.name for reason in web.reasons}) == bool(web.leftovers)
         assert set(left) <= set(web.leftovers)
         expected |= {"Leftovers"} if web.leftovers else set()
