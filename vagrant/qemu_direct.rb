@@ -37,6 +37,7 @@ module QemuDirect
     WORDS = %w[
       console=ttyS0 quiet panic=-1 net.ifnames=0
       mitigations=off nokaslr init_on_alloc=0 audit=0 apparmor=0
+      norandmaps lsm=yama hardened_usercopy=off randomize_kstack_offset=off
       nowatchdog transparent_hugepage=never cgroup_disable=memory
     ].freeze
 
