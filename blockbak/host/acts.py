@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from blockbak.errors import (
+    BlockbakError,
     CommandFailed,
     FrozenAlready,
     HookFailed,
@@ -28,6 +29,7 @@ from blockbak.errors import (
     ProcessStays,
     StateUnusable,
     StillInUse,
+    UnitRestarted,
 )
 from blockbak.host import guard, hooks, mounts, runner
 from blockbak.host.guardian import MINDED, PROGRAM, Ending, Guardian, guarded
@@ -542,6 +544,18 @@ class Acts:
         return [f"{', '.join(missing)} is active again."]
 
     # --- looked at again -------------------------------------------------------------------------------
+
+    def restarted(self) -> UnitRestarted | None:
+        """The unit that was stopped and runs again, if there is one."""
+        for one in self.begun:
+            if isinstance(one.step, StopUnits):
+                try:
+                    self.machine.units.check_stopped(one.step.units)
+                except UnitRestarted as error:
+                    return error
+                except BlockbakError:
+                    continue
+        return None
 
     def disturbed(self, begun: Begun) -> str:
         """What is no longer as the step left it, in words; "" where all is. Raises UnitRestarted, UnitNotStopped."""

@@ -20,6 +20,7 @@ from blockbak.errors import (
     NotAtRest,
     RestVoid,
     StateUnusable,
+    StillInUse,
 )
 from blockbak.host import bootunit, guard, journal
 from blockbak.host.acts import Acts, Machine, never
@@ -161,6 +162,11 @@ def _do_all(steps: Sequence[Step], acts: Acts, writer: Writer, rest: Rest, stack
             said = acts.act(begun)
         except FrozenAlready:
             writer.back(begun.number)
+            raise
+        except StillInUse as error:
+            # By a unit that somebody started again meanwhile: what is to be done about it is another thing.
+            if (restarted := acts.restarted()) is not None:
+                raise restarted from error
             raise
         rest.done.append(said)
         acts.say(said)

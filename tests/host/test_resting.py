@@ -412,6 +412,25 @@ def test_a_unit_that_starts_itself_again(stage):
     assert stage.picture() == before
 
 
+def test_what_a_unit_uses_that_runs_again_is_no_longer_free(stage):
+    """It is started between its stop and the unmount that it is in the way of."""
+    _, one = stage.filesystem("one", "ext4")
+    stage.systemd.add("db.service")
+    before = stage.picture()
+    steps = [StopUnits(("db.service",), ("db.service",)), stage.unmount_step(one)]
+
+    def starts_again(what):
+        if what.startswith("Stopped"):
+            stage.systemd.start(["db.service"])
+
+    with subprocess.Popen(["sleep", "infinity"], cwd=one) as busy:
+        with pytest.raises(UnitRestarted, match=r"db\.service") as caught, stage.resting(steps=steps, say=starts_again):
+            pytest.fail("it went on")
+        assert isinstance(caught.value.__cause__, StillInUse)
+        busy.kill()
+    assert stage.picture() == before
+
+
 def test_what_comes_up_again_meanwhile_is_noticed_at_the_end(stage):
     device, one = stage.filesystem("one", "ext4")
     stage.systemd.add("db.service")

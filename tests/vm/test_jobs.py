@@ -20,7 +20,7 @@ import pytest
 from tests.vm.cluster import LIMIT_SECONDS as SERVER_SECONDS
 from tests.vm.cluster import NEW, PROGRAMS, by_server
 from tests.vm.conftest import LIMIT_SECONDS, MIB, Blockbak, Group, run
-from tests.vm.hot import as_disk, check_gone, check_repository, mapped, noise
+from tests.vm.hot import as_disk, check_gone, check_repository, mapped, noise, pause_reading, start
 
 UNITS, RUNTIME = Path("/etc/systemd/system"), Path("/run/systemd/system")
 STAMPS = Path("/var/lib/systemd/timers")
@@ -291,6 +291,16 @@ def test_a_job_from_its_timer_to_its_removal(make_group, ext4, place, clock, tmp
     assert (now["Result"], now["ExecMainStatus"]) == ("exit-code", "1")
     failed()
     assert place.told() == [("failure", "HookStopped")]
+    check_gone(group)
+
+    # What starts at each boot puts right what a crash left.
+    (place.path / "fail").unlink()
+    with start(place.blockbak, "backup", f"{group.name}/data", "--snapshot-size", "16M") as running:
+        pause_reading(running)
+    assert [name for name in mapped(group) if "blockbak" in name]
+    run("systemctl", "start", "blockbak-boot.service")
+    until("it is over", lambda: shown("blockbak-boot.service")["ActiveState"] != "active")
+    assert shown("blockbak-boot.service")["Result"] == "success", journal("blockbak-boot.service")
     check_gone(group)
 
     # Nothing stays, not even that it failed.

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.vm.conftest import MIB, run
+from tests.conftest import descendants
+from tests.vm.conftest import LIMIT_SECONDS, MIB, run
 from tests.vm.hot import as_disk, check_gone, noise, pause_reading, start, write
 
 SIZE = 32 * MIB
@@ -15,6 +21,79 @@ SIZE = 32 * MIB
 def sha(path: object, size: int = SIZE) -> str:
     with open(str(path), "rb") as file:
         return hashlib.sha256(file.read(size)).hexdigest()
+
+
+@pytest.fixture
+def ssh(tmp_path: Path) -> Iterator[str]:
+    """What starts a program through this machine's own sshd, as root and with a key, as between two machines."""
+    key, known, allowed = tmp_path / "key", tmp_path / "known", Path("/root/.ssh/authorized_keys")
+    run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)
+    known.write_text(f"127.0.0.1 {Path('/etc/ssh/ssh_host_ed25519_key.pub').read_text()}")
+    assert not allowed.exists()
+    allowed.parent.mkdir(mode=0o700, exist_ok=True)
+    allowed.write_text(key.with_suffix(".pub").read_text())
+    try:
+        yield f"ssh -i {key} -o UserKnownHostsFile={known} -o BatchMode=yes root@127.0.0.1"
+    finally:
+        allowed.unlink()
+
+
+def program_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:  # it ended meanwhile
+        return ""
+
+
+def receivers(target: str) -> list[str]:
+    """The processes that are told to receive onto ``target``, sshd's and the shell's among them."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = file.read_text().replace("\0", " ")
+        except OSError:
+            continue
+        if f"--receive {target}" in words:
+            found.append(words)
+    return found
+
+
+def test_a_line_through_ssh_that_breaks_is_taken_up_again(make_group, run_blockbak, ssh):
+    def piece(path: str) -> bytes:
+        with open(path, "rb") as file:
+            file.seek(4 * MIB)
+            return file.read(MIB // 4)
+
+    group = make_group()
+    size = 12 * MIB
+    source, target = group.volume("data", size), group.volume("copy", size)
+    write(source, 0, noise(1, 2 * MIB))
+    through = f"{ssh} blockbak mirror --receive {target}"
+    refused = run_blockbak.json("mirror", source, "--through", through, expect=5)
+    assert refused["error"]["name"] == "PeerRefused"
+    through += " --yes"
+    report = run_blockbak.json("mirror", source, "--through", through)
+    assert report["host"] == os.uname().nodename
+    assert sha(source, size) == sha(target, size)
+
+    changed = noise(2, 8 * MIB)
+    write(source, 4 * MIB, changed)
+    with start(run_blockbak, "mirror", "--limit", "2M", source, "--through", through, "--json") as running:
+        running.until("some of it was written", lambda: piece(target) == changed[: MIB // 4])
+        (line,) = (pid for pid in descendants(running.pid) if program_of(pid) == "ssh")
+        os.kill(line, signal.SIGKILL)
+        ended = running.end()
+    assert ended.status == 1, str(ended)
+    assert ended.error["name"] == "PeerGone"
+    # The other end hears of it from sshd, and does not stay.
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while left := receivers(target):
+        assert time.monotonic() < deadline, left
+        time.sleep(1)
+    assert sha(source, size) != sha(target, size)
+    again = run_blockbak.json("mirror", source, "--through", through)
+    assert again["written_bytes"] < 8 * MIB
+    assert sha(source, size) == sha(target, size)
 
 
 @pytest.mark.parametrize(("sector", "thin"), [(512, False), (4096, True)], ids=["512-thick", "4096-thin"])
