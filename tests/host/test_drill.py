@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from blockbak.host import emulator
+from blockbak.host.runner import which
 from tests.children import environment
 from tests.host.stage import MIB, damage_frame, mounted, partitions, put, pv_label, run, settle, sha
 
@@ -211,6 +213,24 @@ def test_a_disk_that_boots_and_one_that_does_not(program, tmp_path):
     assert report["booted"] is False
     assert "'login:'" in report["differences"][0]
     assert "within 1 s" in report["differences"][0]
+
+
+@pytest.mark.parametrize("kvm", ["exec sleep 100", "echo 'no KVM here' >&2; exit 1", "kill -ABRT $$"], ids=str)
+def test_a_disk_boots_under_emulation_where_kvm_does_not_work(program, tmp_path, monkeypatch, kvm):
+    qemu = tmp_path / "bin" / emulator.PROGRAM
+    qemu.parent.mkdir()
+    qemu.write_text(f'#!/bin/sh\ncase " $* " in *" -accel kvm "*) {kvm} ;; esac\nexec {which(emulator.PROGRAM)} "$@"\n')
+    qemu.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{qemu.parent}:{os.environ['PATH']}")
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(boot_sector(b"blockbak test disk: up\r\n").ljust(MIB, b"\0"))
+    point = program.backup(disk)["point"]
+    drill = started(program, point, "--json", "--boot", "--boot-pattern", "disk: [u]p", "--boot-seconds", "24")
+    said, told = drill.communicate(timeout=60)
+    assert drill.returncode == 0, told
+    (report,) = json.loads(said)["drills"]
+    assert report["booted"] is True
+    assert (report["seconds"]["boot"] > 8) is kvm.startswith("exec sleep")
 
 
 def test_a_disk_that_wants_uefi_and_does_not_boot(program, tmp_path):
