@@ -138,6 +138,24 @@ def test_a_history_that_was_altered_is_a_reason(repo: Stock) -> None:
     assert "history" in found["reasons"][0]["text"]
 
 
+@pytest.mark.parametrize(
+    ("was", "becomes"),
+    [
+        (b'"time":"2', b'"time":"r'), (b'Z","host"', b'","host"'), (b'"stored_bytes":', b'"stored_bytes":"x","x":'),
+        (b'"share":1', b'"share":[]'),
+    ],
+)  # fmt: skip
+def test_a_history_with_a_nonsensical_line_is_a_reason(repo: Stock, was: bytes, becomes: bytes) -> None:
+    ok("-r", repo.path, "verify")
+    history = repo.path / HISTORY
+    before = history.read_bytes()
+    assert was in before
+    history.write_bytes(before.replace(was, becomes, 1))
+    found = document("-r", repo.path, "status", status=3)
+    assert reasons(found) == [("", "Damaged")]
+    assert {one["volume"] for one in found["volumes"]} == {"web", "db"}
+
+
 def test_a_repository_without_points(tmp_path: Path) -> None:
     ok("init", tmp_path / "new")
     found = document("-r", tmp_path / "new", "status")
