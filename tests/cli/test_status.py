@@ -276,6 +276,20 @@ def test_a_textfile_that_cannot_be_written(stock: Stock, tmp_path: Path) -> None
     fails(1, "BadTarget", "-r", stock.path, "status", "--textfile", tmp_path / "no" / "where.prom")
 
 
+@pytest.mark.parametrize("kind", ["link", "pipe", "name"])
+def test_nothing_else_is_written_to_where_a_textfile_begins(stock: Stock, tmp_path: Path, kind: str) -> None:
+    begun, other = tmp_path / ".a.prom.new", tmp_path / "secret"
+    other.write_text("kept")
+    other.chmod(0o600)
+    if kind == "pipe":
+        os.mkfifo(begun)
+    else:
+        (os.link if kind == "name" else os.symlink)(other, begun)
+    fails(1, "BadTarget", "-r", stock.path, "status", "--textfile", tmp_path / "a.prom")
+    assert (other.read_text(), other.stat().st_mode & 0o777) == ("kept", 0o600)
+    assert not (tmp_path / "a.prom").exists()
+
+
 def test_a_plugin_has_the_exit_status_of_a_plugin(stock: Stock, tmp_path: Path) -> None:
     ended = ok("-r", stock.path, "status", "--format", "nagios")
     assert ended.text.startswith("BLOCKBAK OK - 2 volumes")
