@@ -41,10 +41,7 @@ def _held(path: str) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         descriptor = os.open(path, flags, 0o600)
         try:
-            info = os.fstat(descriptor)
-            # It is emptied, and all may read it then: it must be no other name of a file that is not meant.
-            if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:
-                raise OSError(errno.EINVAL, f"{path} is not a file of its own")
+            _check_own(os.fstat(descriptor), path)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
                 return descriptor
@@ -54,3 +51,9 @@ def _held(path: str) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def _check_own(info: os.stat_result, path: str) -> None:
+    """It is emptied, and all may read it then: it must be no other name of a file that is not meant."""
+    if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:
+        raise OSError(errno.EINVAL, f"{path} is not a file of its own")
