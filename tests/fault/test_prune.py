@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from blockbak.errors import Damage, DamagedHistory, NoMergeRoom, NoSpace
-from blockbak.flow import prune, restore, verify
+from blockbak.errors import Damage, DamagedHistory, NoMergeRoom, NoSpace, VolumeLocked
+from blockbak.flow import prune, verify
 from blockbak.model.retention import EXPIRE, KEEP, MERGE, Policy
 from blockbak.repository.record import HISTORY
 from blockbak.units import KIB, MIB
@@ -206,9 +206,13 @@ def test_a_history_that_cannot_be_read_stops_a_prune(scene):
 
 
 def test_a_held_volume_is_not_pruned_but_looked_at(scene):
+    before = scene.files()
     with scene.volume().locked(exclusive=False):
-        prune.prune(scene.repository(), VOLUME, Policy(last=1), scene.world(), dry_run=True)
-    restore.restore(scene.repository(), restore.Request(scene.names[0], str(scene.target)), scene.world())
+        told = prune.prune(scene.repository(), VOLUME, Policy(last=1), scene.world(), dry_run=True)
+        with pytest.raises(VolumeLocked):
+            prune.prune(scene.repository(), VOLUME, Policy(last=1), scene.world())
+    assert len(told.removed) == len(scene.names)
+    assert scene.files() == before
 
 
 def test_sequences_are_not_used_again(scene):
