@@ -101,6 +101,23 @@ def test_any_flipped_bit_in_the_middle_is_told(tmp_path):
         assert tuple(one.step for one in found.begun) == STEPS[: len(found.begun)]
 
 
+def test_a_line_that_could_not_be_made_durable_leaves_nothing_behind_the_next(tmp_path):
+    kernel = FaultyKernel()
+    with (
+        journal.alone(str(tmp_path), kernel) as place,
+        journal.written(place, "a", 8192, kernel) as writer,
+    ):
+        writer.head({"boot": "b", "host": "h", "device": "/dev/sdb"})
+        writer.begin(STEPS[0], {})
+        kernel.call, kernel.number, kernel.at = "fsync", errno.EIO, kernel.count + 1
+        with pytest.raises(StateUnusable):
+            writer.begin(STEPS[1], {"active": ["db.service"] * 9})
+        writer.back(2)
+        with open(writer.path, "rb") as file:
+            found, _ = journal.parse(writer.path, file.read())
+        assert (found.damage, [one.number for one in found.to_undo]) == ("", [1])
+
+
 def test_a_journal_is_nobody_elses_while_it_is_written(tmp_path):
     with (
         journal.alone(str(tmp_path), Kernel()) as place,
