@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from blockbak.errors import BadBlockSize, Interrupted, NoRepositoryNamed, NotARepository, NotConfirmed
+from blockbak.errors import BadBlockSize, Interrupted, NoConfig, NoRepositoryNamed, NotARepository, NotConfirmed
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -315,7 +315,8 @@ def known_repository(named: str | None) -> Repository | None:
 
 def open_repository(named: str | None, config: Config | None = None, job: Job | None = None) -> Repository:
     """The repository named here, before the verb, or by BLOCKBAK_REPO; else that of ``job``, or the only one of
-    ``config``, or of the usual configuration where none is given. Raises NoRepositoryNamed and what opening it raises.
+    ``config``, or of the usual configuration where none is given. Raises NoRepositoryNamed, UnsafeConfig and what
+    opening it raises.
     """
     from blockbak.repository.local import Repository
 
@@ -353,14 +354,15 @@ def _only_path(config: Config) -> str | None:
 
 def _usable_config() -> Config | None:
     """The usual configuration, where it can be read and used: what is wrong with it is no reason to do without a
-    restore.
+    restore. Raises UnsafeConfig: others could have named a repository of theirs.
     """
-    try:
-        with open(config_path(None), encoding="utf-8", newline="") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError):
-        return None
+    from blockbak.host import configfile
     from blockbak.model.config import Unusable, parse
+
+    try:
+        text = configfile.read(config_path(None))
+    except NoConfig:
+        return None
 
     try:
         return parse(text)

@@ -57,9 +57,10 @@ def command(
 ) -> None:
     """What was done with the repository, oldest first: when, by which host and user, with which result.
 
-    A line is written by every backup, merge, removal, restore, export, verification, adoption and recovery, also by
-    those that fail. Each has the digest of the one before it: exit status 4 if one was altered or is missing; what
-    can be read is shown all the same. Where the repository cannot be written, nothing is noted.
+    A line is written by every backup, merge, removal, restore, export, verification, drill, pin, adoption and recovery,
+    and by a mirror that names the repository, also by those that fail. Each has the digest of the one before it: exit
+    status 4 if one was altered or is missing; what can be read is shown all the same. Where the repository cannot be
+    written, nothing is noted.
     """
     from blockbak.units import iso
 

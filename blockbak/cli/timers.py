@@ -93,8 +93,6 @@ def command(
 
 def _call(path: str) -> Call:
     """How a unit starts this very program, with the directories that it has now."""
-    import os
-
     from blockbak.model.timers import Call
 
     named = ("BLOCKBAK_STATE_DIR", "BLOCKBAK_RUN_DIR")

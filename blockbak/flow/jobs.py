@@ -14,16 +14,14 @@ from blockbak.errors import (
     BadConfig,
     BlockbakError,
     NoCheckCommand,
-    NoConfig,
     NoSourceFits,
     NoSuchJob,
-    UnsafeConfig,
 )
 from blockbak.flow.backup import check_block_size
 from blockbak.flow.context import Context
 from blockbak.flow.hot import HotOptions
 from blockbak.flow.source import Request, look, look_at
-from blockbak.host import clock, hooks, jobstate, notifier, selection
+from blockbak.host import clock, configfile, hooks, jobstate, notifier, selection
 from blockbak.model import config as configs
 from blockbak.model import retention, schedule
 from blockbak.model.chain import Point, chains, moment_of_id
@@ -33,9 +31,6 @@ from blockbak.model.facts import FULL, INCREMENTAL
 from blockbak.model.schedule import Due, Made
 from blockbak.repository.local import Catalog, Repository
 
-_MOST_CHARACTERS = 4 << 20
-"""A configuration of thousands of jobs has less; whatever goes on for longer may never end."""
-
 # --- the configuration ----------------------------------------------------------------------------------------------
 
 
@@ -43,18 +38,7 @@ def load(path: str) -> Config:
     """The configuration in a file. Raises NoConfig, UnsafeConfig where others could have written it, and BadConfig with
     everything that is wrong noted on it.
     """
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            reason = _unsafe(os.fstat(file.fileno()))
-            text = file.read(_MOST_CHARACTERS + 1)
-    except OSError as error:
-        raise NoConfig(path=path, reason=(error.strerror or str(error)).lower()) from error
-    except UnicodeDecodeError as error:
-        raise NoConfig(path=path, reason="it is not UTF-8") from error
-    if len(text) > _MOST_CHARACTERS:
-        raise NoConfig(path=path, reason="it is longer than any configuration")
-    if reason:
-        raise UnsafeConfig(path=path, reason=reason)
+    text = configfile.read(path)
     try:
         config = configs.parse(text)
     except Unusable as error:
@@ -62,12 +46,6 @@ def load(path: str) -> Config:
     if wrong := _beyond(config):
         raise bad(path, wrong)
     return config
-
-
-def _unsafe(info: os.stat_result) -> str:
-    if info.st_uid not in (0, os.geteuid()):
-        return f"it belongs to user {info.st_uid}"
-    return "others than its owner may write it" if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else ""
 
 
 def bad(path: str, problems: Sequence[Problem]) -> BadConfig:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
-from blockbak.errors import ATTENTION, BlockbakError, Damage, NewerFormat, NoMergeRoom
+from blockbak.errors import ATTENTION, Damage, NewerFormat, NoMergeRoom
 from blockbak.flow import delete
 from blockbak.flow.context import Context, iso
 from blockbak.flow.points import culprit, hidden_images, highest_sequence, open_chain, open_reader
@@ -356,15 +356,3 @@ class _Pruning:
         for point in gone:
             self.volume.unpin(point)  # one whose time is over
         self.freed, self.shared = self.freed + space.own, self.shared + space.shared
-
-
-def full_is_due(repository: Repository, volume_name: str, policy: Policy, context: Context) -> bool:
-    """Whether the next backup of a volume should be a full, as ``retention.full_due`` says: by its points, and by what
-    the history tells of fulls that were merged since. A history that cannot be read tells nothing: no backup fails for
-    it. Raises NoSuchVolume, NoPermission, UnreadableStore.
-    """
-    volume = repository.volume(volume_name)
-    checks = Checks()
-    with suppress(BlockbakError):
-        checks = retention.checks(repository.record.entries(), volume_name)
-    return retention.full_due(volume.catalog().points, policy, context.now(), checks.fulls)

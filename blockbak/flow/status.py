@@ -179,8 +179,8 @@ def _images(catalog: Catalog, own: Iterable[Entry]) -> tuple[StoredImage, ...]:
                 damaged.discard(file)
         if entry.event != "verified":
             continue
-        moment = datetime.fromisoformat(entry.time)
-        looked_at = float(entry.facts.get("share", 0.0))
+        moment = entry.moment
+        looked_at = _number(entry, "share")
         for file in _texts(entry, "images"):
             if file in damaged and looked_at < 1:
                 continue  # a sample that does not meet the damage does not undo it
@@ -201,13 +201,19 @@ def _texts(entry: Entry, name: str) -> list[str]:
     return [str(one) for one in found] if isinstance(found, list) else []
 
 
+def _number(entry: Entry, name: str, otherwise: float = 0.0) -> float:
+    """A fact; one of another form than it should be tells nothing."""
+    found = entry.facts.get(name)
+    return found if isinstance(found, int | float) else otherwise
+
+
 def _last_drill(own: Sequence[Entry]) -> Drilled | None:
     """One that a person broke off tells nothing."""
     for entry in reversed(own):
         if entry.event == "drilled" and entry.exit != Interrupted.exit_code:
             return Drilled(
-                at=datetime.fromisoformat(entry.time), point=entry.points[0] if entry.points else "",
-                ok=bool(entry.facts.get("ok")), rto_seconds=float(entry.facts.get("rto_seconds", entry.seconds)),
+                at=entry.moment, point=entry.points[0] if entry.points else "",
+                ok=bool(entry.facts.get("ok")), rto_seconds=_number(entry, "rto_seconds", entry.seconds),
                 differences=tuple(_texts(entry, "differences")),
             )  # fmt: skip
     return None
@@ -220,7 +226,7 @@ def _failed(entries: Sequence[Entry], volume: str, job: str) -> Attempt | None:
     for entry in reversed(entries):
         if entry.event == "made" and (entry.volume == volume or (not entry.volume and job and entry.job == job)):
             failed = entry.exit not in _DONE_EXITS
-            return Attempt(datetime.fromisoformat(entry.time), entry.error or f"exit {entry.exit}") if failed else None
+            return Attempt(entry.moment, entry.error or f"exit {entry.exit}") if failed else None
     return None
 
 
@@ -232,9 +238,9 @@ def _growth(entries: Sequence[Entry], catalogs: Sequence[Catalog]) -> list[Growt
     stored: dict[tuple[str, str], int] = {}
     known: set[str] = set()
     for entry in entries:
-        moment = datetime.fromisoformat(entry.time)
+        moment = entry.moment
         if entry.event in ("made", "merged", "adopted") and "stored_bytes" in entry.facts:
-            size, file = int(entry.facts["stored_bytes"]), str(entry.facts.get("file", ""))
+            size, file = int(_number(entry, "stored_bytes")), str(entry.facts.get("file", ""))
             stored[entry.volume, file] = size
             found.append(Growth(moment, size if entry.volume in known else 0))
             known.add(entry.volume)

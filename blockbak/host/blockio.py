@@ -780,3 +780,25 @@ def write_durably(path: str, name: str, data: bytes, kernel: Kernel) -> None:
     with PartialFile(path, name, kernel) as partial:
         partial.write(0, [data])
         partial.seal()
+
+
+def replace_durably(path: str, data: bytes, kernel: Kernel, mode: int = 0o600) -> None:
+    """Make ``data`` what a small file holds, all or nothing, whatever the umask. Raises OSError."""
+    partial = f"{path}.partial"
+    with contextlib.suppress(FileNotFoundError):
+        kernel.unlink(partial)
+    fd = kernel.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+    try:
+        os.fchmod(fd, mode)
+        done = 0
+        while done < len(data):
+            count = kernel.pwritev(fd, [memoryview(data)[done:]], done)
+            if count == 0:
+                raise OSError(errno.EIO, "nothing was written")
+            done += count
+        kernel.fsync(fd)
+    finally:
+        kernel.close(fd)
+    # Whole before it has the name: a power cut leaves the old one or the new one.
+    os.replace(partial, path)
+    sync_directory(os.path.dirname(path), kernel)

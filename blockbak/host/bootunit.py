@@ -4,13 +4,12 @@ there is a journal.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import sys
 from collections.abc import Callable
 
-from blockbak.host.blockio import sync_directory
+from blockbak.host.blockio import replace_durably, sync_directory
 from blockbak.host.kernel import Kernel
 
 UNIT_DIR = "/etc/systemd/system"
@@ -46,7 +45,7 @@ def text(state_dir: str, run_dir: str, python: str = sys.executable) -> str:
             "[Service]",
             "Type=exec",
             f"Environment={_quoted(f'BLOCKBAK_STATE_DIR={state}')} {_quoted(f'BLOCKBAK_RUN_DIR={run}')}",
-            f"ExecStart={_quoted(python).replace('$', '$$')} -I -m blockbak recover --machine",
+            f"ExecStart={_quoted(python)} -I -m blockbak recover --machine",
             "Restart=on-failure",
             "RestartSec=30",
             "",
@@ -69,17 +68,7 @@ def write(unit_dir: str, state_dir: str, run_dir: str, kernel: Kernel) -> None:
     path, link = os.path.join(unit_dir, name), os.path.join(unit_dir, _WANTS, name)
     wanted = text(state_dir, run_dir).encode()
     if _content(path) != wanted:
-        partial = path + _PARTIAL
-        with contextlib.suppress(FileNotFoundError):
-            kernel.unlink(partial)
-        fd = kernel.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        try:
-            os.fchmod(fd, 0o644)
-            kernel.pwritev(fd, [wanted], 0)
-            kernel.fsync(fd)
-        finally:
-            kernel.close(fd)
-        os.replace(partial, path)
+        replace_durably(path, wanted, kernel, 0o644)
     if not os.path.lexists(link):
         os.makedirs(os.path.dirname(link), exist_ok=True)
         os.symlink(f"../{name}", link)

@@ -15,7 +15,7 @@ import msgspec
 
 from blockbak.errors import JobRuns, StoreFailed, VolumeLocked
 from blockbak.host import lock
-from blockbak.host.blockio import sync_directory
+from blockbak.host.blockio import replace_durably
 from blockbak.host.kernel import Kernel
 from blockbak.model.config import Notify
 
@@ -24,7 +24,6 @@ _NOTIFY = ".notify"
 """No job's name begins so."""
 NO_JOB = ""
 """In place of a job's name: what is kept of this machine's jobs together, which is whether none could be run."""
-_PARTIAL = ".partial"
 
 
 class State(msgspec.Struct):
@@ -84,22 +83,9 @@ def save_notify(state_dir: str, notify: Notify, kernel: Kernel) -> None:
 
 def _write(folder: str, name: str, text: bytes, kernel: Kernel) -> None:
     path = os.path.join(folder, name)
-    partial = path + _PARTIAL
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            kernel.unlink(partial)
-        fd = kernel.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW)
-        try:
-            done = 0
-            while done < len(text):
-                done += kernel.pwritev(fd, [memoryview(text)[done:]], done)
-            kernel.fsync(fd)
-        finally:
-            kernel.close(fd)
-        # Whole before it has the name: a power cut leaves the old one or the new one.
-        os.replace(partial, path)
-        sync_directory(folder, kernel)
+        replace_durably(path, text, kernel)
     except OSError as error:
         raise StoreFailed(path=path, action="written", reason=(error.strerror or str(error)).lower()) from error
 

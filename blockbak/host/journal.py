@@ -2,7 +2,7 @@
 somebody else.
 
 A journal is a file of lines: the CRC-32 of a line's text, and the text, which is JSON. Room for all of it is taken
-when it is made; behind the last line it is zeros. The run holds its lock (flock) for as long as it lives.
+when it is made; a zero follows the last line. The run holds its lock (flock) for as long as it lives.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ class Writer:
 
     def _write(self, record: Mapping[str, Any]) -> None:
         text = json.dumps(record).encode("ascii")
-        line = memoryview(b"%08x %s\n" % (zlib.crc32(text), text))
+        # The zero ends the journal here: behind may be what is left of a longer line that could not be made durable.
+        line = memoryview(b"%08x %s\n\0" % (zlib.crc32(text), text))
         try:
             done = 0
             while done < len(line):
@@ -112,7 +113,7 @@ class Writer:
             self._kernel.fsync(self._fd)
         except OSError as error:
             raise _unusable(self.path, error) from error
-        self._at += len(line)
+        self._at += len(line) - 1
 
     def remove(self) -> None:
         """All is put back: nothing of it may be found after a power cut. Raises OSError."""

@@ -13,6 +13,7 @@ from typing import Any
 from blockbak.errors import CommandFailed, NotAtRest, NotPutBack, StillInUse
 from blockbak.host.proc import MountLine, unescape
 from blockbak.host.runner import Completed
+from blockbak.host.scratch import undone
 from blockbak.host.system import System
 from blockbak.model import mounting
 from blockbak.model.quiesce import ReadOnly, Unmount
@@ -212,10 +213,8 @@ def _bind_from_within(step: Unmount, seen: dict[str, Any], source: str, run: Run
     aside = tempfile.mkdtemp(prefix="mount-", dir=run_dir)
     try:
         said = _mount_filesystem(step, seen, source, aside, run)
-        try:
+        with undone(lambda: patiently(["umount", "--", aside], run, MOUNT_SECONDS)):
             run(_bind(aside + step.root, step.target), deadline=MOUNT_SECONDS)
-        finally:
-            run(["umount", "--", aside], deadline=MOUNT_SECONDS)
     finally:
         with contextlib.suppress(OSError):
             os.rmdir(aside)

@@ -25,7 +25,7 @@ _PAUSE_SECONDS = 0.1
 
 
 @contextmanager
-def _finally(release: Callable[[], object]) -> Iterator[None]:
+def undone(release: Callable[[], object]) -> Iterator[None]:
     """Call ``release`` in the end. Where it fails after an error, that error stays and gets a note."""
     try:
         yield
@@ -51,7 +51,7 @@ def folder(parent: str, prefix: str) -> Iterator[str]:
         try:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with _finally(lambda: shutil.rmtree(path)), through():
+            with undone(lambda: shutil.rmtree(path)), through():
                 yield path
         finally:
             os.close(held)
@@ -86,14 +86,14 @@ def loop_device(file: str, size: int, *, sector_bytes: int = 512) -> Iterator[st
     """
     with undisturbed() as through:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with _finally(lambda: os.unlink(file)):
+        with undone(lambda: os.unlink(file)):
             try:
                 os.ftruncate(descriptor, size)
             finally:
                 os.close(descriptor)
             argv = ["losetup", "--find", "--show", "--direct-io=on", f"--sector-size={sector_bytes}", file]
             node = runner.run(argv).stdout.strip()
-            with _finally(lambda: runner.run(["losetup", "--detach", node])), through():
+            with undone(lambda: runner.run(["losetup", "--detach", node])), through():
                 yield node
 
 
@@ -103,7 +103,7 @@ def mounted(node: str, directory: str) -> Iterator[str]:
     with undisturbed() as through:
         os.makedirs(directory, exist_ok=True)
         runner.run(["mount", node, directory])
-        with _finally(lambda: _unmount(directory)), through():
+        with undone(lambda: _unmount(directory)), through():
             yield directory
 
 

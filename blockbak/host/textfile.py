@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import stat
 
 from blockbak.errors import BadTarget
 
@@ -35,8 +37,11 @@ def replace(path: str, text: str) -> None:
 def _held(path: str) -> int:
     """The file, which nobody else writes meanwhile. Whoever did may have given it its name a moment ago."""
     while True:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        # Without waiting: a pipe would have to be read first.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(path, flags, 0o600)
         try:
+            _check_own(os.fstat(descriptor), path)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
                 return descriptor
@@ -46,3 +51,9 @@ def _held(path: str) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def _check_own(info: os.stat_result, path: str) -> None:
+    """It is emptied, and all may read it then: it must be no other name of a file that is not meant."""
+    if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:
+        raise OSError(errno.EINVAL, f"{path} is not a file of its own")

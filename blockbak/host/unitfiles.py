@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -10,14 +9,13 @@ from typing import Literal, TypeAlias
 
 from blockbak.errors import CommandFailed, NoTimers, StoreFailed, UnitFileTaken
 from blockbak.host import runner
-from blockbak.host.blockio import sync_directory
+from blockbak.host.blockio import replace_durably, sync_directory
 from blockbak.host.kernel import Kernel
 from blockbak.host.units import Units
 from blockbak.model.timers import FAILED, MARK, Unit, is_ours
 
 UNIT_DIR = "/etc/systemd/system"
 _SYSTEMCTL_SECONDS = 90.0
-_PARTIAL = ".partial"
 
 State: TypeAlias = Literal["missing", "other", "same"]
 
@@ -135,19 +133,9 @@ def _unlink(path: str, kernel: Kernel) -> None:
 
 
 def _write(path: str, text: bytes, kernel: Kernel) -> None:
-    partial = path + _PARTIAL
     try:
-        with contextlib.suppress(FileNotFoundError):
-            kernel.unlink(partial)
-        fd = kernel.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
-        try:
-            os.fchmod(fd, 0o644)  # whatever the umask took from it: systemd warns of units that not all can read
-            kernel.pwritev(fd, [text], 0)
-            kernel.fsync(fd)
-        finally:
-            kernel.close(fd)
-        os.replace(partial, path)
-        sync_directory(os.path.dirname(path), kernel)
+        # Whatever the umask: systemd warns of units that not all can read.
+        replace_durably(path, text, kernel, 0o644)
     except OSError as error:
         raise _failed(path, "written", error) from error
 

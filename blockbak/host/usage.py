@@ -492,13 +492,8 @@ def file_stamp(path: str) -> tuple[int, int, int, int]:
 # --- what to do with it ----------------------------------------------------------------------------------
 
 
-def mode_auto(device: Device, system: System | None = None) -> tuple[str, str]:
-    """How ``--mode auto`` takes a device: ('cold', 'hot' or 'refused', and why)."""
-    return decide_mode(device, users(device, system))
-
-
 def decide_mode(device: Device, uses: list[Use]) -> tuple[str, str]:
-    """The decision of ``mode_auto``, for uses that are known already."""
+    """How ``--mode auto`` takes a device of which these are the uses: ('cold', 'hot' or 'refused', and why)."""
     if not uses:
         return "cold", "not in use" if device.is_block else "image file"
     told = "in use: " + ", ".join(map(str, uses))

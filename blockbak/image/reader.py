@@ -232,13 +232,6 @@ class ImageReader:
         """A comparison of the stored seek table with the one the index generates; give it every section."""
         return SeekTableCheck(self)
 
-    def check_seek_table(self) -> None:
-        """Compare the seek table in a pass of its own over the index."""
-        check = self.seek_table_check()
-        for section in self.all_sections():
-            check.add(section)
-        check.finish()
-
     def map_digests(self) -> npt.NDArray[np.uint8]:
         """The section digests of the listed sections, ``(n, 32)`` uint8."""
         column = np.ascontiguousarray(self.sections["map_digest"])

@@ -123,14 +123,6 @@ def _missing(point: Point, images: Sequence[Image]) -> str:
     return image.opening.parent or point.id
 
 
-def needed_files(kept: Iterable[Point], images: Sequence[Image]) -> set[str]:
-    """The image files that restoring every kept point takes, by the shortest chains."""
-    files: set[str] = set()
-    for point in kept:
-        files.update(image.file for image in plan(point, images))
-    return files
-
-
 def choose(name: str, by_volume: dict[str, list[Point]]) -> Point:
     """The point a person named: an id, a unique prefix, ``latest``, ``VOLUME@latest``,
     ``VOLUME@PREFIX`` or ``VOLUME@TIME`` (the newest not after it).

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -43,6 +44,11 @@ class Entry(msgspec.Struct, frozen=True):
     facts: dict[str, Any]
     previous: str
 
+    @property
+    def moment(self) -> datetime:
+        """When, of a line that was read."""
+        return datetime.fromisoformat(self.time)
+
 
 class Head(msgspec.Struct, frozen=True):
     """The number of the last line, and the SHA-256 of its bytes; of the repository's id before the first."""
@@ -62,10 +68,11 @@ def encoded(entry: Entry) -> bytes:
 
 
 def decoded(line: bytes) -> Entry | None:
-    """The entry of a line, with or without its line feed; None where it is none."""
+    """The entry of a line, with or without its line feed; None where it is none, as one is that tells no moment."""
     try:
-        return msgspec.json.decode(line, type=Entry)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+        entry = msgspec.json.decode(line, type=Entry)
+        return entry if entry.moment.tzinfo is not None else None
+    except (msgspec.DecodeError, ValueError):
         return None
 
 

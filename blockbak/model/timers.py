@@ -197,14 +197,16 @@ def _command(call: Call, verb: str, *words: str) -> str:
 
 
 def _words(words: Sequence[str]) -> str:
-    return " ".join(map(_word, words))
+    """A command line: in it a dollar sign stands for a variable, but not in the program (systemd.service(5))."""
+    program, *others = map(_word, words)
+    return " ".join([program, *(word.replace("$", "$$") for word in others)])
 
 
 def _word(text: str) -> str:
     """A word of a unit file, in quotes where it needs them, with what stands for something else in there
-    (systemd.syntax(7), systemd.service(5)).
+    (systemd.syntax(7)).
     """
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     return escaped if escaped and all(char.isalnum() or char in "/._-=:@" for char in escaped) else f'"{escaped}"'
 
 

@@ -132,7 +132,9 @@ def test_the_only_repository_of_the_configuration_is_the_one_that_is_meant(place
 
 def test_a_configuration_that_others_may_write_is_not_used(place):
     place.file.chmod(0o664)
-    for words in (["config", "check"], ["--log", "human", "run"], ["timers", "show", "--cron"]):
+    for words in (
+        ["config", "check"], ["--log", "human", "run"], ["timers", "show", "--cron"], ["list"], ["backup", place.source],
+    ):  # fmt: skip
         fails(5, "UnsafeConfig", *words, env=place.env)
     place.file.chmod(0o644)
     place.configure(more='[notify]\nurls = ["json://user:secret@host"]')

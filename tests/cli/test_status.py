@@ -138,6 +138,24 @@ def test_a_history_that_was_altered_is_a_reason(repo: Stock) -> None:
     assert "history" in found["reasons"][0]["text"]
 
 
+@pytest.mark.parametrize(
+    ("was", "becomes"),
+    [
+        (b'"time":"2', b'"time":"r'), (b'Z","host"', b'","host"'), (b'"stored_bytes":', b'"stored_bytes":"x","x":'),
+        (b'"share":1', b'"share":[]'),
+    ],
+)  # fmt: skip
+def test_a_history_with_a_nonsensical_line_is_a_reason(repo: Stock, was: bytes, becomes: bytes) -> None:
+    ok("-r", repo.path, "verify")
+    history = repo.path / HISTORY
+    before = history.read_bytes()
+    assert was in before
+    history.write_bytes(before.replace(was, becomes, 1))
+    found = document("-r", repo.path, "status", status=3)
+    assert reasons(found) == [("", "Damaged")]
+    assert {one["volume"] for one in found["volumes"]} == {"web", "db"}
+
+
 def test_a_repository_without_points(tmp_path: Path) -> None:
     ok("init", tmp_path / "new")
     found = document("-r", tmp_path / "new", "status")
@@ -256,6 +274,20 @@ def test_whoever_reads_a_textfile_sees_a_whole_one(stock: Stock, tmp_path: Path)
 
 def test_a_textfile_that_cannot_be_written(stock: Stock, tmp_path: Path) -> None:
     fails(1, "BadTarget", "-r", stock.path, "status", "--textfile", tmp_path / "no" / "where.prom")
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "name"])
+def test_nothing_else_is_written_to_where_a_textfile_begins(stock: Stock, tmp_path: Path, kind: str) -> None:
+    begun, other = tmp_path / ".a.prom.new", tmp_path / "secret"
+    other.write_text("kept")
+    other.chmod(0o600)
+    if kind == "pipe":
+        os.mkfifo(begun)
+    else:
+        (os.link if kind == "name" else os.symlink)(other, begun)
+    fails(1, "BadTarget", "-r", stock.path, "status", "--textfile", tmp_path / "a.prom")
+    assert (other.read_text(), other.stat().st_mode & 0o777) == ("kept", 0o600)
+    assert not (tmp_path / "a.prom").exists()
 
 
 def test_a_plugin_has_the_exit_status_of_a_plugin(stock: Stock, tmp_path: Path) -> None:

@@ -7,15 +7,14 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import replace
-from datetime import UTC, datetime
 
 import pytest
 
-from blockbak.errors import Damage, DamagedHistory, NoMergeRoom, NoSpace
-from blockbak.flow import prune, restore, verify
+from blockbak.errors import Damage, DamagedHistory, NoMergeRoom, NoSpace, VolumeLocked
+from blockbak.flow import prune, verify
 from blockbak.model.retention import EXPIRE, KEEP, MERGE, Policy
 from blockbak.repository.record import HISTORY
-from blockbak.units import DAY, KIB, MIB
+from blockbak.units import KIB, MIB
 from tests.faults import FaultyKernel
 from tests.scene import BLOCK, DEEDS, VOLUME, Scene
 
@@ -196,23 +195,24 @@ def test_a_hidden_image_that_went_with_its_point_keeps_nothing_any_more(scene):
     assert scene.restored(scene.names[-1]) == scene.held[scene.names[-1]]
 
 
-def test_a_history_that_cannot_be_read_stops_a_prune_and_no_backup(scene):
-    """Nobody could tell what was verified; that a full is due can be told without."""
+def test_a_history_that_cannot_be_read_stops_a_prune(scene):
+    """Nobody could tell what was verified."""
     (scene.place / HISTORY).unlink()
     (scene.place / HISTORY).mkdir()
     before = scene.files()
     with pytest.raises(DamagedHistory):
         prune.prune(scene.repository(), VOLUME, Policy(last=1), scene.world())
     assert scene.files() == before
-    later = replace(scene.world(), now=lambda: datetime(2026, 5, 11, tzinfo=UTC))
-    assert not prune.full_is_due(scene.repository(), VOLUME, Policy(full_every=11 * DAY), later)
-    assert prune.full_is_due(scene.repository(), VOLUME, Policy(full_every=9 * DAY), later)
 
 
 def test_a_held_volume_is_not_pruned_but_looked_at(scene):
+    before = scene.files()
     with scene.volume().locked(exclusive=False):
-        prune.prune(scene.repository(), VOLUME, Policy(last=1), scene.world(), dry_run=True)
-    restore.restore(scene.repository(), restore.Request(scene.names[0], str(scene.target)), scene.world())
+        told = prune.prune(scene.repository(), VOLUME, Policy(last=1), scene.world(), dry_run=True)
+        with pytest.raises(VolumeLocked):
+            prune.prune(scene.repository(), VOLUME, Policy(last=1), scene.world())
+    assert len(told.removed) == len(scene.names)
+    assert scene.files() == before
 
 
 def test_sequences_are_not_used_again(scene):

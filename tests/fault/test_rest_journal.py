@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 from contextlib import ExitStack
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -100,6 +101,23 @@ def test_any_flipped_bit_in_the_middle_is_told(tmp_path):
         assert tuple(one.step for one in found.begun) == STEPS[: len(found.begun)]
 
 
+def test_a_line_that_could_not_be_made_durable_leaves_nothing_behind_the_next(tmp_path):
+    kernel = FaultyKernel()
+    with (
+        journal.alone(str(tmp_path), kernel) as place,
+        journal.written(place, "a", 8192, kernel) as writer,
+    ):
+        writer.head({"boot": "b", "host": "h", "device": "/dev/sdb"})
+        writer.begin(STEPS[0], {})
+        kernel.call, kernel.number, kernel.at = "fsync", errno.EIO, kernel.count + 1
+        with pytest.raises(StateUnusable):
+            writer.begin(STEPS[1], {"active": ["db.service"] * 9})
+        writer.back(2)
+        with open(writer.path, "rb") as file:
+            found, _ = journal.parse(writer.path, file.read())
+        assert (found.damage, [one.number for one in found.to_undo]) == ("", [1])
+
+
 def test_a_journal_is_nobody_elses_while_it_is_written(tmp_path):
     with (
         journal.alone(str(tmp_path), Kernel()) as place,
@@ -175,10 +193,11 @@ def test_room_is_for_all_steps():
 
 def test_the_unit_runs_this_program_with_these_directories(tmp_path):
     state, run = str(tmp_path / 'st"a 100%'), str(tmp_path / "run")
-    bootunit.write(str(tmp_path), state, run, Kernel())
+    bootunit.write(str(tmp_path), state, run, ShortKernel(Random(1)))
     name = bootunit.name_for(state)
     assert os.readlink(tmp_path / "multi-user.target.wants" / name) == f"../{name}"
     text = (tmp_path / name).read_text()
+    assert text == bootunit.text(state, run)
     assert '\\"a 100%%"' in text
     assert "recover --machine" in text
     # A oneshot would be waited for by units that it starts.
@@ -189,6 +208,12 @@ def test_the_unit_runs_this_program_with_these_directories(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["multi-user.target.wants"]
     assert os.listdir(tmp_path / "multi-user.target.wants") == []
     bootunit.remove(str(tmp_path), state, Kernel(), pytest.fail)
+
+
+def test_no_dollar_sign_is_doubled_in_the_program():
+    unit = bootunit.text("/var/$a", "/run/b", "/opt/$c/python").splitlines()
+    assert 'ExecStart="/opt/$c/python" -I -m blockbak recover --machine' in unit
+    assert 'Environment="BLOCKBAK_STATE_DIR=/var/$a" "BLOCKBAK_RUN_DIR=/run/b"' in unit
 
 
 def test_only_the_usual_state_directory_has_the_usual_name():

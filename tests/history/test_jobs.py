@@ -16,6 +16,7 @@ from blockbak.flow import run as runs
 from blockbak.flow.context import Quiet
 from blockbak.flow.jobs import chosen, doubts, load
 from blockbak.host import jobstate
+from blockbak.repository.record import HISTORY
 from tests.machine import BEGIN, SECTORS, Machine
 from tests.patterns import stamp
 
@@ -210,6 +211,22 @@ def test_a_full_that_was_merged_is_not_made_again_before_its_time(machine):
         fulls += [day for point in machine.once().points if point.kind == "full"]
         machine.now += timedelta(days=1)
     assert fulls == [0, 31]
+
+
+def test_without_a_history_a_full_is_due_by_the_points_and_nothing_is_pruned(machine):
+    machine.configure('schedule = "daily"', "[jobs.web.retention]\nkeep_last = 1\nfull_every = '10d'")
+    machine.once()
+    history = Path(machine.repository.path) / HISTORY
+    history.unlink()
+    history.mkdir()
+    kinds = []
+    for _ in range(11):
+        machine.now += timedelta(days=1)
+        report = machine.once()
+        kinds += [point.kind for point in report.points]
+        assert [error.name for error in report.errors] == ["DamagedHistory"]
+        assert report.pruned == []
+    assert kinds == [*["incremental"] * 9, "full", "incremental"]
 
 
 def test_what_each_run_leaves_for_prometheus(machine):

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blockbak.flow import backup, pin, prune, restore, synthesize, verify
+from blockbak.model import retention
 from blockbak.model.chain import chains
 from blockbak.model.retention import KEEP, Policy
 from blockbak.units import KIB
@@ -66,6 +67,10 @@ class World:
     @property
     def catalog(self):
         return self.repository.volume(VOLUME).catalog()
+
+    def full_is_due(self, policy: Policy) -> bool:
+        fulls = retention.checks(self.repository.record.entries(), VOLUME).fulls
+        return retention.full_due(self.catalog.points, policy, self.now, fulls)
 
     def step(self, what: str, days: float, seed: int) -> None:
         self.now += timedelta(days=days)
@@ -148,7 +153,7 @@ def test_ninety_days_of_one_policy():
         fulls = 0
         for day in range(90):
             world.now += timedelta(days=1)
-            due = day == 0 or prune.full_is_due(world.repository, VOLUME, policy, world.context)
+            due = day == 0 or world.full_is_due(policy)
             world.back_up("full" if due else "auto", random.Random(day))
             fulls += due
             done = prune.prune(world.repository, VOLUME, policy, world.context)

@@ -274,7 +274,8 @@ def test_copies_of_a_disk_are_twins_only_where_nothing_else_tells_them_apart(loo
 def test_an_idle_device_is_free(loop):
     disk = loop(MIB)
     assert details(disk.path) == []
-    assert usage.mode_auto(device.look(disk.path)) == ("cold", "not in use")
+    found = device.look(disk.path)
+    assert usage.decide_mode(found, usage.users(found)) == ("cold", "not in use")
 
 
 @pytest.mark.parametrize(("kind", "size"), [("ext4", 16), ("xfs", 320), ("btrfs", 128)])

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockbak.errors import AmbiguousPoint, Gap, NoSuchPoint, NoSuchVolume
-from blockbak.model.chain import chains, choose, needed_files, plan, points
+from blockbak.model.chain import chains, choose, plan, points
 from blockbak.model.facts import DIFFERENTIAL
 from tests.points import histories, image, point_name
 
@@ -97,9 +97,9 @@ def test_a_gap_names_the_missing_parent(lost):
 
 
 @given(histories())
-def test_needed_files_restore_every_point_by_themselves(images):
+def test_the_files_of_all_plans_restore_every_point_by_themselves(images):
     every = points(images)
-    files = needed_files(every, images)
+    files = {one.file for point in every for one in plan(point, images)}
     left = [one for one in images if one.file in files]
     for point in every:
         assert_whole(plan(point, left), point.id)

@@ -146,7 +146,10 @@ def composed(layers, whole, number, *, full, unit, compress="zstd", threads=1):
     composer.finish()
     writer.finish(closing_of(writer, number))
     reader = ImageReader(sink.sealed())
-    reader.check_seek_table()
+    table = reader.seek_table_check()
+    for section in reader.all_sections():
+        table.add(section)
+    table.finish()
     assert sink.cloned_bytes == composer.tally.cloned_bytes
     return reader
 

@@ -188,3 +188,21 @@ def test_an_entry_has_a_line_of_its_own():
     line = encoded(entry(first_place(b"", None, ORIGIN), note="two\nlines \u2028 and \x85"))
     assert line.count(b"\n") == 1
     assert events.decoded(line).facts["note"] == "two\nlines \u2028 and \x85"
+
+
+@pytest.mark.parametrize(
+    "time", ["r026-05-01T03:00:00.000Z", "2026-05-01T03:00:00.000", "2026-13-01T03:00:00.000Z", ""]
+)
+def test_a_line_that_tells_no_moment_is_none(time):
+    file = history(3)
+    lines = file.data.splitlines(keepends=True)
+    altered = lines[1].replace(b'"2026-05-01T03:00:00.000Z"', f'"{time}"'.encode())
+    assert altered != lines[1]
+    file.data = lines[0] + altered + lines[2]
+    found = file.read()
+    assert [one.number for one in found.entries] == [1, 3]
+    assert found.flaws
+    # The next line counts on, and what was altered stays told.
+    file.append()
+    assert [one.number for one in file.read().entries] == [1, 3, 4]
+    assert file.read().flaws == found.flaws

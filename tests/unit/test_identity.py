@@ -462,9 +462,10 @@ def test_what_the_system_needs_is_found_on_every_layer(server):
 
 def test_a_logical_volume_in_use_is_taken_hot(server):
     system = server.system()
-    mode, reason = usage.mode_auto(device.block("dm-0", system), system)
+    used, idle = device.block("dm-0", system), device.block("dm-2", system)
+    mode, reason = usage.decide_mode(used, usage.users(used, system))
     assert (mode, reason.startswith("in use: ")) == ("hot", True)
-    assert usage.mode_auto(device.block("dm-2", system), system) == ("cold", "not in use")
+    assert usage.decide_mode(idle, usage.users(idle, system)) == ("cold", "not in use")
 
 
 def test_a_volume_is_found_by_its_names_without_anybodys_links(server):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from blockbak.errors import CommandFailed
+from blockbak.host import mounts
 from blockbak.model import mounting
-from blockbak.model.quiesce import _origin
+from blockbak.model.quiesce import Unmount, _origin
 from blockbak.model.scene import MountPoint, Scene
 
 
@@ -86,3 +88,21 @@ def mount(number, target, root="/", fstype="ext4", options=("rw", "rw")):
 )
 def test_a_bind_is_one_of_a_directory_that_an_earlier_mount_shows(one, origin):
     assert _origin(one, Scene("sda", "/dev/sda", mounts=(mount(2, "/m", fstype=one.fstype), one))) == origin
+
+
+def test_what_is_mounted_aside_goes_though_it_is_busy_and_the_first_error_stays(tmp_path):
+    """A part of a file system that is mounted nowhere as a whole."""
+    argvs: list[list[str]] = []
+    answers = {"--bind": ["no such file or directory"], "umount": ["target is busy", "not mounted"]}
+
+    def run(argv, **_):
+        argvs.append(list(argv))
+        for word, said in answers.items():
+            if word in argv and said:
+                raise CommandFailed(program=argv[0], status=32, stderr=said.pop(0))
+
+    step = Unmount(str(tmp_path / "target"), "/dev/sdz1", "ext4", ("rw",), root="/inner")
+    with pytest.raises(CommandFailed, match="no such file") as raised:
+        mounts.mount_again(step, {"count": 1}, "/dev/sdz1", run, str(tmp_path))
+    assert [argv[0] for argv in argvs] == ["mount", "mount", "umount", "umount"]
+    assert "not mounted" in raised.value.__notes__[0]

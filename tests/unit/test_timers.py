@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -17,6 +18,7 @@ from blockbak.host.units import Units
 from blockbak.model import timers
 from blockbak.model.config import parse
 from blockbak.model.timers import BOOT, FAILED, MARK, Call
+from tests.faults import ShortKernel
 
 CONFIG = """
 timezone = "Europe/Berlin"
@@ -116,6 +118,15 @@ def test_directories_of_its_own_are_in_the_environment(config):
     assert "BLOCKBAK_STATE_DIR=/x y" in timers.crontab(config, call, ["db"], same_zone=True)
 
 
+def test_a_dollar_sign_is_doubled_where_systemd_looks_for_variables_alone():
+    config = parse(CONFIG.replace("/srv/back up", "/srv/$a"))
+    call = Call(("/opt/$b/python",), "/etc/$c.toml", "/var/$d", (("BLOCKBAK_STATE_DIR", "/var/$d"),))
+    service = lines(made(config, call=call)["blockbak-job-web-1.service"])
+    assert 'ExecStart="/opt/$b/python" run --config "/etc/$$c.toml" web-1' in service
+    wanted = {'Environment="BLOCKBAK_STATE_DIR=/var/$d"', 'ReadWritePaths=-"/srv/$a"', 'ReadWritePaths=-"/var/$d"'}
+    assert wanted <= set(service)
+
+
 def test_cron_lines(config):
     found = timers.crontab(config, CALL, ["web-1", "db", "asked"], same_zone=True)
     run = f"root nice -n 10 {sys.executable} -I -m blockbak run --config '/etc/block bak/100\\%.toml'"
@@ -203,6 +214,12 @@ def test_units_are_written_switched_on_changed_and_removed(config, systemd, tmp_
         "--quiet daemon-reload",
     ]
     assert [path.name for path in stamps.iterdir()] == ["stamp-other.timer"]
+
+
+def test_a_unit_is_whole_though_the_kernel_takes_a_part_at_a_time(config, tmp_path):
+    units = timers.units(config, CALL, ["db"])
+    unitfiles.install(str(tmp_path), units, [unit.name for unit in units], ShortKernel(Random(1)), None)
+    assert {unit.name: unit.text for unit in units} == {path.name: path.read_text() for path in tmp_path.iterdir()}
 
 
 def test_a_unit_of_somebody_else_is_neither_overwritten_nor_removed(config, tmp_path):
