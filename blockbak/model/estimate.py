@@ -230,16 +230,16 @@ def runs(kinds: Kinds, full_every: float, now: datetime, until: datetime, zone: 
 
 
 def kept(made: Sequence[Made], policy: Policy | None, at: datetime) -> list[Made]:
-    """Those of the points made until ``at`` that a policy, applied each time, keeps."""
-    there: list[tuple[Candidate, Made]] = []
-    for number, one in enumerate(made):
-        if one.moment > at:
-            break
-        there.append((Candidate(f"{number:0{POINT_CHARS}d}", one.moment), one))
-        if policy is not None and policy.has_rule:
-            reasons = chosen([candidate for candidate, _ in there], policy, one.moment)
-            there = [pair for pair in there if pair[0].id in reasons]
-    return [one for _, one in there]
+    """Those of the points made until ``at`` that a policy, applied each time, keeps.
+
+    One look at the end tells that: what a rule keeps then, it kept all the time before.
+    """
+    there = [one for one in made if one.moment <= at]
+    if policy is None or not policy.has_rule or not there:
+        return there
+    candidates = [Candidate(f"{number:0{POINT_CHARS}d}", one.moment) for number, one in enumerate(there)]
+    reasons = chosen(candidates, policy, there[-1].moment)
+    return [one for candidate, one in zip(candidates, there, strict=True) if candidate.id in reasons]
 
 
 def room(volume: Volume, there: Sequence[Made]) -> Span:
