@@ -12,7 +12,7 @@ from blockbak.model import estimate
 from blockbak.model.estimate import Before, Sample, Sizes, Span, Volume
 from blockbak.model.events import Entry
 from blockbak.model.retention import Policy
-from blockbak.model.schedule import DAILY, NEVER, Kinds, Made, parse_calendar
+from blockbak.model.schedule import DAILY, NEVER, Kinds, Made, kind_due, parse_calendar
 
 DAY = 86400
 NOW = datetime(2026, 5, 1, 3, tzinfo=UTC)
@@ -147,6 +147,17 @@ def test_runs_follow_the_calendar():
     assert 12 <= counts["full"] <= 14
     assert 38 <= counts["differential"] <= 54
     assert estimate.runs(Kinds(incremental=NEVER), 0, NOW, NOW + timedelta(days=9), UTC) == []
+
+
+def test_which_kind_is_due_goes_by_all_that_were_made():
+    kinds = Kinds(
+        full=parse_calendar("monthly"), differential=parse_calendar("weekly"), incremental=parse_calendar("every 6h")
+    )
+    made = estimate.runs(kinds, 25 * DAY, NOW, NOW + timedelta(days=90), UTC)
+    for number, one in enumerate(made):
+        due = kind_due(kinds, made[:number], one.moment, UTC).kind
+        last = next((before.moment for before in reversed(made[:number]) if before.kind == "full"), one.moment)
+        assert one.kind == ("full" if one.moment - last >= timedelta(days=25) else due)
 
 
 def test_a_full_of_its_own_comes_every_so_often():
