@@ -119,13 +119,14 @@ def _idle(jobs: Sequence[str], volumes: Iterable[str], entries: Sequence[Entry])
 
 def _failing(jobs: Sequence[str], judged: Sequence[Health], context: Context) -> Iterator[str]:
     """The jobs whose last run failed, as far as no volume of theirs tells of it: a source that cannot be found is of no
-    volume, and what merging and pruning met is no backup that failed.
+    volume, and what merging and pruning met is no backup that failed. What a run that made all it should only wanted
+    to be looked at is left to who looks: the volumes tell of it, as long as it is so.
     """
     told = {one.job for one in judged if any(reason.level == "critical" for reason in one.reasons)}
     for name in jobs:
         state = jobstate.load(context.state_dir, name)
-        if state.failing and name not in told:
-            yield f"{name} ({state.error or f'exit {state.exit}'})"
+        if state.failing and state.error and name not in told:
+            yield f"{name} ({state.error})"
 
 
 def exported(report: Report) -> str:

@@ -206,8 +206,8 @@ def test_jobs_that_made_nothing_here_are_named():
 
 
 def test_jobs_that_failed_are_named():
-    (reason,) = judge_room(Place(10, 10, failed_jobs=("a (NoSpace)", "b (exit 3)")), NOW).reasons
-    assert (reason.name, reason.text) == ("JobFailed", "Jobs whose last run failed: a (NoSpace); b (exit 3).")
+    (reason,) = judge_room(Place(10, 10, failed_jobs=("a (NoSpace)", "b (RunKilled)")), NOW).reasons
+    assert (reason.name, reason.text) == ("JobFailed", "Jobs whose last run failed: a (NoSpace); b (RunKilled).")
 
 
 def test_room_that_runs_out_is_told_in_time():
