@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 from blockbak.errors import BlockbakError, Interrupted
 from blockbak.flow.context import Context
 from blockbak.flow.leftovers import remaining
-from blockbak.host import textfile
+from blockbak.host import jobstate, textfile
 from blockbak.model import exposition
 from blockbak.model.chain import chains, shortest
 from blockbak.model.config import Config
@@ -99,11 +99,13 @@ def status(
         if not only or name in only:
             facts = _facts(volume, catalog, entries)
             judged.append(judge(facts, goals(name, facts.job), now))
+    idle = _idle(jobs, catalogs, entries)
     about = os.statvfs(repository.path)
     place = Place(
         free_bytes=about.f_bavail * about.f_frsize, total_bytes=about.f_blocks * about.f_frsize,
         growth=tuple(_growth(entries, [catalog for _, catalog in catalogs.values()])), damage=tuple(damage),
-        leftovers=tuple(remaining(context)), idle_jobs=tuple(_idle(jobs, catalogs, entries)),
+        leftovers=tuple(remaining(context)), idle_jobs=tuple(idle),
+        failed_jobs=tuple(_failing([name for name in jobs if name not in idle], judged, context)),
     )  # fmt: skip
     return Report(repository.path, now, judge_room(place, now), judged)
 
@@ -113,6 +115,18 @@ def _idle(jobs: Sequence[str], volumes: Iterable[str], entries: Sequence[Entry])
     there = set(volumes)
     made = {one.job for one in entries if one.event == "made" and one.points and one.volume in there}
     return [name for name in jobs if name not in made]
+
+
+def _failing(jobs: Sequence[str], judged: Sequence[Health], context: Context) -> Iterator[str]:
+    """The jobs whose last run failed, as far as no volume of theirs tells of it: a source that cannot be found is of no
+    volume, and what merging and pruning met is no backup that failed. What a run that made all it should only wanted
+    to be looked at is left to who looks: the volumes tell of it, as long as it is so.
+    """
+    told = {one.job for one in judged if any(reason.level == "critical" for reason in one.reasons)}
+    for name in jobs:
+        state = jobstate.load(context.state_dir, name)
+        if state.failing and state.error and name not in told:
+            yield f"{name} ({state.error})"
 
 
 def exported(report: Report) -> str:

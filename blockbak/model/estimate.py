@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from blockbak.model.chain import POINT_CHARS, moment_of_id
 from blockbak.model.events import Entry
-from blockbak.model.facts import DIFFERENTIAL, FULL
+from blockbak.model.facts import DIFFERENTIAL, FULL, INCREMENTAL
 from blockbak.model.retention import Candidate, Policy, chosen
 from blockbak.model.schedule import Kinds, Made, kind_due
 from blockbak.units import DAY
@@ -28,6 +28,7 @@ Numbers = npt.NDArray[np.float64]
 RUNS_MAX = 20_000
 """Runs that are gone through at most: an hourly job for two years."""
 _TELLING_SECONDS = 3600.0
+_LARGER: dict[str, int] = {INCREMENTAL: 0, DIFFERENTIAL: 1, FULL: 2}
 _SURE = 1.96
 """Standard deviations around a mean that hold 95 % of what could be meant."""
 
@@ -215,13 +216,17 @@ def from_sample(device_bytes: int, sample: Sample, day_share: Span) -> Volume:
 def runs(kinds: Kinds, full_every: float, now: datetime, until: datetime, zone: tzinfo) -> list[Made]:
     """The points that a job makes of a volume from ``now`` on, if all goes well; at most RUNS_MAX."""
     made: list[Made] = []
+    # The last of each kind that no larger one came after: what is due goes by no others, and those are many.
+    late: list[Made] = []
     moment: datetime | None = now
     while moment is not None and moment <= until and len(made) < RUNS_MAX:
-        due = kind_due(kinds, made, moment, zone)
+        due = kind_due(kinds, late, moment, zone)
         if due.kind:
-            last = next((one.moment for one in reversed(made) if one.kind == FULL), None)
+            last = next((one.moment for one in late if one.kind == FULL), None)
             old = last is not None and full_every and (moment - last).total_seconds() >= full_every
-            made.append(Made(moment, FULL if old else due.kind, held_full=bool(old) or due.kind == FULL))
+            new = Made(moment, FULL if old else due.kind, held_full=bool(old) or due.kind == FULL)
+            late = [one for one in late if _LARGER[one.kind] > _LARGER[new.kind]] + [new]
+            made.append(new)
         after = [one.next(moment, zone) for one in (kinds.full, kinds.differential, kinds.incremental)]
         moment = min((one for one in after if one is not None), default=None)
         if made and moment is not None and moment <= made[-1].moment:
@@ -230,16 +235,16 @@ def runs(kinds: Kinds, full_every: float, now: datetime, until: datetime, zone: 
 
 
 def kept(made: Sequence[Made], policy: Policy | None, at: datetime) -> list[Made]:
-    """Those of the points made until ``at`` that a policy, applied each time, keeps."""
-    there: list[tuple[Candidate, Made]] = []
-    for number, one in enumerate(made):
-        if one.moment > at:
-            break
-        there.append((Candidate(f"{number:0{POINT_CHARS}d}", one.moment), one))
-        if policy is not None and policy.has_rule:
-            reasons = chosen([candidate for candidate, _ in there], policy, one.moment)
-            there = [pair for pair in there if pair[0].id in reasons]
-    return [one for _, one in there]
+    """Those of the points made until ``at`` that a policy, applied each time, keeps.
+
+    One look at the end tells that: what a rule keeps then, it kept all the time before.
+    """
+    there = [one for one in made if one.moment <= at]
+    if policy is None or not policy.has_rule or not there:
+        return there
+    candidates = [Candidate(f"{number:0{POINT_CHARS}d}", one.moment) for number, one in enumerate(there)]
+    reasons = chosen(candidates, policy, there[-1].moment)
+    return [one for candidate, one in zip(candidates, there, strict=True) if candidate.id in reasons]
 
 
 def room(volume: Volume, there: Sequence[Made]) -> Span:

@@ -237,7 +237,8 @@ class Growth:
 @dataclass(frozen=True, slots=True)
 class Place:
     """The repository itself. ``growth`` in any order; ``damage``: clauses on its history and its files; ``leftovers``:
-    what killed runs left on the machine; ``idle_jobs``: jobs that should have made points here, and made none.
+    what killed runs left on the machine; ``idle_jobs``: jobs that should have made points here, and made none;
+    ``failed_jobs``: those whose last run failed, and how.
     """
 
     free_bytes: int
@@ -246,6 +247,7 @@ class Place:
     damage: tuple[str, ...] = ()
     leftovers: tuple[str, ...] = ()
     idle_jobs: tuple[str, ...] = ()
+    failed_jobs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,6 +305,8 @@ def _room_reasons(place: Place, full_at: datetime | None, now: datetime) -> Iter
         yield Reason("Damaged", "critical", _listed("What cannot be used", place.damage))
     if place.idle_jobs:
         yield Reason("NoPointOfJob", "critical", _listed("Jobs that have made no point here", place.idle_jobs))
+    if place.failed_jobs:
+        yield Reason("JobFailed", "critical", _listed("Jobs whose last run failed", place.failed_jobs))
     yield from _leftover_reasons(place.leftovers)
 
 

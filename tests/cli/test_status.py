@@ -214,6 +214,21 @@ def test_a_backup_of_a_job_that_failed_is_a_reason_until_one_does_not(place: Pla
     assert place.document("status")["ok"] is True
 
 
+def test_a_run_that_failed_is_a_reason_whatever_became_of_its_volumes(place: Place) -> None:
+    """The first source is of no volume, and the point of the second one is made after that was tried."""
+    text = place.file.read_text()
+    lost = place.path / "lost.img"
+    place.file.write_text(text.replace("sources = [", f'sources = ["{lost}", '))
+    assert place.run("run").status == 1
+    found = place.document("status", status=3)
+    assert [(one["name"], one["text"]) for one in found["reasons"]] == [
+        ("JobFailed", "Jobs whose last run failed: web (NoSuchSource).")
+    ]
+    place.file.write_text(text)
+    place.ok("run", "--force")
+    assert place.document("status")["ok"] is True
+
+
 def test_a_configuration_that_cannot_be_used(place: Place) -> None:
     place.file.write_text("nonsense")
     assert place.document("status", status=1)["error"]["name"] == "BadConfig"

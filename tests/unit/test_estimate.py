@@ -1,5 +1,6 @@
 """What a policy will cost, as far as arithmetic goes."""
 
+import time
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -11,7 +12,7 @@ from blockbak.model import estimate
 from blockbak.model.estimate import Before, Sample, Sizes, Span, Volume
 from blockbak.model.events import Entry
 from blockbak.model.retention import Policy
-from blockbak.model.schedule import DAILY, NEVER, Kinds, parse_calendar
+from blockbak.model.schedule import DAILY, NEVER, Kinds, Made, kind_due, parse_calendar
 
 DAY = 86400
 NOW = datetime(2026, 5, 1, 3, tzinfo=UTC)
@@ -148,6 +149,17 @@ def test_runs_follow_the_calendar():
     assert estimate.runs(Kinds(incremental=NEVER), 0, NOW, NOW + timedelta(days=9), UTC) == []
 
 
+def test_which_kind_is_due_goes_by_all_that_were_made():
+    kinds = Kinds(
+        full=parse_calendar("monthly"), differential=parse_calendar("weekly"), incremental=parse_calendar("every 6h")
+    )
+    made = estimate.runs(kinds, 25 * DAY, NOW, NOW + timedelta(days=90), UTC)
+    for number, one in enumerate(made):
+        due = kind_due(kinds, made[:number], one.moment, UTC).kind
+        last = next((before.moment for before in reversed(made[:number]) if before.kind == "full"), one.moment)
+        assert one.kind == ("full" if one.moment - last >= timedelta(days=25) else due)
+
+
 def test_a_full_of_its_own_comes_every_so_often():
     made = estimate.runs(Kinds(), 90 * DAY, NOW, NOW + timedelta(days=365), UTC)
     assert sum(one.kind == "full" for one in made) == 5
@@ -161,6 +173,32 @@ def test_what_is_kept_is_what_the_policy_keeps():
     assert len(there) == 8, "the last seven days have two of the three weeks"
     assert there[-1] == made[-1]
     assert len(estimate.kept(made, Policy(daily=7), NOW + timedelta(days=3))) == 4
+
+
+numbers = st.integers(0, 5)
+policies = st.builds(
+    Policy, last=numbers, hourly=numbers, daily=numbers, weekly=numbers, monthly=numbers, yearly=numbers,
+    within=st.sampled_from([0.0, 3600.0, 9 * DAY]),
+)  # fmt: skip
+
+
+@given(st.lists(st.integers(1, 40 * 24), min_size=1, max_size=60), policies)
+def test_one_look_at_the_end_keeps_what_many_would_have_kept(hours, policy):
+    moment, made = NOW, []
+    for gap in hours:
+        moment += timedelta(hours=gap)
+        made.append(Made(moment, "incremental", held_full=False))
+    there: list[Made] = []
+    for one in made:
+        there = estimate.kept([*there, one], policy, one.moment)
+    assert estimate.kept(made, policy, moment) == there
+
+
+def test_many_runs_of_which_many_are_kept_are_quick():
+    made = [Made(NOW + timedelta(minutes=5 * number), "incremental", held_full=False) for number in range(20_000)]
+    begun = time.process_time()
+    assert len(estimate.kept(made, Policy(within=20 * DAY), NOW + timedelta(days=365))) == 20 * 288 + 1
+    assert time.process_time() - begun < 5
 
 
 def test_room_is_a_full_and_what_changed_between():

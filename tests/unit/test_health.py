@@ -205,6 +205,11 @@ def test_jobs_that_made_nothing_here_are_named():
     assert (reason.name, reason.text) == ("NoPointOfJob", "Jobs that have made no point here: a; b.")
 
 
+def test_jobs_that_failed_are_named():
+    (reason,) = judge_room(Place(10, 10, failed_jobs=("a (NoSpace)", "b (RunKilled)")), NOW).reasons
+    assert (reason.name, reason.text) == ("JobFailed", "Jobs whose last run failed: a (NoSpace); b (RunKilled).")
+
+
 def test_room_that_runs_out_is_told_in_time():
     growth = (Growth(ago(10 * DAY), 0), Growth(ago(5 * DAY), 10 * 86_400))
     enough, short = int(ROOM_SECONDS) + 3600, int(ROOM_SECONDS) - 3600
