@@ -16,6 +16,7 @@ from blockbak.errors import (
     SourceChangedSize,
     SourceEmpty,
     SourceHoldsRepository,
+    SourceInner,
     SourceInUse,
     SourceVanished,
     VolumeExists,
@@ -144,14 +145,17 @@ def _check_running(device: Device) -> None:
 
 def check_source(device: Device, repository: Repository | None, request: Request, context: Context) -> None:
     """Refuse a source that would contain its own image, or that cannot be at rest while the system runs;
-    ``repository`` is the one that is known of, if any. Raises SourceEmpty, SourceHoldsRepository, RootInUse,
-    DuplicateIdentity.
+    ``repository`` is the one that is known of, if any. Raises SourceEmpty, SourceInner, SourceHoldsRepository,
+    RootInUse, DuplicateIdentity.
 
     A snapshot does not change while the state directory is written, so the volume that holds it can be taken hot.
     """
     hot = device.is_lv and request.mode in ("auto", "hot")
     if device.size == 0:
         raise SourceEmpty(path=device.path)
+    # Who writes to a thin pool holds nothing of the device that bears its name.
+    if request.mode != "live" and devices.is_inner(device.kname, System()):
+        raise SourceInner(path=device.path)
     held = repository is not None and usage.carries(device, repository.path)
     if held and not (hot and request.own_repository):
         raise SourceHoldsRepository(path=device.path, what="the repository")

@@ -28,13 +28,11 @@ from blockbak.host.device import Device
 from blockbak.host.lvm import by_uuid, clear_texts, command, pool_bytes, refresh, remove, volumes
 from blockbak.host.mapper import Mapper
 from blockbak.host.runs import Run, dead_runs, known_runs, living_runs
-from blockbak.host.system import System, lvm_names
+from blockbak.host.system import System, lvm_names, of_group
 from blockbak.model import snapshot as plan
 from blockbak.model.snapshot import LogicalVolume
 
 POLL_SECONDS = 0.25
-_GROUP_UUID_END = len("LVM-") + 32
-"""Where a volume's own UUID begins in that of device-mapper."""
 _EXTEND_TRIES = 3
 
 
@@ -350,7 +348,7 @@ def _parts(name: str, uuid: str, system: System) -> set[str]:
     below = system.below(system.mapped[name]) if name in system.mapped else set[str]()
     uuids = [uuid, *(system.attribute(one, "dm/uuid") for one in below)]
     # Another group that it lies on is none of its affair.
-    return {_volume_part(one) for one in uuids if one.startswith(uuid[:_GROUP_UUID_END])}
+    return {_volume_part(one) for one in uuids if of_group(one) == of_group(uuid)}
 
 
 def _volume_part(uuid: str) -> str:
