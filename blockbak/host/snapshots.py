@@ -11,6 +11,7 @@ import threading
 from blockbak.errors import (
     BlockbakError,
     CommandFailed,
+    FrozenAlready,
     MapperFailed,
     NoPoolRoom,
     NoSnapshotRoom,
@@ -216,8 +217,8 @@ def take(origin: LogicalVolume, run_now: Run, name: str, size: int, *, limit: in
     """Make a read-only snapshot of ``origin`` and watch it; ``release`` it in every case.
 
     LVM itself freezes a mounted file system for the moment. ``size`` is from ``planned_size``, ``limit`` the
-    most bytes that a thick one is extended to. Raises CommandFailed, SnapshotSeen, SnapshotLost, with nothing
-    left behind.
+    most bytes that a thick one is extended to. Raises CommandFailed, FrozenAlready, SnapshotSeen, SnapshotLost,
+    with nothing left behind.
     """
     pool = pool_bytes(origin.group, origin.pool) if origin.is_thin else 0
     made = Snapshot(origin, name, size, limit, pool)
@@ -246,7 +247,19 @@ def _create(origin: LogicalVolume, run_now: Run, name: str, size: int) -> None:
         own = ["--setactivationskip", "y", "--ignoreactivationskip", "--activate", "y"]
     else:
         own = ["--size", f"{size}b"]
-    command(*common, *own, origin.label)
+    try:
+        command(*common, *own, origin.label)
+    except CommandFailed as error:
+        frozen = _mounted_at(origin) if plan.met_frozen(str(error.fields["stderr"])) else []
+        if frozen:
+            raise FrozenAlready(path=frozen[0]) from error
+        raise
+
+
+def _mounted_at(origin: LogicalVolume) -> list[str]:
+    system = System()
+    name = system.mapped.get(origin.dm_name, "")
+    return [line.target for line in system.mounts if name in system.devices_of(line)]
 
 
 def _check_hidden(made: Snapshot) -> None:

@@ -211,6 +211,13 @@ def unfit(volume: LogicalVolume) -> str:
     return ""
 
 
+def met_frozen(stderr: str) -> bool:
+    """Whether an lvcreate failed because a file system on the volume is frozen already: only then is suspending it
+    refused as busy (kernel, fs/super.c, freeze_super).
+    """
+    return re.search(r"suspend ioctl .*failed: Device or resource busy", stderr) is not None
+
+
 def outlook(volume: LogicalVolume, pool: LogicalVolume | None) -> tuple[int | None, str]:
     """How many bytes there are for a snapshot of ``volume``, and why none can be made, or an empty string.
 

@@ -71,6 +71,16 @@ def test_what_cannot_be_snapshotted(changes, why):
     assert bool(reason) == bool(why)
 
 
+def test_an_lvcreate_that_met_a_frozen_file_system_is_told_from_others():
+    said = """device-mapper: suspend ioctl on  (253:35) failed: Device or resource busy
+  Unable to suspend vgb-o (253:35)
+  Failed to suspend logical volume vgb/o.
+  Aborting. Manual intervention required."""
+    assert plan.met_frozen(said)
+    assert not plan.met_frozen("device-mapper: create ioctl on vgb-o failed: Device or resource busy")
+    assert not plan.met_frozen("device-mapper: suspend ioctl on  (253:35) failed: No such device or address")
+
+
 # --- how large ------------------------------------------------------------------------------------------------
 
 
