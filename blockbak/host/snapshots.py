@@ -204,12 +204,13 @@ def planned_size(origin: LogicalVolume, asked: int | None, *, beside: int = 0) -
     with Mapper() as mapper:
         targets = mapper.status(f"{plan.dm_name(origin.group, origin.pool)}-tpool")
     use = plan.parse_pool(targets[0].kind, targets[0].parameters) if targets else None
-    if use is None or not use.writable:
-        raise NotSnapshotable(volume=origin.label, reason=f"thin pool {label} does not take writes")
-    short = plan.pool_short(use, pool, needed + beside)
-    if short:
+    short = plan.pool_short(use, pool, needed + beside) if use is not None else ""
+    if use is not None and short:
+        # One that is full takes no writes either, and room is what helps it.
         percent = use.metadata_percent if short == "metadata" else use.data_percent
         raise NoPoolRoom(pool=label, used=round(percent, 1), what=short, volume=origin.label)
+    if use is None or not use.writable:
+        raise NotSnapshotable(volume=origin.label, reason=f"thin pool {label} does not take writes")
     return needed
 
 

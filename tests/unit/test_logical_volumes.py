@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from blockbak.errors import DamagedImage
+from blockbak.errors import DamagedImage, NoPoolRoom, NotSnapshotable
 from blockbak.flow.into_lvm import taken
 from blockbak.flow.offer import offer
 from blockbak.flow.source import activation_needed
-from blockbak.host import usage
+from blockbak.host import snapshots, usage
 from blockbak.host.device import Device, block, is_inner
 from blockbak.host.usage import Use
 from blockbak.host.volumes import thin_pool_label
@@ -93,6 +93,36 @@ def test_without_lvm_the_kernels_word_has_to_do():
     )
     found = offer(device, MOUNTED, None, None, "data-a.b/pool")
     assert (found.mode, found.thin_pool, found.snapshot_room) == ("hot", "data-a.b/pool", None)
+
+
+class PoolStatus:
+    """What the kernel tells of a thin pool."""
+
+    def __init__(self, parameters):
+        self._told = SimpleNamespace(kind="thin-pool", parameters=parameters)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def status(self, _):
+        return [self._told]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "error"),
+    [
+        ("1 117/1024 1024/1024 - out_of_data_space discard_passdown error_if_no_space - 256", NoPoolRoom),
+        ("1 117/1024 100/1024 - ro discard_passdown error_if_no_space needs_check 256", NotSnapshotable),
+    ],
+)
+def test_a_pool_that_takes_no_writes_needs_room_only_where_it_is_full(monkeypatch, parameters, error):
+    monkeypatch.setattr(snapshots, "Mapper", lambda: PoolStatus(parameters))
+    monkeypatch.setattr(snapshots, "pool_bytes", lambda *_: 64 * MIB)
+    with pytest.raises(error):
+        snapshots.planned_size(known("th"), None)
 
 
 # --- what the kernel shows of them ----------------------------------------------------------------------------
