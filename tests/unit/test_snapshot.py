@@ -61,6 +61,7 @@ def test_a_mapped_name_leads_back_to_its_volume(group, name):
         ({"layout": ("thin", "pool"), "role": ("private",)}, "inner part"),
         ({"role": ("private", "thin", "pool", "data")}, "inner part"),
         ({"name": "blockbak-0badc0de", "tags": ("blockbak",)}, "for one run"),
+        ({"partial": True}, "misses a physical volume"),
         ({"name": "blockbak-mine"}, ""),
         ({"tags": ("blockbak",)}, ""),
     ],
