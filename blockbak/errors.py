@@ -663,6 +663,16 @@ class SourceInUse(Refused):
     )
 
 
+class SourceTwice(Refused):
+    message = "{path} is named twice."
+    advice = "Name it once: another name of the same device counts too."
+
+
+class SourceInner(Refused):
+    message = "{path} is an inner part of logical volumes, which LVM keeps for itself."
+    advice = "Name the logical volume; 'blockbak backup --mode live' takes the part as it is (consistency: none)."
+
+
 class RootInUse(Refused):
     message = "{path} carries the running system ({what}): it cannot be unmounted while that runs."
     advice = "{ways}"

@@ -20,6 +20,7 @@ from blockbak.errors import (
     NewerFormat,
     NotTogether,
     NoUsableParent,
+    SourceTwice,
 )
 from blockbak.flow.cold import planned as planned_rest
 from blockbak.flow.cold import resting
@@ -294,9 +295,9 @@ def _backup_group(
         held: list[Held] = []
         for request in requests:
             try:
-                held.append(_hold(repository, request, context, stack))
+                held.append(_hold(repository, request, context, stack, held))
                 if hot.together:
-                    _check_member(held[-1].seen, [one.seen for one in held[:-1]])
+                    _check_member(held[-1].seen)
             except BlockbakError as error:
                 noted.failed(error, [request] if not hot.together else requests, clock)
                 if hot.together or isinstance(error, Interrupted):
@@ -350,8 +351,9 @@ def _plan_group(
         try:
             _check_request(request)
             seen = look(repository, request, context)
+            _check_once(seen, [one for one, _ in planned])
             if hot.together:
-                _check_member(seen, [one for one, _ in planned])
+                _check_member(seen)
             planned.append((seen, _planned(repository, seen, request, context)))
         except BlockbakError as error:
             tell(error)
@@ -367,9 +369,13 @@ def _plan_group(
         tell(replace(made, notes=[*made.notes, next(rooms)]) if seen.mode == "hot" else made)
 
 
-def _check_member(seen: Seen, others: Sequence[Seen]) -> None:
+def _check_once(seen: Seen, others: Sequence[Seen]) -> None:
+    """All are locked at one time: the lock of one that is named again would be waited for by its own holder."""
     if any(seen.identity.same_as(other.identity) for other in others):
-        raise NotTogether(volume=seen.device.label, reason="it is named twice")
+        raise SourceTwice(path=seen.device.label)
+
+
+def _check_member(seen: Seen) -> None:
     if seen.mode != "hot":
         reason = "it is not in use: a cold image of it needs no other's company"
         raise NotTogether(volume=seen.device.label, reason=reason if seen.device.is_lv else "it is no logical volume")
@@ -383,10 +389,11 @@ def _check_request(request: Request) -> None:
         require()
 
 
-def _hold(repository: Repository, request: Request, context: Context, stack: ExitStack) -> Held:
-    """Look at a source, and lock its volume until ``stack`` is closed."""
+def _hold(repository: Repository, request: Request, context: Context, stack: ExitStack, others: Sequence[Held]) -> Held:
+    """Look at a source, and lock its volume until ``stack`` is closed. Raises SourceTwice for one of the others."""
     _check_request(request)
     seen = look(repository, request, context)
+    _check_once(seen, [one.seen for one in others])
     while True:
         volume = repository.make_volume(seen.name)
         with ExitStack() as holding:

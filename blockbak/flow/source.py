@@ -16,6 +16,7 @@ from blockbak.errors import (
     SourceChangedSize,
     SourceEmpty,
     SourceHoldsRepository,
+    SourceInner,
     SourceInUse,
     SourceVanished,
     VolumeExists,
@@ -121,7 +122,7 @@ def resolve_mode(device: Device, mode: str, *, rest: bool = False) -> str:
     if users and mode == "auto" and device.is_lv:
         return "hot"
     if users:
-        raise SourceInUse(path=device.path, holders=", ".join(str(use) for use in users))
+        raise SourceInUse(path=device.label, holders=", ".join(str(use) for use in users))
     return "cold"
 
 
@@ -144,21 +145,24 @@ def _check_running(device: Device) -> None:
 
 def check_source(device: Device, repository: Repository | None, request: Request, context: Context) -> None:
     """Refuse a source that would contain its own image, or that cannot be at rest while the system runs;
-    ``repository`` is the one that is known of, if any. Raises SourceEmpty, SourceHoldsRepository, RootInUse,
-    DuplicateIdentity.
+    ``repository`` is the one that is known of, if any. Raises SourceEmpty, SourceInner, SourceHoldsRepository,
+    RootInUse, DuplicateIdentity.
 
     A snapshot does not change while the state directory is written, so the volume that holds it can be taken hot.
     """
     hot = device.is_lv and request.mode in ("auto", "hot")
     if device.size == 0:
-        raise SourceEmpty(path=device.path)
+        raise SourceEmpty(path=device.label)
+    # Who writes to a thin pool holds nothing of the device that bears its name.
+    if request.mode != "live" and devices.is_inner(device.kname, System()):
+        raise SourceInner(path=device.label)
     held = repository is not None and usage.carries(device, repository.path)
     if held and not (hot and request.own_repository):
-        raise SourceHoldsRepository(path=device.path, what="the repository")
+        raise SourceHoldsRepository(path=device.label, what="the repository")
     if not hot and request.mode != "live":
         _check_running(device)
     if not hot and usage.carries(device, context.state_dir):
-        raise SourceHoldsRepository(path=device.path, what="blockbak's state directory")
+        raise SourceHoldsRepository(path=device.label, what="blockbak's state directory")
     twin = devices.find_twin(device)
     if twin is not None:
         raise DuplicateIdentity(first=device.path, second=twin.path, identity=devices.identity(device))

@@ -27,6 +27,7 @@ from blockbak.host import device as devices
 from blockbak.host import lvm, usage
 from blockbak.host.blockio import TargetWriter, is_marked, mark, read_error, sync_directory, unmark
 from blockbak.host.device import Device
+from blockbak.host.system import System
 from blockbak.image.view import PointView
 from blockbak.model import partition
 from blockbak.model.facts import Opening
@@ -124,7 +125,7 @@ def check_target(
     if not incoming.copied and not is_itself(target, incoming, context, surely=True):
         # A disk of an inactive volume group may be rolled back onto itself; any other may not be lost to it.
         users += usage.memberships(target)
-    if usage.is_inner(target):
+    if devices.is_inner(target.kname, System()):
         reason = "it is an inner part of logical volumes, which LVM keeps for itself"
         raise TargetUnsafe(path=path, reason=reason, way="Name the logical volume that is to hold the point.")
     if users:

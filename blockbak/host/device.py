@@ -18,7 +18,7 @@ from typing import Literal, TypeAlias
 from blockbak.errors import NoPermission, NoSuchSource, NotABlockSource
 from blockbak.host import marks
 from blockbak.host.kernel import Kernel
-from blockbak.host.system import System, lv_uuid, lvm_names, without_deleted
+from blockbak.host.system import System, lv_uuid, lvm_names, of_group, without_deleted
 from blockbak.model.identity import PATH, Identity
 from blockbak.model.partition import PartitionTable
 from blockbak.units import KIB, SECTOR
@@ -279,9 +279,21 @@ def _is_offered(name: str, system: System) -> bool:
         # The kernel shows an extended partition as two sectors (block/partitions/msdos.c).
         return size > 2 * SECTOR
     if kind == "dm":
-        uuid = system.attribute(name, "dm/uuid")
-        return not uuid.startswith("LVM-") or bool(lv_uuid(uuid))
+        return not is_inner(name, system)
     return kind != "rom" or _has_medium(system.node(name))
+
+
+def is_inner(name: str, system: System) -> bool:
+    """Whether it is a part of logical volumes that LVM made for itself: a thin pool, a snapshot's room, a leg of a
+    mirror.
+    """
+    uuid = system.attribute(name, "dm/uuid")
+    group = of_group(uuid)
+    if not group:
+        return False
+    # Legs are named like any volume. No group lies on itself, so what its other volumes stand on is a part of them.
+    held = any(of_group(system.attribute(holder, "dm/uuid")) == group for holder in system.links(name, "holders"))
+    return held or not lv_uuid(uuid)
 
 
 def _has_medium(node: str) -> bool:

@@ -11,6 +11,7 @@ import threading
 from blockbak.errors import (
     BlockbakError,
     CommandFailed,
+    FrozenAlready,
     MapperFailed,
     NoPoolRoom,
     NoSnapshotRoom,
@@ -28,13 +29,11 @@ from blockbak.host.device import Device
 from blockbak.host.lvm import by_uuid, clear_texts, command, pool_bytes, refresh, remove, volumes
 from blockbak.host.mapper import Mapper
 from blockbak.host.runs import Run, dead_runs, known_runs, living_runs
-from blockbak.host.system import System, lvm_names
+from blockbak.host.system import System, lvm_names, of_group
 from blockbak.model import snapshot as plan
 from blockbak.model.snapshot import LogicalVolume
 
 POLL_SECONDS = 0.25
-_GROUP_UUID_END = len("LVM-") + 32
-"""Where a volume's own UUID begins in that of device-mapper."""
 _EXTEND_TRIES = 3
 
 
@@ -205,12 +204,13 @@ def planned_size(origin: LogicalVolume, asked: int | None, *, beside: int = 0) -
     with Mapper() as mapper:
         targets = mapper.status(f"{plan.dm_name(origin.group, origin.pool)}-tpool")
     use = plan.parse_pool(targets[0].kind, targets[0].parameters) if targets else None
-    if use is None or not use.writable:
-        raise NotSnapshotable(volume=origin.label, reason=f"thin pool {label} does not take writes")
-    short = plan.pool_short(use, pool, needed + beside)
-    if short:
+    short = plan.pool_short(use, pool, needed + beside) if use is not None else ""
+    if use is not None and short:
+        # One that is full takes no writes either, and room is what helps it.
         percent = use.metadata_percent if short == "metadata" else use.data_percent
         raise NoPoolRoom(pool=label, used=round(percent, 1), what=short, volume=origin.label)
+    if use is None or not use.writable:
+        raise NotSnapshotable(volume=origin.label, reason=f"thin pool {label} does not take writes")
     return needed
 
 
@@ -218,8 +218,8 @@ def take(origin: LogicalVolume, run_now: Run, name: str, size: int, *, limit: in
     """Make a read-only snapshot of ``origin`` and watch it; ``release`` it in every case.
 
     LVM itself freezes a mounted file system for the moment. ``size`` is from ``planned_size``, ``limit`` the
-    most bytes that a thick one is extended to. Raises CommandFailed, SnapshotSeen, SnapshotLost, with nothing
-    left behind.
+    most bytes that a thick one is extended to. Raises CommandFailed, FrozenAlready, SnapshotSeen, SnapshotLost,
+    with nothing left behind.
     """
     pool = pool_bytes(origin.group, origin.pool) if origin.is_thin else 0
     made = Snapshot(origin, name, size, limit, pool)
@@ -248,7 +248,19 @@ def _create(origin: LogicalVolume, run_now: Run, name: str, size: int) -> None:
         own = ["--setactivationskip", "y", "--ignoreactivationskip", "--activate", "y"]
     else:
         own = ["--size", f"{size}b"]
-    command(*common, *own, origin.label)
+    try:
+        command(*common, *own, origin.label)
+    except CommandFailed as error:
+        frozen = _mounted_at(origin) if plan.met_frozen(str(error.fields["stderr"])) else []
+        if frozen:
+            raise FrozenAlready(path=frozen[0]) from error
+        raise
+
+
+def _mounted_at(origin: LogicalVolume) -> list[str]:
+    system = System()
+    name = system.mapped.get(origin.dm_name, "")
+    return [line.target for line in system.mounts if name in system.devices_of(line)]
 
 
 def _check_hidden(made: Snapshot) -> None:
@@ -350,7 +362,7 @@ def _parts(name: str, uuid: str, system: System) -> set[str]:
     below = system.below(system.mapped[name]) if name in system.mapped else set[str]()
     uuids = [uuid, *(system.attribute(one, "dm/uuid") for one in below)]
     # Another group that it lies on is none of its affair.
-    return {_volume_part(one) for one in uuids if one.startswith(uuid[:_GROUP_UUID_END])}
+    return {_volume_part(one) for one in uuids if of_group(one) == of_group(uuid)}
 
 
 def _volume_part(uuid: str) -> str:

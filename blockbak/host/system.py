@@ -44,6 +44,15 @@ def lv_uuid(dm_uuid: str) -> str:
     return "-".join(parts)
 
 
+_GROUP_UUID_END = len("LVM-") + 32
+"""Where a volume's own UUID begins in that of device-mapper."""
+
+
+def of_group(dm_uuid: str) -> str:
+    """The beginning that the device-mapper UUIDs of all volumes of a group share; empty for what is none of LVM's."""
+    return dm_uuid[:_GROUP_UUID_END] if dm_uuid.startswith("LVM-") else ""
+
+
 _NOBODY_LOGGED_IN = 2**32 - 1
 """proc(5): the loginuid of what no login started."""
 

@@ -260,11 +260,6 @@ def snapshots(device: Device, system: System | None = None) -> str:
     return ""
 
 
-def is_inner(device: Device) -> bool:
-    """Whether it is a part of logical volumes that LVM made for itself: a thin pool, a snapshot's room."""
-    return device.dm_uuid.startswith("LVM-") and not device.is_lv
-
-
 # --- what lies on it -------------------------------------------------------------------------------------
 
 

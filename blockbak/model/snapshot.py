@@ -53,7 +53,7 @@ _TAG_CHARS = re.compile(r"[^A-Za-z0-9_+.-]")
 
 VOLUME_FIELDS = (
     "vg_name", "vg_uuid", "vg_free", "vg_extent_size", "lv_name", "lv_uuid", "lv_attr", "lv_size", "origin", "pool_lv",
-    "lv_tags", "lv_layout", "lv_role", "lv_active", "data_percent", "metadata_percent",
+    "lv_tags", "lv_layout", "lv_role", "lv_active", "data_percent", "metadata_percent", "vg_partial",
 )  # fmt: skip
 """What ``lvs -o`` is asked for."""
 
@@ -61,7 +61,7 @@ VOLUME_FIELDS = (
 @dataclass(frozen=True, slots=True)
 class LogicalVolume:
     """One line of ``lvs``. ``origin`` and ``pool`` are names in the same group, or empty; percents are None
-    where LVM tells none. ``free`` and ``lvm_extent`` are the group's.
+    where LVM tells none. ``free`` and ``lvm_extent`` are the group's, and so is ``partial``: it misses a disk.
     """
 
     group: str
@@ -80,6 +80,7 @@ class LogicalVolume:
     active: bool
     data_percent: float | None
     metadata_percent: float | None
+    partial: bool = False
 
     @property
     def label(self) -> str:
@@ -177,6 +178,7 @@ def _volume(row: Mapping[str, Any]) -> LogicalVolume:
         active=row["lv_active"] == "active",
         data_percent=_percent(row["data_percent"]),
         metadata_percent=_percent(row["metadata_percent"]),
+        partial=bool(row.get("vg_partial")),
     )
 
 
@@ -208,7 +210,16 @@ def unfit(volume: LogicalVolume) -> str:
         return "it is an inner part of other volumes"
     if "thicksnapshot" in volume.role:
         return "it is itself a snapshot, and LVM makes none of those"
+    if volume.partial:
+        return f"volume group {volume.group} misses a physical volume, and LVM changes none that does"
     return ""
+
+
+def met_frozen(stderr: str) -> bool:
+    """Whether an lvcreate failed because a file system on the volume is frozen already: only then is suspending it
+    refused as busy (kernel, fs/super.c, freeze_super).
+    """
+    return re.search(r"suspend ioctl .*failed: Device or resource busy", stderr) is not None
 
 
 def outlook(volume: LogicalVolume, pool: LogicalVolume | None) -> tuple[int | None, str]:

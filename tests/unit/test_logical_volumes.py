@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from blockbak.errors import DamagedImage
+from blockbak.errors import DamagedImage, NoPoolRoom, NotSnapshotable
 from blockbak.flow.into_lvm import taken
 from blockbak.flow.offer import offer
 from blockbak.flow.source import activation_needed
-from blockbak.host import usage
-from blockbak.host.device import Device, block
+from blockbak.host import snapshots, usage
+from blockbak.host.device import Device, block, is_inner
 from blockbak.host.usage import Use
 from blockbak.host.volumes import thin_pool_label
 from blockbak.model import snapshot, twins
@@ -95,12 +95,42 @@ def test_without_lvm_the_kernels_word_has_to_do():
     assert (found.mode, found.thin_pool, found.snapshot_room) == ("hot", "data-a.b/pool", None)
 
 
+class PoolStatus:
+    """What the kernel tells of a thin pool."""
+
+    def __init__(self, parameters):
+        self._told = SimpleNamespace(kind="thin-pool", parameters=parameters)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def status(self, _):
+        return [self._told]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "error"),
+    [
+        ("1 117/1024 1024/1024 - out_of_data_space discard_passdown error_if_no_space - 256", NoPoolRoom),
+        ("1 117/1024 100/1024 - ro discard_passdown error_if_no_space needs_check 256", NotSnapshotable),
+    ],
+)
+def test_a_pool_that_takes_no_writes_needs_room_only_where_it_is_full(monkeypatch, parameters, error):
+    monkeypatch.setattr(snapshots, "Mapper", lambda: PoolStatus(parameters))
+    monkeypatch.setattr(snapshots, "pool_bytes", lambda *_: 64 * MIB)
+    with pytest.raises(error):
+        snapshots.planned_size(known("th"), None)
+
+
 # --- what the kernel shows of them ----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def stack(tmp_path):
-    """An origin with a snapshot, a thin volume with its pool, and a plain volume, as sysfs shows them."""
+    """An origin with a snapshot, a thin volume with its pool, a plain volume and a mirror, as sysfs shows them."""
     tree = Tree(tmp_path)
     vg, uuids = "V" * 32, (letter * 32 for letter in "abcdefgh")
     tree.add("sda")
@@ -117,6 +147,10 @@ def stack(tmp_path):
     mapped(5, "a--b-po--ol", ["dm-4"], pool, "-pool")
     mapped(6, "a--b-thin", ["dm-4"], thin)
     mapped(7, "a--b-plain", ["sda"], plain)
+    # One leg of a mirror, and a volume that holds another group's.
+    mapped(8, "a--b-mir_mimage_0", ["sda"], next(uuids))
+    mapped(9, "a--b-mir", ["dm-8"], next(uuids))
+    tree.add("dm-10", over=["dm-7"], **{"dm/name": "guest-root", "dm/uuid": "LVM-" + "W" * 32 + "a" * 32})
     return tree.system()
 
 
@@ -128,9 +162,8 @@ def test_what_depends_on_a_volume_is_seen(stack):
 
 
 def test_inner_parts_are_told_from_volumes(stack):
-    inner = [name for name in (f"dm-{number}" for number in range(8)) if usage.is_inner(block(name, stack))]
-    assert inner == ["dm-0", "dm-2", "dm-4", "dm-5"]
-    assert not usage.is_inner(block("sda", stack))
+    inner = [name for name in stack.names if is_inner(name, stack)]
+    assert sorted(inner) == ["dm-0", "dm-2", "dm-4", "dm-5", "dm-8"]
 
 
 def test_a_thin_volume_is_known_by_what_it_lies_on(stack):

@@ -61,6 +61,7 @@ def test_a_mapped_name_leads_back_to_its_volume(group, name):
         ({"layout": ("thin", "pool"), "role": ("private",)}, "inner part"),
         ({"role": ("private", "thin", "pool", "data")}, "inner part"),
         ({"name": "blockbak-0badc0de", "tags": ("blockbak",)}, "for one run"),
+        ({"partial": True}, "misses a physical volume"),
         ({"name": "blockbak-mine"}, ""),
         ({"tags": ("blockbak",)}, ""),
     ],
@@ -69,6 +70,16 @@ def test_what_cannot_be_snapshotted(changes, why):
     reason = plan.unfit(replace(VOLUME, **changes))
     assert why in reason
     assert bool(reason) == bool(why)
+
+
+def test_an_lvcreate_that_met_a_frozen_file_system_is_told_from_others():
+    said = """device-mapper: suspend ioctl on  (253:35) failed: Device or resource busy
+  Unable to suspend vgb-o (253:35)
+  Failed to suspend logical volume vgb/o.
+  Aborting. Manual intervention required."""
+    assert plan.met_frozen(said)
+    assert not plan.met_frozen("device-mapper: create ioctl on vgb-o failed: Device or resource busy")
+    assert not plan.met_frozen("device-mapper: suspend ioctl on  (253:35) failed: No such device or address")
 
 
 # --- how large ------------------------------------------------------------------------------------------------

@@ -320,3 +320,17 @@ exec /usr/sbin/lvs "$@"
             running.go_on()
             assert running.end().status == 0
     check_gone(group)
+
+
+def test_a_file_system_that_somebody_froze_is_named(make_group, ext4, repository, run_blockbak):
+    group = make_group(size=48 * MIB)
+    path = group.volume("data", 16 * MIB)
+    mounted = ext4(as_disk(path))
+    run("fsfreeze", "--freeze", mounted.where)
+    try:
+        refused = run_blockbak("backup", path, expect=5)
+    finally:
+        run("fsfreeze", "--unfreeze", mounted.where)
+    assert f"{mounted.where} is frozen already, by somebody else." in refused.said
+    check_gone(group)
+    (mounted.where / "after").write_text("goes on")

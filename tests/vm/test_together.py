@@ -141,6 +141,9 @@ def test_who_is_refused(make_group, ext4, repository, run_blockbak, tmp_path):
     group.thin("pool", "thin", 16 * MIB)
     first, second = (f"{group.name}/{name}" for name in ("a-data", "b-wal"))
     assert f"{group.name}/thin cannot" in refusal(run_blockbak, first, f"{group.name}/thin")
+    # Its lock is held already, by the very run that would wait for it.
+    twice = run_blockbak("backup", "--mode", "hot", "--together", "--wait", "100", first, paths[0], expect=5)
+    assert f"{first} is named twice." in twice.said
     run("mkswap", paths[1])
     run("swapon", paths[1])
     try:
