@@ -29,6 +29,9 @@ RUNS_MAX = 20_000
 """Runs that are gone through at most: an hourly job for two years."""
 _TELLING_SECONDS = 3600.0
 _LARGER: dict[str, int] = {INCREMENTAL: 0, DIFFERENTIAL: 1, FULL: 2}
+_IMAGE_BYTES = 6144.0
+"""What an image takes that holds no data: header, index and closing, a block of the file system at least, and its
+manifest."""
 _SURE = 1.96
 """Standard deviations around a mean that hold 95 % of what could be meant."""
 
@@ -128,9 +131,9 @@ class Volume:
         """What an image of the changes of so long takes; never more than a full."""
         changed = self.changed(seconds)
         return Span(
-            min(changed.low * self.packed.low, self.full_bytes.low),
-            min(changed.likely * self.packed.likely, self.full_bytes.likely),
-            min(changed.high * self.packed.high, self.full_bytes.high),
+            min(changed.low * self.packed.low + _IMAGE_BYTES, self.full_bytes.low),
+            min(changed.likely * self.packed.likely + _IMAGE_BYTES, self.full_bytes.likely),
+            min(changed.high * self.packed.high + _IMAGE_BYTES, self.full_bytes.high),
         )
 
 
@@ -163,15 +166,19 @@ def from_past(past: Sequence[Before], day_share: Span | None = None) -> Volume |
     ]
     if not fulls or (day_share is None and not shares):
         return None
-    packed = [one.sizes.stored_bytes / one.sizes.changed_bytes for one in deltas if one.sizes.changed_bytes]
+    packed = [_data_bytes(one.sizes) / one.sizes.changed_bytes for one in deltas if one.sizes.changed_bytes]
     return Volume(
         device_bytes=past[-1].sizes.device_bytes,
         full_bytes=of_past([one.sizes.stored_bytes for one in fulls]),
         full_seconds=of_past([one.seconds for one in fulls]),
         day_share=day_share or of_past(shares),
-        packed=of_past(packed or [one.sizes.stored_bytes / one.sizes.device_bytes for one in fulls]),
+        packed=of_past(packed or [_data_bytes(one.sizes) / one.sizes.device_bytes for one in fulls]),
         delta_seconds=of_past([one.seconds for one in deltas or fulls]),
     )
+
+
+def _data_bytes(sizes: Sizes) -> float:
+    return max(sizes.stored_bytes - _IMAGE_BYTES, 0.0)
 
 
 def _gaps(past: Sequence[Before]) -> Iterator[tuple[Before, float]]:
@@ -195,7 +202,7 @@ def from_sample(device_bytes: int, sample: Sample, day_share: Span) -> Volume:
     times may be twice as long.
     """
     windows = device_bytes / sample.window_bytes
-    full = of_mean(sample.stored) * windows
+    full = of_mean(sample.stored) * windows + Span(_IMAGE_BYTES, _IMAGE_BYTES, _IMAGE_BYTES)
     filled = float(sample.data.mean()) if len(sample.data) else 0.0
     reading = device_bytes / sample.read_rate
     slowest = max(reading, filled * device_bytes / sample.compress_rate)
