@@ -286,7 +286,7 @@ def test_a_mounted_device_is_in_use_until_it_is_not(loop, request, kind, size):
     assert [(one.target, one.fstype) for one in seen.mounts] == [(str(made.where), kind)]
     assert details(disk.path) == [f"mounted at {made.where}"]
     assert f"mounted at {made.where} ({seen.kname})" in details(disk.file)
-    mode, reason = usage.mode_auto(seen)
+    mode, reason = usage.decide_mode(seen, usage.users(seen))
     assert (mode, "--mode live" in reason, str(made.where) in reason) == ("refused", True, True)
     assert usage.carries(seen, str(made.where))
     made.unmount()
@@ -436,7 +436,8 @@ def test_locks_of_others_on_a_file_are_named(tmp_path, how):
     with locking(how, file) as pid:
         (told,) = details(file)
         assert told.startswith(f"locked by process {pid} (python")
-        assert usage.mode_auto(device.look(str(file)))[0] == "refused"
+        seen = device.look(str(file))
+        assert usage.decide_mode(seen, usage.users(seen))[0] == "refused"
     assert details(file) == []
 
 
