@@ -32,8 +32,10 @@ module QemuDirect
   end
 
   class Driver
-    # The guest kernel's command line. One that panics ends, and so do its tests, instead of hanging. The last two lines
-    # take a fifth off the processor's time: no test needs what they leave out, and to emulate it is dear.
+    # The guest kernel's command line. One that panics ends, and so do its tests, instead of hanging. All after the first
+    # line takes work off the processor that no test needs, and to emulate that is dear. With norandmaps a program lies
+    # at the same addresses each time: what QEMU translated of it at one start serves the next, which halves the cost of
+    # LVM's commands.
     WORDS = %w[
       console=ttyS0 quiet panic=-1 net.ifnames=0
       mitigations=off nokaslr init_on_alloc=0 audit=0 apparmor=0
