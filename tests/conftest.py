@@ -74,22 +74,29 @@ def rng(seed: int, request: pytest.FixtureRequest) -> random.Random:
 
 @dataclass(frozen=True)
 class Leftovers:
-    """Loop devices and mounts that belong to a directory, and processes that belong to the tests."""
+    """Loop devices and mounts that belong to a directory, processes that belong to the tests, and plain files where
+    only nodes of devices should be: one of them keeps the kernel from making the node of that name.
+    """
 
     loops: frozenset[tuple[str, str]]
     mounts: frozenset[tuple[str, str]]
     children: frozenset[psutil.Process]
+    files: frozenset[str]
 
     def __sub__(self, other: Leftovers) -> Leftovers:
-        return Leftovers(self.loops - other.loops, self.mounts - other.mounts, self.children - other.children)
+        return Leftovers(
+            self.loops - other.loops, self.mounts - other.mounts, self.children - other.children,
+            self.files - other.files,
+        )  # fmt: skip
 
     def __bool__(self) -> bool:
-        return bool(self.loops or self.mounts or self.children)
+        return bool(self.loops or self.mounts or self.children or self.files)
 
     def __str__(self) -> str:
         lines = [f"loop device {name} of {file}" for name, file in sorted(self.loops)]
         lines += [f"mount {where} of {source}" for where, source in sorted(self.mounts)]
         lines += [f"process {child.pid}: {_command(child)}" for child in self.children]
+        lines += [f"the plain file {file}" for file in sorted(self.files)]
         return "left behind: " + "; ".join(lines)
 
     def remove(self) -> None:
@@ -105,6 +112,8 @@ class Leftovers:
             subprocess.run(["umount", "--lazy", where], check=False)
         for name, _ in self.loops:
             subprocess.run(["losetup", "--detach", f"/dev/{name}"], check=False)
+        for file in self.files:
+            Path(file).unlink(missing_ok=True)
 
 
 def leftovers(directory: Path) -> Leftovers:
@@ -132,7 +141,9 @@ def leftovers(directory: Path) -> Leftovers:
             child = psutil.Process(pid)
             if child.status() != psutil.STATUS_ZOMBIE:
                 children.add(child)
-    return Leftovers(frozenset(loops), frozenset(mounts), frozenset(children))
+    with os.scandir("/dev") as nodes:
+        files = {node.path for node in nodes if node.is_file(follow_symlinks=False)}
+    return Leftovers(frozenset(loops), frozenset(mounts), frozenset(children), frozenset(files))
 
 
 def _unescape(text: str) -> str:

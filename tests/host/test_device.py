@@ -18,7 +18,7 @@ import pytest
 from blockbak.errors import NoSuchSource, NotABlockSource
 from blockbak.host import device, usage
 from blockbak.host.system import System, without_deleted
-from tests.host.stage import LOCKERS, MIB, locking, md_superblock, mounted, partitioned, pv_label, run, settle
+from tests.host.stage import LOCKERS, MIB, locking, md_superblock, mounted, partitioned, put, pv_label, run, settle
 
 
 def details(path):
@@ -483,7 +483,7 @@ def test_a_member_of_a_group_is_known_without_lvm(loop):
 def test_members_in_partitions_are_known_whether_or_not_the_kernel_shows_them(loop):
     disk = loop(64 * MIB)
     with partitioned(disk, "size=8M", "size=16M") as (first, second):
-        Path(second).write_bytes(pv_label("vg"))
+        put(second, 0, pv_label("vg"))
         name = Path(second).name
         assert [str(use) for use in usage.memberships(device.look(disk.path))] == [f"part of volume group vg ({name})"]
         assert [str(use) for use in usage.memberships(device.look(second))] == ["part of volume group vg"]
