@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 
 def _words(_: click.Context, __: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
     try:
-        return tuple(word for part in value for word in shlex.split(part))
+        words = tuple(word for part in value for word in shlex.split(part))
     except ValueError as error:
         raise click.BadParameter(f"{error}; write it as for a shell") from error
+    if value and not (words and words[0]):
+        raise click.BadParameter("it names no command")
+    return words
 
 
 def _pattern(_: click.Context, __: click.Parameter, value: str) -> str:

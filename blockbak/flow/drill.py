@@ -7,6 +7,7 @@ that was named as target keeps the copy.
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -375,7 +376,9 @@ class _Drill:
                 inside = partition.inside(read, place.start, place.length)
                 blocks = list(btrfsid.renamed(inside, place.length, bytes.fromhex(self.context.hex_id(32))))
             for offset, block in blocks:
-                os.pwrite(file, block, place.start + offset)
+                # Renamed in part, it would be taken for the original after all.
+                if os.pwrite(file, block, place.start + offset) != len(block):
+                    raise OSError(errno.EIO, "its new id could not be written whole")  # noqa: TRY301 - told as one below
             os.fsync(file)
         except (ValueError, OSError) as error:
             name = _capital(f"{place.name} (btrfs)")

@@ -68,6 +68,8 @@ def test_all_volumes_are_drilled_whatever_becomes_of_one(repo: Stock, tmp_path: 
         ["latest", "--target", "/dev/null", "--scratch", "."],
         ["latest", "--boot-pattern", "(", "--boot"],
         ["latest", "--check", "'unclosed"],
+        ["latest", "--check", ""],
+        ["latest", "--check", " "],
         ["latest", "--check-seconds", "0"],
         ["latest", "--job", "web"],
         ["latest", "--config", "/nowhere"],

@@ -12,6 +12,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.postgres import ending
+
 
 @contextmanager
 def _place(owner: str) -> Iterator[Path]:
@@ -62,6 +64,11 @@ class PostgreSQL:
             user="postgres",
         )  # fmt: skip
 
+    def stop(self, how: str, data: Path | None = None) -> None:
+        """As ``pg_ctl -m``; it has ended afterwards."""
+        with ending(data or self.data):
+            self.control("-m", how, "stop", data=data)
+
     def backups(self) -> int:
         """How many sessions keep the server in backup mode."""
         sessions = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%\\_backup%' AND pid <> pg_backend_pid()"
@@ -90,7 +97,7 @@ def postgresql(*, split: bool) -> Iterator[PostgreSQL]:
         try:
             yield server
         finally:
-            server.control("-m", "immediate", "stop")
+            server.stop("immediate")
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def test_a_database_is_started_from_the_copy_and_checked(program, loop, ext4, tm
     with postgresql(split=False) as server, file_system(server.place / "moved", "postgres"):
         made.where.chmod(0o755)
         shutil.chown(made.where, "postgres", "postgres")
-        server.control("-m", "fast", "stop")
+        server.stop("fast")
         run("cp", "-a", server.data, made.where / "data")
         # The test's own directory is closed to the server's user, so the device is mounted where it is not.
         made.unmount()
@@ -48,7 +48,7 @@ def test_a_database_is_started_from_the_copy_and_checked(program, loop, ext4, tm
             run("sync", "-f", data)
             # As a crash leaves it: the server runs, and its journal and the file system's want to be replayed.
             point = program.backup(device, "--mode", "live")["point"]
-            moved.control("-m", "immediate", "stop", data=data / "data")
+            moved.stop("immediate", data / "data")
         finally:
             run("umount", data)
             server.control("start")

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.postgres import ending
 from tests.vm.cluster import LIMIT_SECONDS as SERVER_SECONDS
 from tests.vm.cluster import NEW, PROGRAMS, by_server
 from tests.vm.conftest import LIMIT_SECONDS, MIB, Blockbak, Group, run
@@ -337,7 +338,8 @@ def test_a_drill_of_a_database_in_the_service_of_its_job(make_group, place):
             )
             assert done.returncode == 0, done.stderr + journal("blockbak-job-web.service")
         finally:
-            by_server(*control, "-m", "immediate", "stop")
+            with ending(where / "cluster"):
+                by_server(*control, "-m", "immediate", "stop")
     finally:
         run("umount", where)
         where.rmdir()

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.postgres import ending
 from tests.vm.cluster import NEW, PROGRAMS, by_server
 from tests.vm.conftest import LIMIT_SECONDS, MIB, Blockbak, Group, run
 from tests.vm.writers import Client, Taken, Writer, find_least, take
@@ -95,7 +96,8 @@ class Server:
         try:
             yield
         finally:
-            self.control("-m", stop, "stop")
+            with ending(self.data):
+                self.control("-m", stop, "stop")
 
     def ask(self, sql: str) -> str:
         return by_server(PROGRAMS / "psql", "-h", self.place, "-XAtq", "-d", "postgres", "-c", sql).strip()
