@@ -81,6 +81,8 @@ class Real:
     def close(self):
         try:
             self.run(["systemctl", "stop", "nanny.service", *FILES], accept=range(256))
+            # It refuses that, and would outlive its manager.
+            self.run(["systemctl", "kill", "--signal=KILL", "manual.service"], accept=range(256))
             self._process.send_signal(signal.SIGRTMIN + 24)  # systemd(1): exit at once
             self._process.wait(20)
         finally:
