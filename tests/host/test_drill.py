@@ -14,9 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from blockbak.flow import drill
 from blockbak.host import emulator
 from blockbak.host.runner import which
+from blockbak.repository.local import Repository
 from tests.children import environment
+from tests.doubles import context
 from tests.host.stage import MIB, damage_frame, mounted, partitions, put, pv_label, run, settle, sha
 
 GPT = ("start=2048, size=65536", "size=614400", "size=225280", "size=8192")
@@ -127,6 +130,28 @@ def test_a_btrfs_is_not_taken_for_its_original_which_is_mounted(program, loop, b
     made.unmount()
     made.mount()
     assert (made.where / "since").read_text() == "the original goes on"
+
+
+def test_a_btrfs_that_is_renamed_in_part_is_not_shown_to_the_kernel(program, loop, tmp_path, monkeypatch):
+    device = loop(128 * MIB)
+    run("mkfs.btrfs", "-q", device)
+    point = program.backup(device)["point"]
+    whole, mounts = os.pwrite, Path("/proc/self/mountinfo").read_text()
+    cut = []
+
+    def short(fd, data, offset):
+        if len(data) >= 4096 and not cut:
+            cut.append(offset)
+            return whole(fd, data[:512], offset)
+        return whole(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", short)
+    world = context(program.state)
+    report = drill.drill(Repository(str(program.repository)), point, drill.DrillOptions(scratch=str(tmp_path)), world)
+    assert len(cut) == 1
+    assert report.filesystems == []
+    assert "would be taken for the original" in report.differences[0]
+    assert Path("/proc/self/mountinfo").read_text() == mounts
 
 
 def test_a_vfat_that_was_in_use_is_no_error(program, tmp_path):
