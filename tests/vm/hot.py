@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import random
@@ -81,12 +82,15 @@ def snapshot_read(pid: int) -> str:
     """
     opened = []
     try:
-        for entry in os.listdir(f"/proc/{pid}/fd"):
+        entries = os.listdir(f"/proc/{pid}/fd")
+    except OSError:
+        return ""  # it has ended
+    for entry in entries:
+        # What is closed meanwhile, as pipes to LVM's commands are, is not what is read.
+        with contextlib.suppress(OSError, IndexError):
             path = os.readlink(f"/proc/{pid}/fd/{entry}")
             flags = Path(f"/proc/{pid}/fdinfo/{entry}").read_text().partition("flags:")[2].split()[0]
             opened.append((path, int(flags, 8)))
-    except (OSError, IndexError):
-        return ""
     for path, how in opened:
         if path.startswith("/dev/dm-") and how & os.O_DIRECT:
             name = Path("/sys/block", path[5:], "dm/name").read_text().strip()

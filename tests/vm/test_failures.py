@@ -50,9 +50,9 @@ def failed(ended, name):
 
 
 def filled(name):
-    """How much of a snapshot's store is used."""
-    used, total = run("dmsetup", "status", name).split()[3].split("/")
-    return int(used) / int(total)
+    """How much of a snapshot's store is used; all of it where the kernel has given the snapshot up."""
+    used, _, total = run("dmsetup", "status", name).split()[3].partition("/")
+    return int(used) / int(total) if total else 1.0
 
 
 # --- too little room -----------------------------------------------------------------------------------------
